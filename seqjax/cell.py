@@ -1,0 +1,141 @@
+"""The contract: what a recurrent cell is.
+
+A recurrent network is one function applied at every time step,
+
+    s_t, o_t = step(theta, s_{t-1}, x_t),
+
+with the same parameters theta at every t. A *cell* is any object with the three methods of `Cell`. Nobody inherits
+from it: a class of ten lines that has them works everywhere in seqjax, and so does an adapter around another library's
+cell (`seqjax.from_linen`, `seqjax.from_nnx`, `seqjax.from_equinox`).
+
+The shape rule: **a step is one example at one time; a sequence call is (batch, time, feature).** `step` never sees a
+batch axis; `jax.vmap` adds it outside.
+
+What a cell promises, and what `seqjax.testing.check_cell` checks:
+
+- `step` is pure, and the state that it returns has the type of the state that it got: the same tree, shapes and dtypes.
+- The state's dtype follows the parameters.
+- A cell is immutable. One that hashes by value, as every frozen dataclass does, compiles once however often it is
+  rebuilt.
+
+What a cell may offer besides, and what is then done with it:
+
+- `input_shape`: the shape of one input, `(8,)` for eight features and `()` for a token. Sequence calls then check `xs`
+  before anything compiles.
+- `gates(params, state, x)`: the gate activations of this step by name, for `seqjax.gates`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+Params = PyTree
+State = PyTree
+Output = PyTree
+
+
+@runtime_checkable
+class Cell(Protocol):
+    """One step of a recurrent network, `s_t, o_t = step(theta, s_{t-1}, x_t)`.
+
+    Example:
+        The running sum is a cell, although it inherits from nothing.
+
+        >>> import jax, jax.numpy as jnp, seqjax as sj
+        >>> class RunningSum:
+        ...     def init(self, key): return {}
+        ...     def initial_state(self, params): return jnp.zeros(())
+        ...     def step(self, params, state, x): return state + x, state + x
+        >>> isinstance(RunningSum(), sj.Cell)
+        True
+        >>> sj.unroll(RunningSum(), {}, jnp.ones((1, 4)))[1].tolist()
+        [[1.0, 2.0, 3.0, 4.0]]
+    """
+
+    def init(self, key: Array) -> Params:
+        """Draws parameters; the sizes come from the cell's own fields."""
+        ...
+
+    def initial_state(self, params: Params) -> State:
+        """The state before the first step, for one example. May depend on the parameters, so it may be learned."""
+        ...
+
+    def step(self, params: Params, state: State, x: PyTree) -> tuple[State, Output]:
+        """One example at one time, in the order of `lax.scan`: the new state first, then what is observed."""
+        ...
+
+
+def strong_type(tree: PyTree) -> PyTree:
+    """Turns every leaf into an array whose dtype no longer bends to its neighbours (JAX's weak types)."""
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(jnp.asarray(leaf), jnp.asarray(leaf).dtype), tree)
+
+
+def same_state_type(cell: Any, new: State, old: State) -> State:
+    """Returns `new` if it has the tree, shapes and dtypes of `old`; otherwise raises, naming the leaf.
+
+    A state that changes its type cannot be carried by `lax.scan`. Caught here, the message can name the cell's step.
+
+    Raises:
+        TypeError: the step returned a state of another structure, shape or dtype than it was given.
+    """
+    name = type(cell).__name__
+    new_leaves, new_tree = jax.tree_util.tree_flatten_with_path(new)
+    old_leaves, old_tree = jax.tree_util.tree_flatten_with_path(old)
+    if new_tree != old_tree:
+        raise TypeError(
+            f"expected {name}.step to return a state of the structure that it got, {old_tree}, got {new_tree}: "
+            f"return (new_state, output), in this order, with new_state built like initial_state(params)"
+        )
+    for (path, new_leaf), (_, old_leaf) in zip(new_leaves, old_leaves, strict=True):
+        got, expected = jnp.asarray(new_leaf).aval, jnp.asarray(old_leaf).aval
+        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+            raise TypeError(
+                f"expected {name}.step to keep the type of its state{jax.tree_util.keystr(path)}, "
+                f"{expected.str_short()}, got {got.str_short()}: cast it to the state's dtype, or start from an "
+                f"initial_state of the type that the step returns"
+            )
+    return strong_type(new)
+
+
+def as_feature(x: Any, size: int, dtype: Any, cell: str) -> Array:
+    """One step's input as a vector of the parameters' dtype, so that no input can change the type of the state.
+
+    Raises:
+        ValueError: `x` is not one vector of `size` features.
+        TypeError: `x` does not hold floating-point numbers.
+    """
+    x = jnp.asarray(x)
+    if x.shape != (size,):
+        raise ValueError(
+            f"expected one example at one time, x ({size},), in {cell}.step, got {x.shape}: "
+            f"call sj.unroll for (batch, time, {size}), or jax.vmap over the batch"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"expected floating-point x in {cell}.step, got {x.dtype}: "
+            f"convert with x.astype(float), or look tokens up with sj.Embedding"
+        )
+    return x.astype(dtype)
+
+
+def is_value(cell: Any) -> bool:
+    """Whether a cell is a frozen dataclass all the way down, and so safe to remember compiled code by.
+
+    A cell of another kind may change between two calls; remembering it would give the former answer in silence.
+    """
+    if isinstance(cell, tuple):
+        return all(is_value(part) for part in cell)
+    if not isinstance(cell, Cell):
+        return True
+    if not dataclasses.is_dataclass(cell) or not type(cell).__dataclass_params__.frozen:  # pyright: ignore
+        return False
+    try:
+        hash(cell)
+    except TypeError:
+        return False
+    return all(is_value(getattr(cell, field.name)) for field in dataclasses.fields(cell))

@@ -1,0 +1,1 @@
+"""Cells, one a file: the equations, the parameters, the step."""

@@ -1,0 +1,184 @@
+"""The long short-term memory (Hochreiter and Schmidhuber 1997; forget gate by Gers, Schmidhuber and Cummins 2000).
+
+The cell state moves by addition, c_t = f * c_{t-1} + i * c~, so where the forget gate stays near one the gradient
+passes through many steps without a product of weight matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from seqjax.cell import as_feature
+from seqjax.cells.fields import check_chrono, check_fields
+from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
+
+
+class LSTMParams(NamedTuple):
+    """Parameters of `lstm_step`; d inputs, n hidden units, four blocks of n rows in the order i, f, g, o."""
+
+    W_xh: Float[Array, "4n d"]
+    W_hh: Float[Array, "4n n"]
+    b_h: Float[Array, " 4n"]
+
+
+class LSTMState(NamedTuple):
+    """The hidden state and the cell state: both are carried, and both belong to every Jacobian."""
+
+    h: Float[Array, " n"]
+    c: Float[Array, " n"]
+
+
+class LSTMGates(NamedTuple):
+    """The gate activations of one step; the candidate lies in (-1, 1), the others in (0, 1)."""
+
+    input: Float[Array, " n"]
+    forget: Float[Array, " n"]
+    candidate: Float[Array, " n"]
+    output: Float[Array, " n"]
+
+
+def lstm_gates(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> LSTMGates:
+    """The gates of one step.
+
+        i = sigma(W_i [x, h] + b_i)    f = sigma(W_f [x, h] + b_f)
+        c~ = tanh(W_c [x, h] + b_c)    o = sigma(W_o [x, h] + b_o)
+
+    Args:
+        params: W_xh (4n, d), W_hh (4n, n), b_h (4n,), rows in the order i, f, c~, o.
+        state: h_{t-1} and c_{t-1}, (n,) each.
+        x: x_t (d,).
+
+    Returns:
+        `LSTMGates`, (n,) each.
+
+    Raises:
+        ValueError, TypeError: `x` is not one vector of d floating-point features.
+
+    Source: Gers, Schmidhuber and Cummins 2000, "Learning to forget".
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> params = sj.LSTMParams(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.array([0.0, 1.0, 0.0, 0.0]))
+        >>> gates = sj.lstm_gates(params, sj.LSTMState(jnp.zeros(1), jnp.ones(1)), jnp.ones(1))
+        >>> round(float(gates.forget[0]), 4)  # sigma(1)
+        0.7311
+    """
+    W_xh, W_hh, b_h = params
+    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM")
+    i, f, g, o = jnp.split(W_xh @ x + W_hh @ state.h + b_h, 4)
+    return LSTMGates(jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o))
+
+
+def lstm_step(
+    params: LSTMParams, state: LSTMState, x: Float[Array, " d"]
+) -> tuple[LSTMState, Float[Array, " n"]]:
+    """One step of the LSTM.
+
+        c_t = f * c_{t-1} + i * c~    h_t = o * tanh(c_t)
+
+    Args:
+        params: W_xh (4n, d), W_hh (4n, n), b_h (4n,), rows in the order i, f, c~, o.
+        state: h_{t-1} and c_{t-1}, (n,) each.
+        x: x_t (d,).
+
+    Returns:
+        The new state (h_t, c_t) and the output, which is h_t (n,).
+
+    Raises:
+        ValueError, TypeError: `x` is not one vector of d floating-point features.
+
+    Source: Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> params = sj.LSTMParams(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.zeros(4))
+        >>> state, output = sj.lstm_step(params, sj.LSTMState(jnp.zeros(1), jnp.ones(1)), jnp.ones(1))
+        >>> float(state.c[0]), round(float(output[0]), 4)  # every gate is 1/2
+        (0.5, 0.2311)
+    """
+    i, f, g, o = lstm_gates(params, state, x)
+    c = f * state.c + i * g
+    h = o * jnp.tanh(c)
+    return LSTMState(h, c), h
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LSTM:
+    """The LSTM cell, c_t = f * c_{t-1} + i * c~ and h_t = o * tanh(c_t).
+
+    There is one bias a gate, as in the equations; torch keeps two, whose sum is this one.
+
+    Args:
+        input_size: d, features of one input.
+        hidden_size: n, hidden units.
+        forget_bias: b_f at the start; 1 keeps the forget gate open at sigma(1) = 0.73 (Jozefowicz et al. 2015).
+        chrono: the longest span to remember, in steps; then b_f ~ ln U[1, chrono - 1] and b_i = -b_f, and
+            `forget_bias` is not used (Tallec and Ollivier 2018).
+        input_init: draws the input matrix of each gate.
+        recurrent_init: draws the recurrent matrix of each gate.
+        dtype: of the parameters, and so of the state.
+
+    Raises:
+        ValueError: a size is not positive, or `chrono` is below 3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, seqjax as sj
+        >>> cell = sj.LSTM(3, 5)
+        >>> state, outputs = sj.unroll(cell, cell.init(jax.random.key(0)), jnp.ones((2, 7, 3)))
+        >>> outputs.shape, bool((outputs[:, -1] == state.h).all())
+        ((2, 7, 5), True)
+    """
+
+    input_size: int
+    hidden_size: int
+    forget_bias: float = 1.0
+    chrono: int | None = None
+    input_init: Initializer = Glorot()
+    recurrent_init: Initializer = Orthogonal()
+    dtype: DTypeLike = "float32"
+
+    def __post_init__(self) -> None:
+        check_fields(self, ("input_size", "hidden_size"))
+        check_chrono(self)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(input_size,)"""
+        return (self.input_size,)
+
+    def init(self, key: Array) -> LSTMParams:
+        """Draws each gate's matrices on its own, and the biases."""
+        key_x, key_h, key_b = jax.random.split(key, 3)
+        d, n = self.input_size, self.hidden_size
+        if self.chrono is None:
+            b_f, b_i = jnp.full(n, self.forget_bias, self.dtype), jnp.zeros(n, self.dtype)
+        else:
+            b_f = chrono_bias(key_b, n, self.chrono, self.dtype)
+            b_i = -b_f
+        return LSTMParams(
+            W_xh=gate_matrices(self.input_init, key_x, 4, (n, d), self.dtype),
+            W_hh=gate_matrices(self.recurrent_init, key_h, 4, (n, n), self.dtype),
+            b_h=jnp.concatenate([b_i, b_f, jnp.zeros(2 * n, self.dtype)]),
+        )
+
+    def initial_state(self, params: LSTMParams) -> LSTMState:
+        """h_0 = c_0 = 0."""
+        zero = jnp.zeros_like(params.W_hh, shape=params.W_hh.shape[1])
+        return LSTMState(zero, zero)
+
+    def step(
+        self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]
+    ) -> tuple[LSTMState, Float[Array, " n"]]:
+        """`lstm_step`."""
+        return lstm_step(params, state, x)
+
+    def gates(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> dict[str, Array]:
+        """The activations by name: input, forget, candidate, output."""
+        return lstm_gates(params, state, x)._asdict()

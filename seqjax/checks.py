@@ -1,0 +1,97 @@
+"""What a sequence call accepts, checked before anything compiles: expected, what came, and the likely fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from seqjax.cell import strong_type
+
+
+def check_inputs(cell: Any, xs: PyTree) -> tuple[PyTree, int, int]:
+    """Returns `xs` as arrays, its batch and its time.
+
+    Raises:
+        ValueError: there is no input, a leaf has no (batch, time), the leaves disagree, or the features are not the
+            cell's.
+    """
+    xs = jax.tree.map(jnp.asarray, xs)
+    leaves = jax.tree_util.tree_leaves_with_path(xs)
+    shape = getattr(cell, "input_shape", None)
+    expected = "(batch, time, ...)" if shape is None else f"({', '.join(['batch', 'time', *map(str, shape)])})"
+    if not leaves:
+        raise ValueError(
+            f"expected xs {expected}, got no array: a cell without inputs still needs its time, xs of shape (batch, time, 0)"
+        )
+    for path, leaf in leaves:
+        fits = leaf.ndim >= 2 if shape is None else leaf.ndim == 2 + len(shape) and leaf.shape[2:] == shape
+        if not fits:
+            fix = _missing_axis(leaf.shape, shape) or f"the cell is {cell!r}"
+            raise ValueError(f"expected xs{jax.tree_util.keystr(path)} {expected}, got {leaf.shape}: {fix}")
+    sizes = {leaf.shape[:2] for _, leaf in leaves}
+    if len(sizes) > 1:
+        raise ValueError(f"expected one (batch, time) for every leaf of xs, got {sorted(sizes)}: they run in step")
+    batch, time = sizes.pop()
+    return xs, batch, time
+
+
+def _missing_axis(got: tuple[int, ...], shape: tuple[int, ...] | None) -> str | None:
+    rank = 0 if shape is None else len(shape)
+    tail = got[len(got) - rank :]
+    if len(got) == 1 + rank and shape in (None, tail):
+        return "add the missing axis, xs[None] for one sequence or xs[:, None] for one time step"
+    if len(got) == rank and shape == tail:
+        return "add a batch and a time axis, xs[None, None]"
+    if shape is not None and len(shape) == 1 and len(got) == 2:
+        return "add a feature axis, xs[..., None], or look tokens up with sj.Embedding"
+    return None
+
+
+def check_flags(name: str, flags: Any, batch: int, time: int) -> Array | None:
+    """Returns a mask or a reset as a boolean array (batch, time), or None where there is none.
+
+    Raises:
+        ValueError: it has another shape than (batch, time).
+        TypeError: it is not boolean.
+    """
+    if flags is None:
+        return None
+    flags = jnp.asarray(flags)
+    if flags.shape != (batch, time):
+        raise ValueError(f"expected {name} (batch, time) = ({batch}, {time}) as in xs, got {flags.shape}")
+    if flags.dtype != jnp.bool_:
+        raise TypeError(f"expected a boolean {name}, got {flags.dtype}: {name} != 0, or sj.length_mask(lengths, time)")
+    return flags
+
+
+def batch_of_states(cell: Any, params: PyTree, state: PyTree | None, batch: int) -> PyTree:
+    """The state before the first step for the whole batch: the one given, or the cell's own for each row.
+
+    Raises:
+        ValueError: the given state has another structure, batch or shape than the cell's.
+        TypeError: it has another dtype.
+    """
+    if state is None:
+        own = strong_type(cell.initial_state(params))
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), own)
+    own = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
+    given, given_tree = jax.tree_util.tree_flatten_with_path(state)
+    own_leaves, own_tree = jax.tree.flatten(own)
+    if given_tree != own_tree:
+        raise ValueError(
+            f"expected a state of {type(cell).__name__}, {own_tree}, got {given_tree}: "
+            f"pass the final state of an earlier call, or leave it out to start anew"
+        )
+    for (path, leaf), like in zip(given, own_leaves, strict=True):
+        name, got = f"state{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
+        if got.shape != (batch, *like.shape):
+            raise ValueError(
+                f"expected {name} (batch, ...) = {(batch, *like.shape)} as in xs, got {got.shape}: "
+                f"every sequence of the batch has a state of its own"
+            )
+        if got.dtype != like.dtype:
+            raise TypeError(f"expected {name} of the parameters' dtype {like.dtype}, got {got.dtype}: {name}.astype(...)")
+    return strong_type(state)

@@ -1,0 +1,195 @@
+"""The contract as a test suite: `check_cell(cell)` runs it on any cell, ours or yours.
+
+Each check is a function of its own that raises `AssertionError` with what was expected, what came, and the likely fix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from seqjax.cell import Cell
+from seqjax.unroll import length_mask, unroll
+
+BATCH, TIME = 3, 5
+
+
+def check_cell(cell: Any, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True) -> list[str]:
+    """Runs the contract of `seqjax.Cell` on a cell.
+
+    Args:
+        cell: any object that should be a cell.
+        x: an example of one input at one time; needed only where the cell has no `input_shape`.
+        key: a random key for parameters and inputs.
+        differentiable: also check that gradients exist and are finite.
+
+    Returns:
+        The names of the checks that passed.
+
+    Raises:
+        AssertionError: the cell breaks the contract; the message says where, and the likely fix.
+
+    Example:
+        >>> import seqjax as sj
+        >>> sj.testing.check_cell(sj.LSTM(3, 4))[:3]
+        ['has the methods', 'is pure', 'keeps the type of its state']
+    """
+    _holds(
+        isinstance(cell, Cell) and not isinstance(cell, type),
+        f"expected an object with the methods init, initial_state and step, got {cell!r}",
+    )
+    key = jax.random.key(0) if key is None else key
+    params = cell.init(key)
+    x = _example_input(cell, key) if x is None else jax.tree.map(jnp.asarray, x)
+    passed = ["has the methods"]
+    checks = [_is_pure, _keeps_the_type_of_its_state, _follows_the_dtype_of_its_parameters, _takes_wrong_dtypes]
+    checks += [_traces_once, _scans_as_it_loops, _holds_its_state_under_a_mask]
+    if differentiable:
+        checks.append(_has_finite_gradients)
+    for check in checks:
+        check(cell, params, x)
+        passed.append(check.__name__.strip("_").replace("_", " "))
+    return passed
+
+
+def _holds(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _example_input(cell: Any, key: Array) -> Array:
+    shape = getattr(cell, "input_shape", None)
+    _holds(
+        shape is not None,
+        f"expected an example input, since {type(cell).__name__} has no input_shape: check_cell(cell, x=jnp.ones(8))",
+    )
+    return jax.random.normal(key, shape) if shape else jnp.zeros((), int)
+
+
+def _sequence(x: PyTree) -> PyTree:
+    """(batch, time, ...) out of one input; floats differ from row to row and from step to step."""
+
+    def spread(leaf: Array) -> Array:
+        many = jnp.broadcast_to(leaf, (BATCH, TIME, *leaf.shape))
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return many
+        scale = jnp.cos(jnp.arange(BATCH * TIME, dtype=leaf.dtype)).reshape(BATCH, TIME)
+        return jax.vmap(jax.vmap(jnp.multiply))(scale, many)
+
+    return jax.tree.map(spread, x)
+
+
+def _type(tree: PyTree) -> Any:
+    """Structure, shapes, dtypes and weak types: what lax.scan compares."""
+    return jax.tree.structure(tree), [jax.typeof(jnp.asarray(leaf)).str_short() for leaf in jax.tree.leaves(tree)]
+
+
+def _close(a: PyTree, b: PyTree, tolerance: float = 1e-5) -> bool:
+    def near(p: Array, q: Array) -> bool:
+        return np.allclose(np.asarray(p, float), np.asarray(q, float), rtol=tolerance, atol=tolerance)
+
+    return all(map(near, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def _is_pure(cell: Any, params: PyTree, x: PyTree) -> None:
+    state = cell.initial_state(params)
+    inputs = [np.array(leaf) for leaf in jax.tree.leaves((params, state, x))]
+    first, second = cell.step(params, state, x), cell.step(params, state, x)
+    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+    _holds(same, "expected the same step twice to give the same result: the step reads something that is not an argument")
+    after = [np.array(leaf) for leaf in jax.tree.leaves((params, state, x))]
+    kept = all(map(np.array_equal, inputs, after))
+    _holds(kept, "expected the step to leave its arguments as they are, got one changed: return a new state")
+
+
+def _keeps_the_type_of_its_state(cell: Any, params: PyTree, x: PyTree) -> None:
+    state = jax.tree.map(jnp.asarray, cell.initial_state(params))
+    result = cell.step(params, state, x)
+    _holds(isinstance(result, tuple) and len(result) == 2, f"expected (new_state, output) from step, got {type(result)}")
+    old, new = _type(state), _type(result[0])
+    _holds(
+        old[0] == new[0] and [t.strip("~") for t in old[1]] == [t.strip("~") for t in new[1]],
+        f"expected the new state to have the type of the old one, {old}, got {new}: lax.scan's order is "
+        f"(new_state, output), and a dtype that drifts is cured by x.astype(state.dtype)",
+    )
+
+
+def _follows_the_dtype_of_its_parameters(cell: Any, params: PyTree, x: PyTree) -> None:
+    floating = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if not floating:
+        return
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+    state = cell.initial_state(half)
+    wrong = [str(s.dtype) for s in jax.tree.leaves(state) if jnp.issubdtype(s.dtype, jnp.floating) and s.dtype != jnp.bfloat16]
+    _holds(not wrong, f"expected a bfloat16 state from bfloat16 parameters, got {wrong}: jnp.zeros_like(params.b)")
+    _keeps_the_type_of_its_state(cell, half, x)
+
+
+def _takes_wrong_dtypes(cell: Any, params: PyTree, x: PyTree) -> None:
+    if not jax.tree.leaves(params):
+        return  # nothing fixes the dtype but the input itself
+    for dtype in (jnp.bfloat16, jnp.float16):
+        other = jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, x)  # noqa: B023
+        _keeps_the_type_of_its_state(cell, params, other)
+
+
+def _traces_once(cell: Any, params: PyTree, x: PyTree) -> None:
+    traces = 0
+
+    def step(params: PyTree, state: PyTree, x: PyTree) -> Any:
+        nonlocal traces
+        traces += 1
+        return cell.step(params, state, x)
+
+    compiled, state = jax.jit(step), jax.tree.map(jnp.asarray, cell.initial_state(params))
+    state = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)
+    for _ in range(3):
+        state, _ = compiled(params, state, x)
+    _holds(traces == 1, f"expected one trace for three steps, got {traces}: the state's type changes from step to step")
+
+
+def _scans_as_it_loops(cell: Any, params: PyTree, x: PyTree) -> None:
+    xs = _sequence(x)
+    final, outputs = unroll(cell, params, xs)
+    for row in range(BATCH):
+        state = cell.initial_state(params)
+        for t in range(TIME):
+            state, output = cell.step(params, state, jax.tree.map(lambda leaf: leaf[row, t], xs))  # noqa: B023
+            expected = jax.tree.map(lambda leaf: leaf[row, t], outputs)  # noqa: B023
+            _holds(_close(output, expected), f"expected the loop's output at row {row}, time {t} from unroll: is step pure?")
+        _holds(_close(state, jax.tree.map(lambda leaf: leaf[row], final)), f"expected the loop's final state in row {row}")  # noqa: B023
+
+
+def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:
+    xs, lengths = _sequence(x), jnp.arange(BATCH)
+    spoilt = jax.tree.map(lambda leaf: _spoil(leaf, length_mask(lengths, TIME)), xs)
+    final, outputs = unroll(cell, params, spoilt, mask=length_mask(lengths, TIME))
+    for row in range(BATCH):
+        short = jax.tree.map(lambda leaf: leaf[row : row + 1, :row], xs)  # noqa: B023
+        state, cut = unroll(cell, params, short)
+        _holds(_close(state, jax.tree.map(lambda leaf: leaf[row : row + 1], final)), "expected padding to hold the state")  # noqa: B023
+        _holds(_close(cut, jax.tree.map(lambda leaf: leaf[row : row + 1, :row], outputs)), "expected the cut outputs")  # noqa: B023
+
+
+def _spoil(leaf: Array, mask: Array) -> Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    return jax.vmap(jax.vmap(lambda valid, x: jnp.where(valid, x, jnp.full_like(x, jnp.nan))))(mask, leaf)
+
+
+def _has_finite_gradients(cell: Any, params: PyTree, x: PyTree) -> None:
+    def loss(params: PyTree, state: PyTree) -> Array:
+        after, output = cell.step(params, state, x)
+        floats = [leaf for leaf in jax.tree.leaves((after, output)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return sum((jnp.sum(jnp.square(leaf)) for leaf in floats), jnp.zeros(()))
+
+    state = jax.tree.map(jnp.asarray, cell.initial_state(params))
+    gradients = jax.grad(loss, argnums=(0, 1), allow_int=True)(params, state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        if leaf.dtype != jax.dtypes.float0:
+            finite = bool(jnp.all(jnp.isfinite(leaf)))
+            _holds(finite, f"expected finite gradients at the initial state, got {leaf} in {jax.tree_util.keystr(path)}")

@@ -1,0 +1,279 @@
+"""Unrolling a cell over time: s_t, o_t = step(theta, s_{t-1}, x_t) for t = 1..T, by `lax.scan`.
+
+One sequence is one scan, and `jax.vmap` makes it a batch. The two flags that a sequence may carry act on a single step
+(`guarded_step`), so every function here and every gradient through time gives them the same meaning:
+
+- mask, where False: the state is held, the output is zero, and the input reaches neither values nor gradients. The
+  input is replaced before the step and not only after it, since a NaN that is selected away still has a NaN gradient.
+- reset, where True: the state is replaced by the initial one before the step. Replaced and not multiplied by zero, so
+  a state that holds NaN is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, PyTree
+
+from seqjax.cell import Output, Params, State, is_value, same_state_type, strong_type
+from seqjax.cells.stack import Stack
+from seqjax.checks import batch_of_states, check_flags, check_inputs
+
+Emit = Callable[[Params, State, PyTree, State, Output], PyTree]  # (params, s_{t-1}, x_t, s_t, o_t) -> what is kept of t
+
+
+def unroll(
+    cell: Any,
+    params: Params,
+    xs: PyTree,
+    *,
+    state: State | None = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
+    reverse: bool = False,
+) -> tuple[State, Output]:
+    """Runs a cell over a batch of sequences: s_t, o_t = step(theta, s_{t-1}, x_t).
+
+    Args:
+        cell: any object with `init`, `initial_state` and `step`.
+        params: the cell's parameters, the same at every step.
+        xs: inputs, every leaf (batch, time, ...).
+        state: the state before the first step, every leaf (batch, ...), such as the final state of an earlier call; by
+            default the cell's initial state.
+        mask: where False, the state is held, the output is zero, and the input reaches no value and no gradient.
+        reset: where True, the state is replaced by the initial one before the step, also where the mask is False.
+        reverse: right to left; outputs stay at their own time index.
+
+    Returns:
+        The final state, leaves (batch, ...), and the outputs, leaves (batch, time, ...).
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: a dtype does not fit, or the cell's step changes the type of its state.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> cell = sj.VanillaRNN(1, 1, activation="identity")
+        >>> params = sj.VanillaParams(W_xh=jnp.eye(1), W_hh=0.8 * jnp.eye(1), b_h=jnp.zeros(1))
+        >>> impulse = jnp.zeros((1, 21, 1)).at[0, 0].set(1.0)
+        >>> state, outputs = sj.unroll(cell, params, impulse)
+        >>> round(float(state.h[0, 0]), 6)  # 0.8^20
+        0.011529
+    """
+    return _run(last_output, cell, params, xs, state, mask, reset, reverse)
+
+
+def trajectory(
+    cell: Any,
+    params: Params,
+    xs: PyTree,
+    *,
+    state: State | None = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
+    reverse: bool = False,
+) -> State:
+    """Every state s_0, s_1, ..., s_T, the initial one included.
+
+    Args:
+        cell, params, xs, state, mask, reset, reverse: as for `unroll`.
+
+    Returns:
+        The states, leaves (batch, time + 1, ...): index t holds s_t. With `reverse`, index T holds the initial state and
+        index t the state after the steps T-1, ..., t.
+
+    Raises:
+        ValueError, TypeError: as for `unroll`.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> cell = sj.VanillaRNN(1, 1, activation="identity")
+        >>> params = sj.VanillaParams(W_xh=jnp.eye(1), W_hh=0.5 * jnp.eye(1), b_h=jnp.zeros(1))
+        >>> sj.trajectory(cell, params, jnp.ones((1, 3, 1))).h[0, :, 0].tolist()
+        [0.0, 1.0, 1.5, 1.75]
+    """
+    xs, batch, _ = check_inputs(cell, xs)
+    first = batch_of_states(cell, params, state, batch)
+    _, states = _run(new_state, cell, params, xs, first, mask, reset, reverse)
+
+    def join(s_0: Array, s: Array) -> Array:
+        s_0 = s_0[:, None]
+        return jnp.concatenate([s, s_0] if reverse else [s_0, s], axis=1)
+
+    return jax.tree.map(join, first, states)
+
+
+def gates(
+    cell: Any,
+    params: Params,
+    xs: PyTree,
+    *,
+    state: State | None = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
+    reverse: bool = False,
+) -> dict[str, Array]:
+    """Each gate's activations over a sequence, by name.
+
+    Args:
+        cell: one that names its gates with a method `gates(params, state, x)`, such as `LSTM` and `GRU`, or a stack that
+            holds one.
+        params, xs, state, mask, reset, reverse: as for `unroll`.
+
+    Returns:
+        For each name an array (batch, time, hidden); zero where the mask is False.
+
+    Raises:
+        TypeError: the cell does not name its gates.
+        ValueError: a shape does not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, seqjax as sj
+        >>> cell = sj.LSTM(2, 3, forget_bias=1.0)
+        >>> activations = sj.gates(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 4, 2)))
+        >>> sorted(activations)
+        ['candidate', 'forget', 'input', 'output']
+        >>> round(float(activations["forget"][0, 0, 0]), 4)  # sigma(1) at a zero state and input
+        0.7311
+    """
+    if not hasattr(cell, "gates"):
+        raise TypeError(
+            f"expected a cell that names its gates, got {type(cell).__name__}: "
+            f"give it a method gates(params, state, x) that returns a dict of arrays"
+        )
+    return _run(_Gates(cell), cell, params, xs, state, mask, reset, reverse)[1]
+
+
+def length_mask(lengths: Int[Any, " batch"], time: int) -> Bool[Array, "batch time"]:
+    """True at the first `lengths[b]` steps of row b: M_{bt} = (t < lengths_b).
+
+    Args:
+        lengths: number of valid steps of each sequence, 0 to `time`.
+        time: the length of the padded sequences, in steps.
+
+    Returns:
+        The mask (batch, time).
+
+    Raises:
+        ValueError: lengths are not one row, or one lies outside 0..time.
+        TypeError: they are not whole numbers.
+
+    Example:
+        >>> import seqjax as sj
+        >>> sj.length_mask([2, 0], 3).tolist()
+        [[True, True, False], [False, False, False]]
+    """
+    lengths = jnp.asarray(lengths)
+    if lengths.ndim != 1:
+        raise ValueError(f"expected lengths (batch,), got {lengths.shape}: one length for each sequence")
+    if lengths.size and not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"expected whole-number lengths, got {lengths.dtype}: lengths.astype(int)")
+    if not isinstance(lengths, jax.core.Tracer) and lengths.size:
+        shortest, longest = int(np.min(lengths)), int(np.max(lengths))
+        if shortest < 0 or longest > time:
+            raise ValueError(f"expected lengths from 0 to time = {time}, got {shortest} to {longest}")
+    return jax.vmap(lambda length: jnp.arange(time) < length)(lengths)
+
+
+def last_output(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
+    """Keeps o_t: what `unroll` keeps of each step."""
+    return output
+
+
+def new_state(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
+    """Keeps s_t: what `trajectory` keeps of each step."""
+    return after
+
+
+def guarded_step(
+    cell: Any,
+    params: Params,
+    state: State,
+    x: PyTree,
+    valid: Array | None,
+    restart: Array | None,
+    emit: Emit = last_output,
+) -> tuple[State, PyTree]:
+    """`cell.step` for one example at one time with its mask and reset flags; None stands for always valid, never reset.
+
+    Returns the new state and what `emit` keeps of the step: zero where not valid, unless it is the state, which is held.
+    """
+    if restart is not None:
+        state = _choose(restart, strong_type(cell.initial_state(params)), state)
+    if valid is not None:
+        x = _choose(valid, x, _zeros(x))
+    after, output = cell.step(params, state, x)
+    after = same_state_type(cell, after, state)
+    if valid is not None:
+        after = _choose(valid, after, state)
+    kept = emit(params, state, x, after, output)
+    if valid is not None and emit is not new_state:
+        kept = _choose(valid, kept, _zeros(kept))
+    return after, kept
+
+
+def _choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+class _Gates:
+    """What `gates` keeps of a step; equal for equal cells, so that it compiles once."""
+
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
+
+    def __call__(self, params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
+        return self.cell.gates(params, before, x)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Gates) and self.cell == other.cell
+
+    def __hash__(self) -> int:
+        return hash(self.cell)
+
+
+def _run(
+    emit: Emit, cell: Any, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any, reverse: bool
+) -> tuple[State, PyTree]:
+    xs, batch, time = check_inputs(cell, xs)
+    mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
+    state = batch_of_states(cell, params, state, batch)
+    run = _run_compiled if is_value(cell) else _run_batch
+    return run(emit, cell, reverse, params, state, xs, mask, reset)
+
+
+def _run_batch(
+    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any
+) -> tuple[State, PyTree]:
+    return jax.vmap(partial(_run_one, emit, cell, reverse, params))(state, xs, mask, reset)
+
+
+_run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2))
+
+
+def _run_one(
+    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any
+) -> tuple[State, PyTree]:
+    """One sequence. A stack whose outputs alone are wanted runs layer by layer, which is the same function."""
+    if isinstance(cell, Stack) and emit is last_output:
+        final = []
+        for layer, p, s in zip(cell.cells, params, state, strict=True):
+            s, xs = _run_one(emit, layer, reverse, p, s, xs, mask, reset)
+            final.append(s)
+        return tuple(final), xs
+
+    def body(state: State, inputs: tuple[PyTree, Any, Any]) -> tuple[State, PyTree]:
+        return guarded_step(cell, params, state, *inputs, emit)
+
+    if not jax.tree.leaves(state):  # nothing recurs: every step at once
+        return state, jax.vmap(partial(body, state))((xs, mask, reset))[1]
+    return jax.lax.scan(body, state, (xs, mask, reset), reverse=reverse)

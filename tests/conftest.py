@@ -1,0 +1,41 @@
+"""The strict harness: every test runs with warnings as errors, strict promotion, checked annotations and two devices."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("seqjax", "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("seqjax", deadline=None, derandomize=True, max_examples=15)
+hypothesis.settings.load_profile("seqjax")
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """Runs a test in both precisions; float64 with 64-bit types switched on."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    """The key that tests draw from."""
+    return jax.random.key(0)

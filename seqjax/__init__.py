@@ -2,6 +2,7 @@
 
 from . import data as data
 from . import testing as testing
+from . import training as training
 from .adapters import from_equinox as from_equinox
 from .adapters import from_linen as from_linen
 from .adapters import from_nnx as from_nnx
@@ -55,6 +56,12 @@ from .model import log_probs as log_probs
 from .pooling import last_valid as last_valid
 from .pooling import masked_max as masked_max
 from .pooling import masked_mean as masked_mean
+from .training import Batch as Batch
+from .training import Fitted as Fitted
+from .training import ManyToOne as ManyToOne
+from .training import evaluate as evaluate
+from .training import every_step as every_step
+from .training import fit as fit
 from .unroll import gates as gates
 from .unroll import length_mask as length_mask
 from .unroll import trajectory as trajectory

@@ -93,5 +93,7 @@ def batch_of_states(cell: Any, params: PyTree, state: PyTree | None, batch: int)
                 f"every sequence of the batch has a state of its own"
             )
         if got.dtype != like.dtype:
-            raise TypeError(f"expected {name} of the parameters' dtype {like.dtype}, got {got.dtype}: {name}.astype(...)")
+            raise TypeError(
+                f"expected {name} of the parameters' dtype {like.dtype}, got {got.dtype}: {name}.astype(...)"
+            )
     return strong_type(state)

@@ -90,7 +90,11 @@ def generate(
         )
     batch = jnp.shape(leaves[0])[0]
     keys = _row_keys(key, batch)
-    if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool(jnp.all(jnp.any(jnp.asarray(mask), axis=1))):
+    if (
+        mask is not None
+        and not isinstance(mask, jax.core.Tracer)
+        and not bool(jnp.all(jnp.any(jnp.asarray(mask), axis=1)))
+    ):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
     run = _generate_compiled if is_value(model.cell) else _generate
     options = (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p))
@@ -98,8 +102,15 @@ def generate(
 
 
 def _generate(
-    model: Model, steps: int, options: tuple[tuple[str, Any], ...], params: ModelParams, prompt: PyTree, keys: Array,
-    end: Any, state: State | None, mask: Any,
+    model: Model,
+    steps: int,
+    options: tuple[tuple[str, Any], ...],
+    params: ModelParams,
+    prompt: PyTree,
+    keys: Array,
+    end: Any,
+    state: State | None,
+    mask: Any,
 ) -> Generated:
     state, outputs = unroll(model.cell, params.cell, prompt, state=state, mask=mask)
     first = last_valid(outputs, mask)

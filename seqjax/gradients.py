@@ -127,7 +127,7 @@ def weight_gradients_by_step(
         >>> by_step.W_hh.shape, bool(jnp.allclose(by_step.W_hh.sum(0), whole.W_hh, atol=1e-5))
         ((6, 9, 3), True)
     """
-    run = _Run(cell, params, xs, state, mask, reset)
+    run = _Run.of_parameters(cell, params, xs, state, mask, reset)
     d_outputs = run.output_gradients(loss)
     delta = run.state_gradients(run.zero_states(), d_outputs)
 
@@ -182,7 +182,7 @@ def truncated_grad(
     """
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"expected a window of at least 1 step, got {window!r}: window=1 is no recurrence at all")
-    run = _Run(cell, params, xs, state, mask, reset)
+    run = _Run.of_parameters(cell, params, xs, state, mask, reset)
     d_outputs = run.output_gradients(loss)
     if window >= run.time:
         delta = jax.tree.map(lambda leaf: leaf[:, 1:], run.state_gradients(run.zero_states(), d_outputs))
@@ -206,11 +206,7 @@ def _before(states: State) -> State:
 
 
 class _Run:
-    """One forward pass and what its backward passes need.
-
-    A sequence that begins at the cell's own initial state begins with a reset, so that the gradient of a learned initial
-    state comes out of the first step like that of any other parameter.
-    """
+    """One forward pass and what its backward passes need."""
 
     def __init__(self, cell: Any, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any) -> None:
         self.cell, self.params = cell, params
@@ -224,10 +220,22 @@ class _Run:
                     f"expected a floating-point state to differentiate, got {leaf.dtype} in "
                     f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
                 )
-        if state is None:
-            first = jnp.broadcast_to(jnp.arange(self.time)[None] == 0, (batch, self.time))
-            reset = first if reset is None else reset | first
         self.flags = (mask, reset)
+
+    @classmethod
+    def of_parameters(cls, *arguments: Any) -> _Run:
+        """One whose first step makes the initial state itself, where none is given.
+
+        It begins with a reset, so the gradient of a learned initial state comes out of the first step like that of any
+        other parameter.
+        """
+        run = cls(*arguments)
+        mask, reset = run.flags
+        if run.arguments["state"] is None:
+            batch = jax.tree.leaves(run.xs)[0].shape[0]
+            first = jnp.broadcast_to(jnp.arange(run.time)[None] == 0, (batch, run.time))
+            run.flags = (mask, first if reset is None else reset | first)
+        return run
 
     def step(self, params: Params, state: State, x: PyTree, flags: tuple[Any, Any]) -> tuple[State, PyTree]:
         return guarded_step(self.cell, params, state, x, *flags)

@@ -32,7 +32,13 @@ class Head(Protocol):
         ...
 
     def sample(
-        self, params: PyTree, h: PyTree, key: Array, *, temperature: float = 1.0, top_k: int | None = None,
+        self,
+        params: PyTree,
+        h: PyTree,
+        key: Array,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
         top_p: float | None = None,
     ) -> PyTree:
         """y ~ p(. | h); the most likely y where the temperature is 0."""
@@ -121,8 +127,14 @@ class Categorical:
         return log_p.at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
     def sample(
-        self, params: ReadoutParams, h: Float[Array, " n"], key: Array, *, temperature: float = 1.0,
-        top_k: int | None = None, top_p: float | None = None,
+        self,
+        params: ReadoutParams,
+        h: Float[Array, " n"],
+        key: Array,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> Int[Array, ""]:
         """Draws a class from softmax(logits / temperature), cut to the `top_k` likeliest and the `top_p` nucleus.
 
@@ -229,8 +241,14 @@ class Gaussian:
         return -jnp.sum(deviation**2 / 2 + jnp.log(std) + math.log(2 * math.pi) / 2)
 
     def sample(
-        self, params: ReadoutParams, h: Float[Array, " n"], key: Array, *, temperature: float = 1.0,
-        top_k: int | None = None, top_p: float | None = None,
+        self,
+        params: ReadoutParams,
+        h: Float[Array, " n"],
+        key: Array,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> Float[Array, " m"]:
         """mean + temperature * std * noise.
 

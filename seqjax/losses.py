@@ -91,9 +91,7 @@ def sequence_log_prob(
     return jnp.sum(log_p, axis=1)
 
 
-def perplexity(
-    log_p: Float[Any, "batch time"], mask: Bool[Any, "batch time"] | None = None
-) -> Float[Array, ""]:
+def perplexity(log_p: Float[Any, "batch time"], mask: Bool[Any, "batch time"] | None = None) -> Float[Array, ""]:
     """exp(-mean_t log p_t): how many equally likely choices the model is as unsure as, at a valid step.
 
     Args:

@@ -18,7 +18,9 @@ from seqjax.unroll import length_mask, unroll
 BATCH, TIME = 3, 5
 
 
-def check_cell(cell: Any, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True) -> list[str]:
+def check_cell(
+    cell: Any, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True
+) -> list[str]:
     """Runs the contract of `seqjax.Cell` on a cell.
 
     Args:
@@ -99,8 +101,12 @@ def _is_pure(cell: Any, params: PyTree, x: PyTree) -> None:
     state = cell.initial_state(params)
     inputs = [np.array(leaf) for leaf in jax.tree.leaves((params, state, x))]
     first, second = cell.step(params, state, x), cell.step(params, state, x)
-    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
-    _holds(same, "expected the same step twice to give the same result: the step reads something that is not an argument")
+    same = all(
+        np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True)
+    )
+    _holds(
+        same, "expected the same step twice to give the same result: the step reads something that is not an argument"
+    )
     after = [np.array(leaf) for leaf in jax.tree.leaves((params, state, x))]
     kept = all(map(np.array_equal, inputs, after))
     _holds(kept, "expected the step to leave its arguments as they are, got one changed: return a new state")
@@ -109,7 +115,9 @@ def _is_pure(cell: Any, params: PyTree, x: PyTree) -> None:
 def _keeps_the_type_of_its_state(cell: Any, params: PyTree, x: PyTree) -> None:
     state = jax.tree.map(jnp.asarray, cell.initial_state(params))
     result = cell.step(params, state, x)
-    _holds(isinstance(result, tuple) and len(result) == 2, f"expected (new_state, output) from step, got {type(result)}")
+    _holds(
+        isinstance(result, tuple) and len(result) == 2, f"expected (new_state, output) from step, got {type(result)}"
+    )
     old, new = _type(state), _type(result[0])
     _holds(
         old[0] == new[0] and [t.strip("~") for t in old[1]] == [t.strip("~") for t in new[1]],
@@ -124,7 +132,11 @@ def _follows_the_dtype_of_its_parameters(cell: Any, params: PyTree, x: PyTree) -
         return
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
     state = cell.initial_state(half)
-    wrong = [str(s.dtype) for s in jax.tree.leaves(state) if jnp.issubdtype(s.dtype, jnp.floating) and s.dtype != jnp.bfloat16]
+    wrong = [
+        str(s.dtype)
+        for s in jax.tree.leaves(state)
+        if jnp.issubdtype(s.dtype, jnp.floating) and s.dtype != jnp.bfloat16
+    ]
     _holds(not wrong, f"expected a bfloat16 state from bfloat16 parameters, got {wrong}: jnp.zeros_like(params.b)")
     _keeps_the_type_of_its_state(cell, half, x)
 
@@ -160,8 +172,13 @@ def _scans_as_it_loops(cell: Any, params: PyTree, x: PyTree) -> None:
         for t in range(TIME):
             state, output = cell.step(params, state, jax.tree.map(lambda leaf: leaf[row, t], xs))  # noqa: B023
             expected = jax.tree.map(lambda leaf: leaf[row, t], outputs)  # noqa: B023
-            _holds(_close(output, expected), f"expected the loop's output at row {row}, time {t} from unroll: is step pure?")
-        _holds(_close(state, jax.tree.map(lambda leaf: leaf[row], final)), f"expected the loop's final state in row {row}")  # noqa: B023
+            _holds(
+                _close(output, expected),
+                f"expected the loop's output at row {row}, time {t} from unroll: is step pure?",
+            )
+        _holds(
+            _close(state, jax.tree.map(lambda leaf: leaf[row], final)), f"expected the loop's final state in row {row}"
+        )  # noqa: B023
 
 
 def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:
@@ -171,7 +188,9 @@ def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:
     for row in range(BATCH):
         short = jax.tree.map(lambda leaf: leaf[row : row + 1, :row], xs)  # noqa: B023
         state, cut = unroll(cell, params, short)
-        _holds(_close(state, jax.tree.map(lambda leaf: leaf[row : row + 1], final)), "expected padding to hold the state")  # noqa: B023
+        _holds(
+            _close(state, jax.tree.map(lambda leaf: leaf[row : row + 1], final)), "expected padding to hold the state"
+        )  # noqa: B023
         _holds(_close(cut, jax.tree.map(lambda leaf: leaf[row : row + 1, :row], outputs)), "expected the cut outputs")  # noqa: B023
 
 
@@ -192,4 +211,6 @@ def _has_finite_gradients(cell: Any, params: PyTree, x: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         if leaf.dtype != jax.dtypes.float0:
             finite = bool(jnp.all(jnp.isfinite(leaf)))
-            _holds(finite, f"expected finite gradients at the initial state, got {leaf} in {jax.tree_util.keystr(path)}")
+            _holds(
+                finite, f"expected finite gradients at the initial state, got {leaf} in {jax.tree_util.keystr(path)}"
+            )

@@ -62,7 +62,9 @@ class Embedding:
         """Nothing is carried."""
         return ()
 
-    def step(self, params: EmbeddingParams, state: tuple[()], x: Int[Array, ""]) -> tuple[tuple[()], Float[Array, " d"]]:
+    def step(
+        self, params: EmbeddingParams, state: tuple[()], x: Int[Array, ""]
+    ) -> tuple[tuple[()], Float[Array, " d"]]:
         """The row of the token. A token outside the vocabulary gives NaN, which training reports, not another row."""
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.integer):

@@ -30,7 +30,9 @@ def check_fields(cell: Any, sizes: tuple[str, ...], **choices: tuple[str, ...]) 
             raise ValueError(f"expected {kind} {name} to be one of {', '.join(allowed)}, got {value!r}")
     dtype = jnp.dtype(cell.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"expected {kind} dtype to be floating-point, got {dtype.name}: use float32, float64 or bfloat16")
+        raise TypeError(
+            f"expected {kind} dtype to be floating-point, got {dtype.name}: use float32, float64 or bfloat16"
+        )
     object.__setattr__(cell, "dtype", dtype.name)
 
 

@@ -169,9 +169,7 @@ class GRU:
     def __post_init__(self) -> None:
         if self.update is None:
             object.__setattr__(self, "update", "keeps" if self.reset == "after" else "writes")
-        check_fields(
-            self, ("input_size", "hidden_size"), reset=("after", "before"), update=("keeps", "writes")
-        )
+        check_fields(self, ("input_size", "hidden_size"), reset=("after", "before"), update=("keeps", "writes"))
         check_chrono(self)
 
     @property
@@ -197,9 +195,7 @@ class GRU:
         """h_0 = 0."""
         return GRUState(jnp.zeros_like(params.W_hh, shape=params.W_hh.shape[1]))
 
-    def step(
-        self, params: GRUParams, state: GRUState, x: Float[Array, " d"]
-    ) -> tuple[GRUState, Float[Array, " n"]]:
+    def step(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> tuple[GRUState, Float[Array, " n"]]:
         """`gru_step` with this cell's conventions."""
         return gru_step(params, state, x, self.reset, self.update or "keeps")
 

@@ -75,9 +75,7 @@ def lstm_gates(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> L
     return LSTMGates(jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o))
 
 
-def lstm_step(
-    params: LSTMParams, state: LSTMState, x: Float[Array, " d"]
-) -> tuple[LSTMState, Float[Array, " n"]]:
+def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tuple[LSTMState, Float[Array, " n"]]:
     """One step of the LSTM.
 
         c_t = f * c_{t-1} + i * c~    h_t = o * tanh(c_t)
@@ -173,9 +171,7 @@ class LSTM:
         zero = jnp.zeros_like(params.W_hh, shape=params.W_hh.shape[1])
         return LSTMState(zero, zero)
 
-    def step(
-        self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]
-    ) -> tuple[LSTMState, Float[Array, " n"]]:
+    def step(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tuple[LSTMState, Float[Array, " n"]]:
         """`lstm_step`."""
         return lstm_step(params, state, x)
 

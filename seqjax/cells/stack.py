@@ -32,7 +32,9 @@ class Stack:
         """Each layer's initial state."""
         return tuple(cell.initial_state(p) for cell, p in zip(self.cells, params, strict=True))
 
-    def step(self, params: tuple[PyTree, ...], state: tuple[PyTree, ...], x: PyTree) -> tuple[tuple[PyTree, ...], PyTree]:
+    def step(
+        self, params: tuple[PyTree, ...], state: tuple[PyTree, ...], x: PyTree
+    ) -> tuple[tuple[PyTree, ...], PyTree]:
         """All layers at one time; the output is that of the last."""
         new_state = []
         for cell, p, s in zip(self.cells, params, state, strict=True):

@@ -1,0 +1,19 @@
+"""Real text, digits, and the synthetic tasks, as streams of batches."""
+
+from .batching import batches as batches
+from .batching import pad as pad
+from .digits import Digits as Digits
+from .digits import digits as digits
+from .synthetic import ADDING_BASELINE as ADDING_BASELINE
+from .synthetic import adding_problem as adding_problem
+from .synthetic import copy_baseline as copy_baseline
+from .synthetic import copy_memory as copy_memory
+from .text import Corpus as Corpus
+from .text import UnknownCharacter as UnknownCharacter
+from .text import decode as decode
+from .text import encode as encode
+from .text import manual_topics as manual_topics
+from .text import read_text as read_text
+from .text import split as split
+from .text import unigram_entropy as unigram_entropy
+from .text import windows as windows

@@ -1,0 +1,22 @@
+"""`seqjax` and `python -m seqjax`: the command line, or what to install for it."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        import orbax.checkpoint  # noqa: F401
+        import rich  # noqa: F401
+        import tyro  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f'seqjax: expected the packages of the command line, got no {error.name}: pip install "seqjax[cli]"')
+    from seqjax.cli import run
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Text as a stream of characters: the Python manual's topics, or any UTF-8 file.
+
+The manual ships with every Python, so training on real prose needs no network; its text differs a little from version to
+version, which the corpus's hash tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from seqjax.training import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text and its characters as whole numbers.
+
+    Args:
+        name: where it comes from.
+        text: all of it.
+        vocabulary: its distinct characters in order; the place of one is its token.
+
+    Example:
+        >>> import seqjax as sj
+        >>> corpus = sj.data.Corpus.of("toy", "abacus")
+        >>> corpus.vocabulary, corpus.tokens.tolist()
+        ('abcsu', [0, 1, 0, 2, 4, 3])
+    """
+
+    name: str
+    text: str
+    vocabulary: str
+
+    @classmethod
+    def of(cls, name: str, text: str) -> Corpus:
+        """The corpus of a text, with the vocabulary of its characters.
+
+        Raises:
+            ValueError: the text is empty.
+        """
+        if not text:
+            raise ValueError(
+                f"expected text in {name}, got none: choose a file with at least a few thousand characters"
+            )
+        return cls(name, text, "".join(sorted(set(text))))
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The text as tokens (length,)."""
+        return encode(self.text, self.vocabulary, self.name)
+
+    @property
+    def sha256(self) -> str:
+        """Of the text in UTF-8, to know it again."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class UnknownCharacter(ValueError):
+    """A text holds a character that the vocabulary lacks."""
+
+
+def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
+    """Characters to tokens.
+
+    Args:
+        text: to be encoded.
+        vocabulary: the characters, in the order of their tokens.
+        name: of the text, for the message.
+
+    Returns:
+        Tokens (length,), int32.
+
+    Raises:
+        UnknownCharacter: the text holds characters that the vocabulary lacks.
+
+    Example:
+        >>> import seqjax as sj
+        >>> sj.data.encode("cab", "abc").tolist()
+        [2, 0, 1]
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    known = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
+    tokens = np.searchsorted(known, codes)
+    wrong = np.flatnonzero(known[np.minimum(tokens, len(known) - 1)] != codes) if len(known) else np.arange(len(codes))
+    if len(wrong):
+        characters = "".join(sorted({text[i] for i in wrong}))
+        shown = repr(characters[:10]) + ("..." if len(characters) > 10 else "")
+        raise UnknownCharacter(
+            f"expected only the {len(known)} characters of the vocabulary in {name}, got {len(wrong)} others ({shown}), "
+            f"the first at position {wrong[0]}: use the text that the vocabulary was made from, or remove them"
+        )
+    return tokens.astype(np.int32)
+
+
+def decode(tokens: Sequence[int] | np.ndarray, vocabulary: str) -> str:
+    """Tokens to characters.
+
+    Example:
+        >>> import seqjax as sj
+        >>> sj.data.decode([2, 0, 1], "abc")
+        'cab'
+    """
+    return "".join(vocabulary[int(token)] for token in np.asarray(tokens).ravel())
+
+
+def manual_topics() -> Corpus:
+    """The topics of the Python manual, about half a million characters of technical English.
+
+    Returns:
+        The corpus; its name carries the version of Python.
+
+    Source: `pydoc_data.topics` of the standard library, which `help("topics")` prints.
+
+    Example:
+        >>> import seqjax as sj
+        >>> len(sj.data.manual_topics().text) > 400_000
+        True
+    """
+    from pydoc_data import topics
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Corpus.of(
+        f"pydoc_data.topics of Python {version}", "\n".join(topics.topics[k] for k in sorted(topics.topics))
+    )
+
+
+def read_text(path: str | Path) -> Corpus:
+    """Any UTF-8 file as a corpus.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The corpus, named after the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is empty or not UTF-8.
+
+    Example:
+        >>> import pathlib, tempfile, seqjax as sj
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "toy.txt"
+        >>> _ = path.write_text("hello")
+        >>> sj.data.read_text(path).vocabulary
+        'ehlo'
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 in {path}, got byte {error.object[error.start]:#04x} at position {error.start}: "
+            f"convert it, for example with iconv -t utf-8"
+        ) from None
+    return Corpus.of(str(path), text)
+
+
+def unigram_entropy(tokens: Sequence[int] | np.ndarray) -> float:
+    """H = -sum_v p_v log2 p_v of the tokens' frequencies: the bits per token that a model without memory needs.
+
+    Args:
+        tokens: any whole numbers.
+
+    Returns:
+        The entropy, in bits.
+
+    Raises:
+        ValueError: there is no token.
+
+    Source: Shannon 1948.
+
+    Example:
+        >>> import seqjax as sj
+        >>> sj.data.unigram_entropy([0, 1, 2, 3])
+        2.0
+    """
+    if not len(tokens):
+        raise ValueError("expected at least one token, got none: an empty text has no entropy")
+    _, counts = np.unique(np.asarray(tokens), return_counts=True)
+    p = counts / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first 90 % to train on, the next 5 % to validate, the last 5 % to test.
+
+    Example:
+        >>> import numpy as np, seqjax as sj
+        >>> [len(part) for part in sj.data.split(np.arange(1000))]
+        [900, 50, 50]
+    """
+    first, second = len(tokens) * 90 // 100, len(tokens) * 95 // 100
+    return tokens[:first], tokens[first:second], tokens[second:]
+
+
+def windows(
+    tokens: np.ndarray, batch: int, window: int, *, passes: int | None = None, skip: int = 0
+) -> Iterator[Batch]:
+    """Consecutive windows of a text, in `batch` rows side by side, each going on where the window before it stopped.
+
+    Row b reads the b-th of `batch` equal stretches of the text. After each pass the rows start afresh at their
+    beginnings. Which window comes n-th depends on n alone, so a stream that is skipped to n goes on as an unbroken one.
+
+    Args:
+        tokens: the text (length,).
+        batch: rows.
+        window: steps in a window.
+        passes: over the text; None for no end.
+        skip: windows to leave out at the start.
+
+    Yields:
+        `Batch` with xs and targets (batch, window), the targets one step ahead.
+
+    Raises:
+        ValueError: the text is too short for one window.
+
+    Example:
+        >>> import numpy as np, seqjax as sj
+        >>> [(b.xs.tolist(), b.continues) for b in sj.data.windows(np.arange(10), batch=1, window=4, passes=1)]
+        [([[0, 1, 2, 3]], False), ([[4, 5, 6, 7]], True)]
+    """
+    if batch < 1 or window < 1:
+        raise ValueError(f"expected batch and window of at least 1, got {batch} and {window}")
+    length = (len(tokens) - 1) // batch
+    count = length // window
+    if count < 1:
+        raise ValueError(
+            f"expected at least batch * window + 1 = {batch * window + 1} characters for one window of {window} steps in "
+            f"{batch} rows, got {len(tokens)}: use a longer text, or a smaller batch or window"
+        )
+    rows = np.asarray(tokens)[: batch * length].reshape(batch, length)
+    ahead = np.asarray(tokens)[1 : batch * length + 1].reshape(batch, length)
+
+    def stream() -> Iterator[Batch]:
+        n = skip
+        while passes is None or n < passes * count:
+            at = (n % count) * window
+            # The first window after a skip continues as well: who skips there brings the state along.
+            yield Batch(rows[:, at : at + window], ahead[:, at : at + window], continues=n % count > 0)
+            n += 1
+
+    return stream()

@@ -6,6 +6,7 @@ from . import training as training
 from .adapters import from_equinox as from_equinox
 from .adapters import from_linen as from_linen
 from .adapters import from_nnx as from_nnx
+from .batch import Batch as Batch
 from .cell import Cell as Cell
 from .cells.embedding import Embedding as Embedding
 from .cells.embedding import EmbeddingParams as EmbeddingParams
@@ -29,6 +30,9 @@ from .cells.vanilla import VanillaParams as VanillaParams
 from .cells.vanilla import VanillaRNN as VanillaRNN
 from .cells.vanilla import VanillaState as VanillaState
 from .cells.vanilla import vanilla_step as vanilla_step
+from .fit import Fitted as Fitted
+from .fit import evaluate as evaluate
+from .fit import fit as fit
 from .generation import Generated as Generated
 from .generation import generate as generate
 from .gradients import detach as detach
@@ -53,15 +57,11 @@ from .model import Model as Model
 from .model import ModelParams as ModelParams
 from .model import head_log_probs as head_log_probs
 from .model import log_probs as log_probs
+from .objectives import ManyToOne as ManyToOne
+from .objectives import every_step as every_step
 from .pooling import last_valid as last_valid
 from .pooling import masked_max as masked_max
 from .pooling import masked_mean as masked_mean
-from .training import Batch as Batch
-from .training import Fitted as Fitted
-from .training import ManyToOne as ManyToOne
-from .training import evaluate as evaluate
-from .training import every_step as every_step
-from .training import fit as fit
 from .unroll import gates as gates
 from .unroll import length_mask as length_mask
 from .unroll import trajectory as trajectory

@@ -8,7 +8,6 @@ key, and hold on to its structure alone; `params_from(module)` takes the weights
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,7 +49,7 @@ def from_linen(module: Any, input_size: int) -> LinenCell:
     return LinenCell(module, input_size)
 
 
-def from_nnx(kind: Callable[..., Any], *arguments: Any, **keywords: Any) -> NnxCell:
+def from_nnx(kind: Any, *arguments: Any, **keywords: Any) -> NnxCell:
     """A flax-nnx recurrent cell, such as `flax.nnx.LSTMCell`, by its class and its arguments.
 
     Args:
@@ -78,7 +77,7 @@ def from_nnx(kind: Callable[..., Any], *arguments: Any, **keywords: Any) -> NnxC
     return NnxCell(kind, arguments, tuple(sorted(keywords.items())))
 
 
-def from_equinox(kind: Callable[..., Any], *arguments: Any, **keywords: Any) -> EquinoxCell:
+def from_equinox(kind: Any, *arguments: Any, **keywords: Any) -> EquinoxCell:
     """An equinox recurrent cell, such as `equinox.nn.LSTMCell`, by its class and its arguments.
 
     Args:
@@ -87,8 +86,8 @@ def from_equinox(kind: Callable[..., Any], *arguments: Any, **keywords: Any) -> 
         *arguments, **keywords: for `kind`, without `key`.
 
     Returns:
-        A cell whose parameters are the module with everything but its arrays taken out; its output is the first array of
-        the state, h.
+        A cell whose parameters are the module with everything but its arrays taken out; its output is the first array
+        of the state, h.
 
     Raises:
         TypeError: a module was given and not its class.
@@ -166,7 +165,7 @@ class LinenCell:
 class NnxCell:
     """A flax-nnx cell; parameters are its `nnx.Param`s as a plain dictionary. Built by `from_nnx`."""
 
-    kind: Callable[..., Any]
+    kind: Any
     arguments: tuple[Any, ...]
     keywords: Arguments
 
@@ -224,7 +223,7 @@ class NnxCell:
 class EquinoxCell:
     """An equinox cell; parameters are the module's arrays, in the module. Built by `from_equinox`."""
 
-    kind: Callable[..., Any]
+    kind: Any
     arguments: tuple[Any, ...]
     keywords: Arguments
 

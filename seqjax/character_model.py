@@ -22,10 +22,11 @@ from seqjax.cells.lstm import LSTM
 from seqjax.cells.stack import stack
 from seqjax.cells.vanilla import VanillaRNN
 from seqjax.data.text import windows
+from seqjax.fit import evaluate
 from seqjax.generation import generate
 from seqjax.heads import Categorical
 from seqjax.model import Model, ModelParams, log_probs
-from seqjax.training import Metrics, TrainState, clipped, evaluate, start, updates
+from seqjax.training import Metrics, TrainState, clipped, start, updates
 
 CELLS = {"vanilla": VanillaRNN, "lstm": LSTM, "gru": GRU}
 

@@ -24,7 +24,8 @@ def check_inputs(cell: Any, xs: PyTree) -> tuple[PyTree, int, int]:
     expected = "(batch, time, ...)" if shape is None else f"({', '.join(['batch', 'time', *map(str, shape)])})"
     if not leaves:
         raise ValueError(
-            f"expected xs {expected}, got no array: a cell without inputs still needs its time, xs of shape (batch, time, 0)"
+            f"expected xs {expected}, got no array: "
+            f"a cell without inputs still needs its time, xs of shape (batch, time, 0)"
         )
     for path, leaf in leaves:
         fits = leaf.ndim >= 2 if shape is None else leaf.ndim == 2 + len(shape) and leaf.shape[2:] == shape

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.cell import State, is_value
@@ -90,11 +91,7 @@ def generate(
         )
     batch = jnp.shape(leaves[0])[0]
     keys = _row_keys(key, batch)
-    if (
-        mask is not None
-        and not isinstance(mask, jax.core.Tracer)
-        and not bool(jnp.all(jnp.any(jnp.asarray(mask), axis=1)))
-    ):
+    if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(jnp.asarray(mask), axis=1))):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
     run = _generate_compiled if is_value(model.cell) else _generate
     options = (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p))

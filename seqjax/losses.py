@@ -67,8 +67,8 @@ def sequence_log_prob(
 ) -> Float[Array, " batch"]:
     """log p(y_{1:T} | x_{1:T}) = sum_t log p(y_t | x_{<=t}) of each sequence.
 
-    For a text, xs = tokens[:, :-1] and targets = tokens[:, 1:] give log p(x_{2:T} | x_1); put a start token in front for
-    log p(x_{1:T}).
+    For a text, xs = tokens[:, :-1] and targets = tokens[:, 1:] give log p(x_{2:T} | x_1); put a start token in front
+    for log p(x_{1:T}).
 
     Args:
         model, params, xs, targets, state, mask, reset: as for `log_probs`.

@@ -90,6 +90,15 @@ def _type(tree: PyTree) -> Any:
     return jax.tree.structure(tree), [jax.typeof(jnp.asarray(leaf)).str_short() for leaf in jax.tree.leaves(tree)]
 
 
+def _pick(tree: PyTree, index: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _cast(tree: PyTree, dtype: Any) -> PyTree:
+    """The floating-point leaves in another dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+
 def _close(a: PyTree, b: PyTree, tolerance: float = 1e-5) -> bool:
     def near(p: Array, q: Array) -> bool:
         return np.allclose(np.asarray(p, float), np.asarray(q, float), rtol=tolerance, atol=tolerance)
@@ -130,7 +139,7 @@ def _follows_the_dtype_of_its_parameters(cell: Any, params: PyTree, x: PyTree) -
     floating = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if not floating:
         return
-    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+    half = _cast(params, jnp.bfloat16)
     state = cell.initial_state(half)
     wrong = [
         str(s.dtype)
@@ -145,8 +154,7 @@ def _takes_wrong_dtypes(cell: Any, params: PyTree, x: PyTree) -> None:
     if not jax.tree.leaves(params):
         return  # nothing fixes the dtype but the input itself
     for dtype in (jnp.bfloat16, jnp.float16):
-        other = jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, x)  # noqa: B023
-        _keeps_the_type_of_its_state(cell, params, other)
+        _keeps_the_type_of_its_state(cell, params, _cast(x, dtype))
 
 
 def _traces_once(cell: Any, params: PyTree, x: PyTree) -> None:
@@ -170,15 +178,11 @@ def _scans_as_it_loops(cell: Any, params: PyTree, x: PyTree) -> None:
     for row in range(BATCH):
         state = cell.initial_state(params)
         for t in range(TIME):
-            state, output = cell.step(params, state, jax.tree.map(lambda leaf: leaf[row, t], xs))  # noqa: B023
-            expected = jax.tree.map(lambda leaf: leaf[row, t], outputs)  # noqa: B023
-            _holds(
-                _close(output, expected),
-                f"expected the loop's output at row {row}, time {t} from unroll: is step pure?",
-            )
-        _holds(
-            _close(state, jax.tree.map(lambda leaf: leaf[row], final)), f"expected the loop's final state in row {row}"
-        )  # noqa: B023
+            state, output = cell.step(params, state, _pick(xs, (row, t)))
+            expected = _pick(outputs, (row, t))
+            same = _close(output, expected)
+            _holds(same, f"expected the loop's output at row {row}, time {t} from unroll: is step pure?")
+        _holds(_close(state, _pick(final, row)), f"expected the loop's final state in row {row}: is step pure?")
 
 
 def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:
@@ -186,12 +190,10 @@ def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:
     spoilt = jax.tree.map(lambda leaf: _spoil(leaf, length_mask(lengths, TIME)), xs)
     final, outputs = unroll(cell, params, spoilt, mask=length_mask(lengths, TIME))
     for row in range(BATCH):
-        short = jax.tree.map(lambda leaf: leaf[row : row + 1, :row], xs)  # noqa: B023
-        state, cut = unroll(cell, params, short)
-        _holds(
-            _close(state, jax.tree.map(lambda leaf: leaf[row : row + 1], final)), "expected padding to hold the state"
-        )  # noqa: B023
-        _holds(_close(cut, jax.tree.map(lambda leaf: leaf[row : row + 1, :row], outputs)), "expected the cut outputs")  # noqa: B023
+        valid = (slice(row, row + 1), slice(0, row))
+        state, cut = unroll(cell, params, _pick(xs, valid))
+        _holds(_close(state, _pick(final, valid[0])), f"expected padding to hold the state of row {row}")
+        _holds(_close(cut, _pick(outputs, valid)), f"expected row {row} to give what it gives without its padding")
 
 
 def _spoil(leaf: Array, mask: Array) -> Array:

@@ -1,99 +1,26 @@
-"""Training any model on any stream of batches with optax.
+"""Training any model on any stream of batches with optax, one update a turn.
 
-A stream is an iterable of `Batch`. A batch either starts afresh, as independent sequences do, or continues the one
-before it, as windows of a long text do: then the state is carried over, detached, which is truncated backpropagation
-through time on chunks.
-
-`updates` is the loop as a generator, one update a turn; `fit` runs it and keeps the history.
+A batch either starts afresh, as independent sequences do, or continues the one before it, as windows of a long text do:
+then the state is carried over, detached, which is truncated backpropagation through time on chunks.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
+from seqjax.batch import Batch
 from seqjax.cell import State, is_value
 from seqjax.gradients import detach
-from seqjax.losses import sequence_loss
-from seqjax.model import Model, ModelParams, head_log_probs
-from seqjax.pooling import last_valid
+from seqjax.model import Model, ModelParams
+from seqjax.objectives import Objective, every_step
 from seqjax.unroll import unroll
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A batch of sequences and what is to be predicted from them.
-
-    Args:
-        xs: inputs, leaves (batch, time, ...).
-        targets: y, leaves (batch, time, ...), or (batch, ...) for a loss that reads one output a sequence.
-        mask: valid steps (batch, time); None where all are.
-        reset: steps before which the state starts anew (batch, time); None for no such step.
-        continues: whether these sequences go on where those of the batch before stopped.
-    """
-
-    xs: PyTree
-    targets: PyTree
-    mask: Bool[Any, "batch time"] | None = None
-    reset: Bool[Any, "batch time"] | None = None
-    continues: bool = False
-
-
-BatchLoss = Callable[[Any, PyTree, PyTree, PyTree, Any], Array]  # (head, params, outputs, targets, mask) -> number
-
-
-def every_step(head: Any, params: PyTree, outputs: PyTree, targets: PyTree, mask: Any) -> Array:
-    """The mean of -log p(y_t | h_t) over valid steps: many-to-many, and language models.
-
-    Args:
-        head, params: the readout and its parameters.
-        outputs: of the cell, leaves (batch, time, ...).
-        targets: leaves (batch, time, ...).
-        mask: valid steps, or None.
-
-    Returns:
-        One number, in nats.
-
-    Example:
-        >>> import jax.numpy as jnp, seqjax as sj
-        >>> head, zero = sj.Categorical(3, 4), sj.ReadoutParams(jnp.zeros((4, 3)), jnp.zeros(4))
-        >>> round(float(sj.every_step(head, zero, jnp.ones((2, 5, 3)), jnp.zeros((2, 5), int), None)), 4)  # ln 4
-        1.3863
-    """
-    return sequence_loss(-head_log_probs(head, params, outputs, targets, mask), mask)
-
-
-@dataclasses.dataclass(frozen=True)
-class ManyToOne:
-    """The mean over sequences of -log p(y | pool(h_1..h_T)): one target a sequence.
-
-    Args:
-        pool: from outputs and mask to one vector a sequence: `last_valid`, `masked_mean` or `masked_max`.
-
-    Example:
-        >>> import jax.numpy as jnp, seqjax as sj
-        >>> head, zero = sj.Categorical(3, 4), sj.ReadoutParams(jnp.zeros((4, 3)), jnp.zeros(4))
-        >>> loss = sj.ManyToOne(sj.last_valid)
-        >>> round(float(loss(head, zero, jnp.ones((2, 5, 3)), jnp.zeros(2, int), None)), 4)  # ln 4
-        1.3863
-    """
-
-    pool: Callable[..., PyTree] = last_valid
-
-    def __call__(self, head: Any, params: PyTree, outputs: PyTree, targets: PyTree, mask: Any) -> Array:
-        h = self.pool(outputs, mask)
-        return -jnp.mean(jax.vmap(partial(head.log_prob, params))(h, jax.tree.map(jnp.asarray, targets)))
 
 
 class TrainState(NamedTuple):
@@ -175,7 +102,7 @@ def updates(
     state: TrainState,
     *,
     optimizer: optax.GradientTransformation,
-    loss: BatchLoss = every_step,
+    loss: Objective = every_step,
     clip_norm: float | None = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """One update a turn: theta <- theta + optimizer(dL/dtheta), the state carried and detached where a batch continues.
@@ -222,7 +149,7 @@ def _finite(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
 
 
 def _run_updates(
-    model: Model, stream: Iterable[Batch], state: TrainState, optimizer: Any, loss: BatchLoss, clip_norm: float | None
+    model: Model, stream: Iterable[Batch], state: TrainState, optimizer: Any, loss: Objective, clip_norm: float | None
 ) -> Iterator[tuple[TrainState, Metrics]]:
     update = _update_compiled if is_value(model.cell) and is_value(model.head) else _update
     limit = float("inf") if clip_norm is None else float(clip_norm)
@@ -238,7 +165,7 @@ def _run_updates(
 
 
 def _update(
-    model: Model, optimizer: Any, loss: BatchLoss, limit: float, state: TrainState, data: tuple[PyTree, ...]
+    model: Model, optimizer: Any, loss: Objective, limit: float, state: TrainState, data: tuple[PyTree, ...]
 ) -> tuple[TrainState, Metrics]:
     xs, targets, mask, reset = data
 
@@ -250,145 +177,9 @@ def _update(
     norm = optax.tree.norm(gradient)
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to its integer count
         change, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, change)
+    params: Any = optax.apply_updates(state.params, change)
     new_state = TrainState(state.step + 1, params, optimizer_state, final)
     return new_state, Metrics(value, norm, (norm > limit).astype(norm.dtype), optax.tree.norm(params))
 
 
 _update_compiled = jax.jit(_update, static_argnums=(0, 1, 2, 3))
-
-
-def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss: BatchLoss = every_step) -> float:
-    """The mean loss over a finite stream, each batch weighted by its number of valid steps.
-
-    Args:
-        model, params: what is evaluated.
-        stream: batches; the state is carried where they continue.
-        loss: as for `updates`.
-
-    Returns:
-        The mean loss, in nats for the losses of this library.
-
-    Raises:
-        ValueError: the stream is empty, or a batch does not fit.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, seqjax as sj
-        >>> model = sj.Model(sj.stack([sj.Embedding(4, 2), sj.GRU(2, 3)]), sj.Categorical(3, 4))
-        >>> params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
-        >>> tokens = jnp.zeros((2, 5), int)
-        >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
-        1.3863
-    """
-    run = _evaluate_compiled if is_value(model.cell) and is_value(model.head) else _evaluate
-    carried, total, weight = None, 0.0, 0
-    for batch in stream:
-        state = carried if batch.continues else None
-        carried, value = run(model, loss, params, state, (batch.xs, batch.targets, batch.mask, batch.reset))
-        steps = int(np.prod(jax.tree.leaves(batch.xs)[0].shape[:2])) if batch.mask is None else int(np.sum(batch.mask))
-        total, weight = total + float(value) * steps, weight + steps
-    if not weight:
-        raise ValueError("expected at least one valid step to evaluate on, got none: is the stream already used up?")
-    return total / weight
-
-
-def _evaluate(
-    model: Model, loss: BatchLoss, params: ModelParams, carried: State, data: tuple[PyTree, ...]
-) -> tuple[State, Array]:
-    xs, targets, mask, reset = data
-    final, outputs = unroll(model.cell, params.cell, xs, state=carried, mask=mask, reset=reset)
-    return final, loss(model.head, params.head, outputs, targets, mask)
-
-
-_evaluate_compiled = jax.jit(_evaluate, static_argnums=(0, 1))
-
-
-class Fitted(NamedTuple):
-    """What `fit` returns.
-
-    Attributes:
-        params: the trained parameters.
-        history: arrays, one entry an update, "step", "loss", "grad_norm", "clipped" and "param_norm"; and one an
-            evaluation, "validation_step" and "validation".
-        state: to go on training from.
-        reason: why it stopped: "steps", "stream" (used up), or "not finite at step N (...)"; then `params` and `state`
-            are those before that step.
-    """
-
-    params: ModelParams
-    history: dict[str, np.ndarray]
-    state: TrainState
-    reason: str
-
-
-def fit(
-    model: Model,
-    stream: Iterable[Batch],
-    *,
-    steps: int | None = None,
-    optimizer: optax.GradientTransformation | None = None,
-    clip_norm: float | None = 1.0,
-    loss: BatchLoss = every_step,
-    key: Array | None = None,
-    params: ModelParams | None = None,
-    state: TrainState | None = None,
-    validation: Callable[[], Iterable[Batch]] | None = None,
-    validate_every: int = 100,
-    progress: Callable[[int, Metrics], None] | None = None,
-) -> Fitted:
-    """Trains a model: theta <- theta + optimizer(clip(dL/dtheta)), batch after batch.
-
-    Args:
-        model: the cell and its head.
-        stream: batches of `seqjax.data`, or any iterable of `Batch`.
-        steps: how many updates; by default until the stream ends.
-        optimizer: an optax transformation; by default Adam at 1e-3.
-        clip_norm: the largest norm of the gradient; None does not clip.
-        loss: `every_step`, `ManyToOne(pool)`, or your own function of (head, params, outputs, targets, mask).
-        key: draws the parameters, unless `params` or `state` is given.
-        params: parameters to begin from.
-        state: the `state` of an earlier `Fitted`, to go on from.
-        validation: returns a fresh finite stream each time that it is called.
-        validate_every: updates between two evaluations.
-        progress: called with the step and its metrics after every update.
-
-    Returns:
-        `Fitted`: params, history, state, reason. A loss or gradient that is not finite stops the training and is warned
-        of, since no later step can be right.
-
-    Raises:
-        ValueError, TypeError: a batch does not fit the model, or there is nothing to begin from.
-
-    Example:
-        >>> import jax, seqjax as sj
-        >>> model = sj.Model(sj.GRU(2, 8), sj.Gaussian(8, 1, std=1.0))
-        >>> stream = sj.data.adding_problem(jax.random.key(0), batch=16, time=10)
-        >>> fitted = sj.fit(model, stream, steps=20, loss=sj.ManyToOne(), key=jax.random.key(1))
-        >>> fitted.reason, len(fitted.history["loss"])
-        ('steps', 20)
-    """
-    if steps is not None and steps < 0:
-        raise ValueError(f"expected steps of at least 0, got {steps}")
-    optimizer = clipped(optax.adam(1e-3) if optimizer is None else optimizer, clip_norm)
-    state = start(model, optimizer, key, params) if state is None else state
-    first, rows, validated = int(state.step), [], []
-    batches = stream if steps is None else itertools.islice(stream, steps)
-    reason = "stream"
-    try:
-        for state, metrics in updates(model, batches, state, optimizer=optimizer, loss=loss, clip_norm=clip_norm):
-            rows.append((first + len(rows) + 1, *metrics))
-            if progress is not None:
-                progress(rows[-1][0], metrics)
-            if validation is not None and (len(rows) % validate_every == 0 or len(rows) == steps):
-                validated.append((rows[-1][0], evaluate(model, state.params, validation(), loss=loss)))
-        if len(rows) == steps:
-            reason = "steps"
-    except NotFinite as error:
-        reason = str(error)
-        warnings.warn(f"training stopped: {reason}; lower the learning rate or clip_norm", stacklevel=2)
-    history = _columns(("step", *Metrics._fields), rows) | _columns(("validation_step", "validation"), validated)
-    return Fitted(state.params, history, state, reason)
-
-
-def _columns(names: tuple[str, ...], rows: list[tuple[float, ...]]) -> dict[str, np.ndarray]:
-    return {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PyTree
 
 from seqjax.cell import Output, Params, State, is_value, same_state_type, strong_type
@@ -84,8 +85,8 @@ def trajectory(
         cell, params, xs, state, mask, reset, reverse: as for `unroll`.
 
     Returns:
-        The states, leaves (batch, time + 1, ...): index t holds s_t. With `reverse`, index T holds the initial state and
-        index t the state after the steps T-1, ..., t.
+        The states, leaves (batch, time + 1, ...): index t holds s_t. With `reverse`, index T holds the initial
+        state and index t the state after the steps T-1, ..., t.
 
     Raises:
         ValueError, TypeError: as for `unroll`.
@@ -121,8 +122,8 @@ def gates(
     """Each gate's activations over a sequence, by name.
 
     Args:
-        cell: one that names its gates with a method `gates(params, state, x)`, such as `LSTM` and `GRU`, or a stack that
-            holds one.
+        cell: one that names its gates with a method `gates(params, state, x)`, such as `LSTM` and `GRU`, or a stack
+            that holds one.
         params, xs, state, mask, reset, reverse: as for `unroll`.
 
     Returns:
@@ -173,7 +174,7 @@ def length_mask(lengths: Int[Any, " batch"], time: int) -> Bool[Array, "batch ti
         raise ValueError(f"expected lengths (batch,), got {lengths.shape}: one length for each sequence")
     if lengths.size and not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"expected whole-number lengths, got {lengths.dtype}: lengths.astype(int)")
-    if not isinstance(lengths, jax.core.Tracer) and lengths.size:
+    if not isinstance(lengths, Tracer) and lengths.size:
         shortest, longest = int(np.min(lengths)), int(np.max(lengths))
         if shortest < 0 or longest > time:
             raise ValueError(f"expected lengths from 0 to time = {time}, got {shortest} to {longest}")
@@ -201,7 +202,7 @@ def guarded_step(
 ) -> tuple[State, PyTree]:
     """`cell.step` for one example at one time with its mask and reset flags; None stands for always valid, never reset.
 
-    Returns the new state and what `emit` keeps of the step: zero where not valid, unless it is the state, which is held.
+    Returns the new state and what `emit` keeps of the step: zero where not valid, except for the state, held there.
     """
     if restart is not None:
         state = _choose(restart, strong_type(cell.initial_state(params)), state)

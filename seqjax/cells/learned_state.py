@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, strong_type
+from seqjax.cell import strong_type
 
 
 class LearnedStateParams(NamedTuple):
@@ -36,22 +36,22 @@ class LearnedState:
         True
     """
 
-    cell: Cell
+    cell: Any
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """That of the cell."""
-        return self.cell.input_shape  # pyright: ignore[reportAttributeAccessIssue]
+        return self.cell.input_shape
 
     @property
     def hidden_size(self) -> int:
         """That of the cell."""
-        return self.cell.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
+        return self.cell.hidden_size
 
     @property
     def input_size(self) -> int:
         """That of the cell."""
-        return self.cell.input_size  # pyright: ignore[reportAttributeAccessIssue]
+        return self.cell.input_size
 
     def init(self, key: Array) -> LearnedStateParams:
         """The cell's parameters, and its initial state as one more."""
@@ -69,5 +69,5 @@ class LearnedState:
     @property
     def gates(self) -> Callable[[Any, Any, Any], dict[str, Array]]:
         """The cell's gates, where it names them."""
-        gates = self.cell.gates  # pyright: ignore[reportAttributeAccessIssue]
+        gates = self.cell.gates
         return lambda params, state, x: gates(params.cell, state, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +18,12 @@ from seqjax.cell import Cell
 class Stack:
     """Layers as one cell; parameters and states are tuples with one entry for each layer. Built by `stack`."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[Any, ...]  # of cells
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """That of the first layer."""
-        return self.cells[0].input_shape  # pyright: ignore[reportAttributeAccessIssue]
+        return self.cells[0].input_shape
 
     def init(self, key: Array) -> tuple[PyTree, ...]:
         """Each layer's parameters, from a key of its own."""
@@ -87,7 +88,7 @@ def stack(cells: Sequence[Cell]) -> Stack:
                 f"expected cells in a stack, got {type(cell).__name__} as entry {layer}: "
                 f"a cell has the methods init, initial_state and step"
             )
-    for layer, (below, above) in enumerate(zip(cells, cells[1:], strict=False)):
+    for layer, (below, above) in enumerate(itertools.pairwise(cells)):
         gives, reads = getattr(below, "hidden_size", None), getattr(above, "input_size", None)
         if gives is not None and reads is not None and gives != reads:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from seqjax.training import Batch
+from seqjax.batch import Batch
 
 
 def pad(sequences: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

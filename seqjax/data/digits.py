@@ -49,7 +49,7 @@ def digits(*, test_share: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:
         raise ModuleNotFoundError(
             'expected scikit-learn for the digits, got none: pip install "seqjax[digits]"'
         ) from None
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     xs, labels = (pixels / 16).astype(np.float32)[..., None], labels.astype(np.int32)
     order = np.random.default_rng(seed).permutation(len(xs))
     first = round(len(xs) * test_share)

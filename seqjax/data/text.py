@@ -1,7 +1,7 @@
 """Text as a stream of characters: the Python manual's topics, or any UTF-8 file.
 
-The manual ships with every Python, so training on real prose needs no network; its text differs a little from version to
-version, which the corpus's hash tells.
+The manual ships with every Python, so training on real prose needs no network; its text differs a little from version
+to version, which the corpus's hash tells.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seqjax.training import Batch
+from seqjax.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
         >>> sj.data.encode("cab", "abc").tolist()
         [2, 0, 1]
     """
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     known = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
     tokens = np.searchsorted(known, codes)
     wrong = np.flatnonzero(known[np.minimum(tokens, len(known) - 1)] != codes) if len(known) else np.arange(len(codes))
@@ -92,8 +92,8 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
         characters = "".join(sorted({text[i] for i in wrong}))
         shown = repr(characters[:10]) + ("..." if len(characters) > 10 else "")
         raise UnknownCharacter(
-            f"expected only the {len(known)} characters of the vocabulary in {name}, got {len(wrong)} others ({shown}), "
-            f"the first at position {wrong[0]}: use the text that the vocabulary was made from, or remove them"
+            f"expected only the {len(known)} characters of the vocabulary in {name}, got {len(wrong)} others "
+            f"({shown}), the first at position {wrong[0]}: use the text that the vocabulary was made from, or remove them"
         )
     return tokens.astype(np.int32)
 
@@ -230,8 +230,8 @@ def windows(
     count = length // window
     if count < 1:
         raise ValueError(
-            f"expected at least batch * window + 1 = {batch * window + 1} characters for one window of {window} steps in "
-            f"{batch} rows, got {len(tokens)}: use a longer text, or a smaller batch or window"
+            f"expected at least batch * window + 1 = {batch * window + 1} characters for one window of {window} steps "
+            f"in {batch} rows, got {len(tokens)}: use a longer text, or a smaller batch or window"
         )
     rows = np.asarray(tokens)[: batch * length].reshape(batch, length)
     ahead = np.asarray(tokens)[1 : batch * length + 1].reshape(batch, length)

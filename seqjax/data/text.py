@@ -92,8 +92,9 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
         characters = "".join(sorted({text[i] for i in wrong}))
         shown = repr(characters[:10]) + ("..." if len(characters) > 10 else "")
         raise UnknownCharacter(
-            f"expected only the {len(known)} characters of the vocabulary in {name}, got {len(wrong)} others "
-            f"({shown}), the first at position {wrong[0]}: use the text that the vocabulary was made from, or remove them"
+            f"expected only the {len(known)} characters of the vocabulary in {name}, "
+            f"got {len(wrong)} others ({shown}), the first at position {wrong[0]}: "
+            f"use the text that the vocabulary was made from, or remove them"
         )
     return tokens.astype(np.int32)
 

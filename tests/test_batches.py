@@ -1,0 +1,147 @@
+"""Streams of batches: windows that read a text once and in order, and padded sequences that are all there, once."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from errors import raises
+from hypothesis import given
+from hypothesis import strategies as st
+
+import seqjax as sj
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 200))
+def test_windows_laid_end_to_end_are_the_text_and_targets_are_one_ahead(batch, window, more):
+    tokens = np.random.default_rng(more).integers(0, 50, batch * window + 1 + more)
+    stream = list(sj.data.windows(tokens, batch, window, passes=1))
+    rows = np.concatenate([b.xs for b in stream], axis=1)
+    targets = np.concatenate([b.targets for b in stream], axis=1)
+    stretch = (len(tokens) - 1) // batch
+    assert rows.shape == (batch, stretch // window * window)
+    for b, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        np.testing.assert_array_equal(row, tokens[b * stretch :][: len(row)])
+        np.testing.assert_array_equal(target, tokens[b * stretch + 1 :][: len(row)])
+
+
+def test_only_the_first_window_of_a_pass_starts_afresh():
+    stream = sj.data.windows(np.arange(31), 2, 5)
+    assert [b.continues for b in itertools.islice(stream, 7)] == [False, True, True, False, True, True, False]
+    assert len(list(sj.data.windows(np.arange(31), 2, 5, passes=4))) == 12
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3, 4, 11])
+def test_skipping_windows_is_leaving_them_out(skip):
+    tokens = np.random.default_rng(0).integers(0, 9, 40)
+    whole = list(itertools.islice(sj.data.windows(tokens, 2, 6), skip, skip + 8))
+    skipped = list(itertools.islice(sj.data.windows(tokens, 2, 6, skip=skip), 8))
+    for a, b in zip(whole, skipped, strict=True):
+        np.testing.assert_array_equal(a.xs, b.xs)
+        np.testing.assert_array_equal(a.targets, b.targets)
+        assert a.continues == b.continues
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_the_length_that_it_needs():
+    assert len(list(sj.data.windows(np.arange(13), 3, 4, passes=1))) == 1
+    with raises(ValueError, "batch * window + 1 = 13", "got 12", "longer text"):
+        sj.data.windows(np.arange(12), 3, 4)
+    with raises(ValueError, "at least 1", "got 0 and 4"):
+        sj.data.windows(np.arange(12), 0, 4)
+
+
+def test_padding_puts_zeros_behind_and_the_mask_tells_them_apart():
+    sequences = [np.full((n, 2), n + 1.0) for n in (3, 0, 1)]
+    padded, mask = sj.data.pad(sequences)
+    assert padded.shape == (3, 3, 2)
+    for row, valid, sequence in zip(padded, mask, sequences, strict=True):
+        np.testing.assert_array_equal(row[valid], sequence)
+        assert not row[~valid].any()
+        assert valid.tolist() == [t < len(sequence) for t in range(3)]
+
+
+def test_an_empty_sequence_leaves_tokens_whole_numbers():
+    padded, mask = sj.data.pad([[1, 2], []])
+    assert np.issubdtype(padded.dtype, np.integer)
+    assert (padded.tolist(), mask.sum(1).tolist()) == ([[1, 2], [0, 0]], [2, 0])
+
+
+def test_sequences_that_do_not_fit_together_are_refused():
+    with raises(ValueError, "at least one sequence", "got none"):
+        sj.data.pad([])
+    with raises(ValueError, "same features", "(2, 3)", "(2, 4)"):
+        sj.data.pad([np.ones((2, 3)), np.ones((2, 4))])
+    with raises(ValueError, "one target a sequence", "got 1 for 2"):
+        sj.data.batches([[1], [2]], [0], 1)
+    with raises(ValueError, "batch of at least 1", "got 0"):
+        sj.data.batches([[1], [2]], [0, 1], 0)
+
+
+def numbered(lengths):
+    """Sequences of these lengths, each of which holds its own number throughout."""
+    return [np.full(n, 100 + i) for i, n in enumerate(lengths)]
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=20), st.integers(1, 5), st.none() | st.integers(0, 9))
+def test_a_pass_holds_every_sequence_once_with_its_own_target_and_length(lengths, batch, seed):
+    seen = {}
+    for b in sj.data.batches(numbered(lengths), list(range(len(lengths))), batch, seed=seed):
+        mask = np.ones(b.xs.shape, bool) if b.mask is None else b.mask
+        assert (len(b.xs) == len(b.targets)) and len(b.xs) <= batch
+        for x, valid, target in zip(b.xs, mask, b.targets, strict=True):
+            assert target not in seen
+            seen[int(target)] = valid.sum()
+            assert (x[valid] == 100 + target).all()
+            assert not x[~valid].any()
+    assert seen == dict(enumerate(lengths))
+
+
+def test_sequences_of_like_length_stand_together():
+    lengths = np.random.default_rng(0).integers(1, 50, 64)
+    spread = [np.ptp(b.mask.sum(1)) for b in sj.data.batches(numbered(lengths), lengths, 8) if b.mask is not None]
+    by_hand = np.ptp(np.sort(lengths).reshape(8, 8), axis=1)
+    assert sorted(spread) == sorted(by_hand[by_hand > 0])
+    kept = [b.targets.tolist() for b in sj.data.batches(numbered(lengths), lengths, 8, sort=False)]
+    assert sum(kept, []) == lengths.tolist()
+
+
+def test_a_batch_of_equal_lengths_has_no_mask():
+    stream = sj.data.batches(numbered([3, 1, 1, 3, 2]), range(5), 2)
+    assert [(b.xs.shape, b.mask is None) for b in stream] == [((2, 1), True), ((2, 3), False), ((1, 3), True)]
+
+
+def test_the_order_comes_from_the_seed_and_changes_with_the_pass():
+    def order(seed, passes=2):
+        stream = sj.data.batches(numbered([4] * 30), range(30), 5, seed=seed, passes=passes)
+        return [b.targets.tolist() for b in stream]
+
+    assert order(0) == order(0) != order(1)
+    assert order(0)[:6] != order(0)[6:]
+    assert order(0)[:6] == order(0, passes=1)
+    assert order(None)[:6] == order(None)[6:] == np.arange(30).reshape(6, 5).tolist()
+    endless = sj.data.batches(numbered([4] * 30), range(30), 5, seed=0, passes=None)
+    assert [b.targets.tolist() for b in itertools.islice(endless, 12)] == order(0)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 4))
+def test_targets_of_every_step_are_padded_as_their_sequences(lengths, batch):
+    xs = numbered(lengths)
+    for b in sj.data.batches(xs, [10 * x for x in xs], batch):
+        np.testing.assert_array_equal(b.targets, 10 * b.xs)
+
+
+def test_vectors_as_targets_of_whole_sequences_are_stacked_even_where_a_length_is_theirs():
+    xs = [np.full((n, 2), n) for n in (3, 1, 3)]
+    targets = [np.full(3, float(n)) for n in (3, 1, 3)]
+    for b in sj.data.batches(xs, targets, 2):
+        assert b.targets.shape == (len(b.xs), 3)
+        np.testing.assert_array_equal(b.targets[:, 0], b.xs[:, 0, 0])
+
+
+def test_a_dataset_trains_whatever_its_lengths(key):
+    cell = sj.stack([sj.Embedding(200, 2), sj.VanillaRNN(2, 3)])
+    model, sequences = sj.Model(cell, sj.Categorical(3, 9)), numbered([0, 0, 2, 1])
+    for loss, targets in [(sj.ManyToOne(), range(4)), (sj.every_step, [x - 100 for x in sequences])]:
+        fitted = sj.fit(model, sj.data.batches(sequences, targets, 2), loss=loss, key=key)
+        assert (fitted.reason, len(fitted.history["loss"])) == ("stream", 2)

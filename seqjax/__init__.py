@@ -8,6 +8,7 @@ from .adapters import from_linen as from_linen
 from .adapters import from_nnx as from_nnx
 from .batch import Batch as Batch
 from .cell import Cell as Cell
+from .cells.dropout import Dropout as Dropout
 from .cells.embedding import Embedding as Embedding
 from .cells.embedding import EmbeddingParams as EmbeddingParams
 from .cells.gru import GRU as GRU

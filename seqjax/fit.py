@@ -107,7 +107,7 @@ def fit(
         optimizer: an optax transformation; by default Adam at 1e-3.
         clip_norm: the largest norm of the gradient; None does not clip.
         loss: `every_step`, `ManyToOne(pool)`, or your own function of (head, params, outputs, targets, mask).
-        key: draws the parameters, unless `params` or `state` is given.
+        key: draws the parameters, unless `params` or `state` is given, and the noise of a cell that has some.
         params: parameters to begin from.
         state: the `state` of an earlier `Fitted`, to go on from.
         validation: returns a fresh finite stream each time that it is called.
@@ -137,7 +137,7 @@ def fit(
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"
     try:
-        run = updates(model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm)
+        run = updates(model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm, key=key)
         for latest, metrics in run:
             rows.append((first + len(rows) + 1, *metrics))
             if progress is not None:
@@ -153,5 +153,5 @@ def fit(
     return Fitted(latest.params, history, latest, reason)
 
 
-def _columns(names: tuple[str, ...], rows: list[tuple[float, ...]]) -> dict[str, np.ndarray]:
+def _columns(names: tuple[str, ...], rows: list[Any]) -> dict[str, np.ndarray]:
     return {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}

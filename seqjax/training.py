@@ -104,6 +104,7 @@ def updates(
     optimizer: optax.GradientTransformation,
     loss: Objective = every_step,
     clip_norm: float | None = None,
+    key: Array | None = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """One update a turn: theta <- theta + optimizer(dL/dtheta), the state carried and detached where a batch continues.
 
@@ -114,13 +115,15 @@ def updates(
         optimizer: an optax transformation, clipping included: `clipped(optax.adam(1e-3), 1.0)`.
         loss: `every_step`, `ManyToOne(pool)`, or your own function of (head, params, outputs, targets, mask).
         clip_norm: the threshold that `Metrics.clipped` compares with.
+        key: for a cell that draws noise; update n uses `fold_in(key, n)`, so that a resumed training draws the same.
 
     Yields:
         The state after each update, and its `Metrics` as plain numbers. It yields one update behind the one that the
         device works on, so that looking at the numbers keeps nobody waiting.
 
     Raises:
-        ValueError, TypeError: a batch does not fit the model, or the first batch continues nothing.
+        ValueError, TypeError: a batch does not fit the model, or the first batch continues nothing, or
+            the cell draws noise and there is no key.
         NotFinite: an update gave a loss, gradient or parameters that are not finite; it is not yielded.
 
     Example:
@@ -132,8 +135,10 @@ def updates(
         >>> int(state.step)
         3
     """
+    if key is None and hasattr(model.cell, "noise"):
+        raise ValueError("expected a key for a cell that draws noise, such as Dropout, got none: key=jax.random.key(0)")
     pending = None
-    for update in _run_updates(model, stream, state, optimizer, loss, clip_norm):
+    for update in _run_updates(model, stream, state, optimizer, loss, clip_norm, key):
         if pending is not None:
             yield _finite(*pending)
         pending = update
@@ -149,7 +154,13 @@ def _finite(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
 
 
 def _run_updates(
-    model: Model, stream: Iterable[Batch], state: TrainState, optimizer: Any, loss: Objective, clip_norm: float | None
+    model: Model,
+    stream: Iterable[Batch],
+    state: TrainState,
+    optimizer: Any,
+    loss: Objective,
+    clip_norm: float | None,
+    key: Array | None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     update = _update_compiled if is_value(model.cell) and is_value(model.head) else _update
     limit = float("inf") if clip_norm is None else float(clip_norm)
@@ -160,17 +171,25 @@ def _run_updates(
             raise ValueError("expected a batch that starts afresh first, got one that continues: continues=False")
         carried = state.carried if batch.continues else None
         data = (batch.xs, batch.targets, batch.mask, batch.reset)
-        state, metrics = update(model, optimizer, loss, limit, state._replace(carried=carried), data)
+        state, metrics = update(model, optimizer, loss, limit, state._replace(carried=carried), data, key)
         yield state, metrics
 
 
 def _update(
-    model: Model, optimizer: Any, loss: Objective, limit: float, state: TrainState, data: tuple[PyTree, ...]
+    model: Model,
+    optimizer: Any,
+    loss: Objective,
+    limit: float,
+    state: TrainState,
+    data: tuple[PyTree, ...],
+    key: Array | None,
 ) -> tuple[TrainState, Metrics]:
     xs, targets, mask, reset = data
+    drawn = None if key is None else jax.random.fold_in(key, state.step)
 
     def batch_loss(params: ModelParams) -> tuple[Array, State]:
-        final, outputs = unroll(model.cell, params.cell, xs, state=detach(state.carried), mask=mask, reset=reset)
+        carried = detach(state.carried)
+        final, outputs = unroll(model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn)
         return loss(model.head, params.head, outputs, targets, mask), final
 
     (value, final), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params)

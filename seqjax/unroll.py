@@ -11,7 +11,7 @@ One sequence is one scan, and `jax.vmap` makes it a batch. The two flags that a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ def unroll(
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
     reverse: bool = False,
+    key: Array | None = None,
 ) -> tuple[State, Output]:
     """Runs a cell over a batch of sequences: s_t, o_t = step(theta, s_{t-1}, x_t).
 
@@ -49,6 +50,7 @@ def unroll(
         mask: where False, the state is held, the output is zero, and the input reaches no value and no gradient.
         reset: where True, the state is replaced by the initial one before the step, also where the mask is False.
         reverse: right to left; outputs stay at their own time index.
+        key: a random key for cells that draw noise, such as `Dropout`; without one every cell is deterministic.
 
     Returns:
         The final state, leaves (batch, ...), and the outputs, leaves (batch, time, ...).
@@ -66,7 +68,7 @@ def unroll(
         >>> round(float(state.h[0, 0]), 6)  # 0.8^20
         0.011529
     """
-    return _run(last_output, cell, params, xs, state, mask, reset, reverse)
+    return _run(last_output, cell, params, xs, state, mask, reset, reverse, key)
 
 
 def trajectory(
@@ -150,7 +152,7 @@ def gates(
     return _run(_Gates(cell), cell, params, xs, state, mask, reset, reverse)[1]
 
 
-def length_mask(lengths: Int[Any, " batch"], time: int) -> Bool[Array, "batch time"]:
+def length_mask(lengths: Int[Any, " batch"] | Sequence[int], time: int) -> Bool[Array, "batch time"]:
     """True at the first `lengths[b]` steps of row b: M_{bt} = (t < lengths_b).
 
     Args:
@@ -198,9 +200,12 @@ def guarded_step(
     x: PyTree,
     valid: Array | None,
     restart: Array | None,
+    noise: PyTree = None,
     emit: Emit = last_output,
 ) -> tuple[State, PyTree]:
-    """`cell.step` for one example at one time with its mask and reset flags; None stands for always valid, never reset.
+    """`cell.step` for one example at one time with its flags and noise.
+
+    None stands for always valid, never reset, deterministic.
 
     Returns the new state and what `emit` keeps of the step: zero where not valid, except for the state, held there.
     """
@@ -208,7 +213,7 @@ def guarded_step(
         state = _choose(restart, strong_type(cell.initial_state(params)), state)
     if valid is not None:
         x = _choose(valid, x, _zeros(x))
-    after, output = cell.step(params, state, x)
+    after, output = cell.step(params, state, x) if noise is None else cell.step(params, state, x, noise)
     after = same_state_type(cell, after, state)
     if valid is not None:
         after = _choose(valid, after, state)
@@ -243,38 +248,52 @@ class _Gates:
 
 
 def _run(
-    emit: Emit, cell: Any, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any, reverse: bool
+    emit: Emit,
+    cell: Any,
+    params: Params,
+    xs: PyTree,
+    state: State | None,
+    mask: Any,
+    reset: Any,
+    reverse: bool,
+    key: Array | None = None,
 ) -> tuple[State, PyTree]:
     xs, batch, time = check_inputs(cell, xs)
     mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
     state = batch_of_states(cell, params, state, batch)
     run = _run_compiled if is_value(cell) else _run_batch
-    return run(emit, cell, reverse, params, state, xs, mask, reset)
+    return run(emit, cell, reverse, params, state, xs, mask, reset, key)
 
 
 def _run_batch(
-    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any
+    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any, key: Any
 ) -> tuple[State, PyTree]:
-    return jax.vmap(partial(_run_one, emit, cell, reverse, params))(state, xs, mask, reset)
+    noise = None
+    if key is not None and hasattr(cell, "noise"):
+        keys = jax.random.split(key, jax.tree.leaves(xs)[0].shape[:2])
+        noise = jax.vmap(jax.vmap(cell.noise))(keys)
+    return jax.vmap(partial(_run_one, emit, cell, reverse, params))(state, xs, mask, reset, noise)
 
 
 _run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2))
 
 
 def _run_one(
-    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any
+    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any, noise: Any
 ) -> tuple[State, PyTree]:
     """One sequence. A stack whose outputs alone are wanted runs layer by layer, which is the same function."""
     if isinstance(cell, Stack) and emit is last_output:
         final = []
-        for layer, p, s in zip(cell.cells, params, state, strict=True):
-            s, xs = _run_one(emit, layer, reverse, p, s, xs, mask, reset)
+        noise = (None,) * len(cell.cells) if noise is None else noise
+        for layer, p, s, drawn in zip(cell.cells, params, state, noise, strict=True):
+            s, xs = _run_one(emit, layer, reverse, p, s, xs, mask, reset, drawn)
             final.append(s)
         return tuple(final), xs
 
-    def body(state: State, inputs: tuple[PyTree, Any, Any]) -> tuple[State, PyTree]:
+    def body(state: State, inputs: tuple[PyTree, Any, Any, Any]) -> tuple[State, PyTree]:
         return guarded_step(cell, params, state, *inputs, emit)
 
+    inputs = (xs, mask, reset, noise)
     if not jax.tree.leaves(state):  # nothing recurs: every step at once
-        return state, jax.vmap(partial(body, state))((xs, mask, reset))[1]
-    return jax.lax.scan(body, state, (xs, mask, reset), reverse=reverse)
+        return state, jax.vmap(partial(body, state))(inputs)[1]
+    return jax.lax.scan(body, state, inputs, reverse=reverse)

@@ -19,11 +19,7 @@ def check_fields(cell: Any, sizes: tuple[str, ...], **choices: tuple[str, ...]) 
         TypeError: the dtype is not a floating-point one.
     """
     kind = type(cell).__name__
-    for name in sizes:
-        value = getattr(cell, name)
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-            raise ValueError(f"expected {kind} {name} to be a whole number of at least 1, got {value!r}")
-        object.__setattr__(cell, name, operator.index(value))
+    check_sizes(cell, *sizes)
     for name, allowed in choices.items():
         value = getattr(cell, name)
         if value not in allowed:
@@ -34,6 +30,15 @@ def check_fields(cell: Any, sizes: tuple[str, ...], **choices: tuple[str, ...]) 
             f"expected {kind} dtype to be floating-point, got {dtype.name}: use float32, float64 or bfloat16"
         )
     object.__setattr__(cell, "dtype", dtype.name)
+
+
+def check_sizes(cell: Any, *sizes: str) -> None:
+    """Refuses sizes that are not positive whole numbers, and keeps them as plain integers."""
+    for name in sizes:
+        value = getattr(cell, name)
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+            raise ValueError(f"expected {type(cell).__name__} {name} to be a whole number of at least 1, got {value!r}")
+        object.__setattr__(cell, name, operator.index(value))
 
 
 def check_chrono(cell: Any) -> None:

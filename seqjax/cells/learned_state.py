@@ -62,9 +62,14 @@ class LearnedState:
         """The learned one."""
         return params.state
 
-    def step(self, params: LearnedStateParams, state: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def step(self, params: LearnedStateParams, state: PyTree, x: PyTree, *noise: PyTree) -> tuple[PyTree, PyTree]:
         """The cell's step."""
-        return self.cell.step(params.cell, state, x)
+        return self.cell.step(params.cell, state, x, *noise)
+
+    @property
+    def noise(self) -> Callable[[Array], PyTree]:
+        """The cell's noise, where it draws some."""
+        return self.cell.noise
 
     @property
     def gates(self) -> Callable[[Any, Any, Any], dict[str, Array]]:

@@ -34,14 +34,28 @@ class Stack:
         return tuple(cell.initial_state(p) for cell, p in zip(self.cells, params, strict=True))
 
     def step(
-        self, params: tuple[PyTree, ...], state: tuple[PyTree, ...], x: PyTree
+        self, params: tuple[PyTree, ...], state: tuple[PyTree, ...], x: PyTree, noise: tuple[PyTree, ...] | None = None
     ) -> tuple[tuple[PyTree, ...], PyTree]:
         """All layers at one time; the output is that of the last."""
         new_state = []
-        for cell, p, s in zip(self.cells, params, state, strict=True):
-            s, x = cell.step(p, s, x)
+        noise = (None,) * len(self.cells) if noise is None else noise
+        for cell, p, s, drawn in zip(self.cells, params, state, noise, strict=True):
+            s, x = cell.step(p, s, x) if drawn is None else cell.step(p, s, x, drawn)
             new_state.append(s)
         return tuple(new_state), x
+
+    @property
+    def noise(self) -> Callable[[Array], tuple[PyTree, ...]]:
+        """The noise of every layer that draws some, None for the others."""
+        if not any(hasattr(cell, "noise") for cell in self.cells):
+            raise AttributeError("no layer of this stack draws noise")
+        return self._noise
+
+    def _noise(self, key: Array) -> tuple[PyTree, ...]:
+        keys = jax.random.split(key, len(self.cells))
+        return tuple(
+            cell.noise(k) if hasattr(cell, "noise") else None for cell, k in zip(self.cells, keys, strict=True)
+        )
 
     @property
     def gates(self) -> Callable[[Any, Any, Any], dict[str, Array]]:

@@ -1,0 +1,68 @@
+"""Dropout between layers, as a cell without a state (Srivastava et al. 2014; Zaremba, Sutskever and Vinyals 2014)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from seqjax.cells.fields import check_sizes
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Drops features and scales up the rest, o_t = m_t * x_t / (1 - rate) with m_t ~ Bernoulli(1 - rate).
+
+    It acts where `unroll` or `fit` has a key; without one it passes its input on.
+
+    Args:
+        features: d, the length of the input.
+        rate: the probability that a feature is dropped.
+
+    Raises:
+        ValueError: `features` is not positive, or `rate` is not in [0, 1).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, seqjax as sj
+        >>> cell = sj.stack([sj.Dropout(1000, 0.2), sj.Dropout(1000, 0.5)])
+        >>> params, xs = cell.init(jax.random.key(0)), jnp.ones((1, 50, 1000))
+        >>> _, outputs = sj.unroll(cell, params, xs, key=jax.random.key(1))
+        >>> round(float((outputs == 0).mean()), 2), round(float(outputs.mean()), 2)  # 1 - 0.8 * 0.5, and the same mean
+        (0.6, 1.0)
+        >>> bool((sj.unroll(cell, params, xs)[1] == xs).all())
+        True
+    """
+
+    features: int
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "features")
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"expected Dropout rate from 0 to below 1, got {self.rate!r}: 0 drops nothing")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(features,)"""
+        return (self.features,)
+
+    def init(self, key: Array) -> tuple[()]:
+        """There are no parameters."""
+        return ()
+
+    def initial_state(self, params: tuple[()]) -> tuple[()]:
+        """Nothing is carried."""
+        return ()
+
+    def noise(self, key: Array) -> Bool[Array, " d"]:
+        """Which features stay."""
+        return jax.random.bernoulli(key, 1 - self.rate, (self.features,))
+
+    def step(
+        self, params: tuple[()], state: tuple[()], x: Float[Array, " d"], noise: Bool[Array, " d"] | None = None
+    ) -> tuple[tuple[()], Float[Array, " d"]]:
+        """The input, or what the noise leaves of it."""
+        return state, x if noise is None else jnp.where(noise, x / (1 - self.rate), jnp.zeros_like(x))

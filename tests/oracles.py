@@ -15,9 +15,9 @@ import numpy as np
 
 import seqjax as sj
 
-BATCH, TIME = 2, 5
-MASK = np.array([[True, False, True, True, False], [True, True, True, False, False]])
-RESET = np.array([[True, False, False, True, False], [False, True, False, False, True]])
+BATCH, TIME = 2, 6
+MASK = np.array([[1, 0, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0]], bool)
+RESET = np.array([[1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 1, 0]], bool)
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-5, "float64": 1e-10}
 
 
@@ -44,23 +44,24 @@ def parts(cell):
 
 def loop(cell, params, xs, state=None, mask=None, reset=None, reverse=False):
     """`unroll` and `trajectory` by hand."""
-    time = xs.shape[1]
-    rows = []
+    step, start, _, _ = parts(cell)
+    zero = jax.tree.map(np.zeros_like, step(params, start(params), xs[0, 0])[1])
+    rows, times = [], list(range(xs.shape[1]))
     for b in range(len(xs)):
-        states, outputs = {}, dict.fromkeys(range(time))
-        for t, before, after, output in events(cell, params, xs, b, state, mask, reset, reverse):
-            if before is None and t is not None:  # a reset is seen in the state after its step
-                continue
-            states[t], outputs[t] = after, output
-        zero = jax.tree.map(np.zeros_like, next(o for t, o in outputs.items() if t is not None and o is not None))
-        outputs = [zero if outputs[t] is None else outputs[t] for t in range(time)]
-        states = [states[t] for t in ([*range(time), None] if reverse else [None, *range(time)])]
-        rows.append(Looped(states[0 if reverse else -1], pile(outputs), pile(states)))
+        happened = events(cell, params, xs, b, state, mask, reset, reverse)
+        states = {t: after for t, _, after, _ in happened}  # the state after a reset is overwritten by the step's
+        outputs = {t: zero if output is None else output for t, _, _, output in happened}
+        order = [*times, None] if reverse else [None, *times]
+        final = states[order[0 if reverse else -1]]
+        rows.append(Looped(final, pile([outputs[t] for t in times]), pile([states[t] for t in order])))
     return pile(rows)
 
 
 def events(cell, params, xs, b, state=None, mask=None, reset=None, reverse=False):
-    """What happens to row b in its order: (t, state before, state after, output); before a start there is no state."""
+    """What happens to row b, in order: (t, state before, state after, output).
+
+    The first entry, at t = None, and every reset have no state before; the first and every held step have no output.
+    """
     step, start, _, _ = parts(cell)
     s = start(params) if state is None else row(state, b)
     happened = [(None, None, s, None)]

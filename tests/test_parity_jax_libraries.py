@@ -90,12 +90,13 @@ def library(name, d, n, dtype, seed=0):
 
     elif name.startswith("nnx"):
         options = {"dtype": dtype, "param_dtype": dtype}
-        cell, module = sj.from_nnx(kind, d, n, **options), nnx.eval_shape(lambda: kind(d, n, **options, rngs=nnx.Rngs(0)))
+        cell = sj.from_nnx(kind, d, n, **options)
+        module = nnx.eval_shape(lambda: kind(d, n, **options, rngs=nnx.Rngs(0)))
         nnx.update(module, random_like(nnx.state(module, nnx.Param), seed))
         params = cell.params_from(module)
 
         def unroll(_, xs, state, **options):
-            copy = nnx.merge(*nnx.split(module))  # a module must not cross into a compiled function
+            copy = nnx.clone(module)  # a module must not cross into a compiled function
             return nnx.RNN(copy, return_carry=True)(xs, initial_carry=state, **options)
 
     else:

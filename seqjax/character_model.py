@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -97,7 +98,7 @@ def first_state(settings: Settings, model: Model) -> TrainState:
     """The state before the first update, which also carries the cell's state, so that every later one looks like it."""
     state = start(model, optimizer(settings), jax.random.key(settings.seed))
     rows = jax.tree.map(
-        lambda leaf: jax.numpy.broadcast_to(leaf, (settings.batch, *leaf.shape)),
+        lambda leaf: jnp.broadcast_to(leaf, (settings.batch, *leaf.shape)),
         model.cell.initial_state(state.params.cell),
     )
     return state._replace(carried=rows)

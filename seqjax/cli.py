@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from seqjax import character_model
 from seqjax.character_model import Settings
@@ -161,7 +161,7 @@ class _Display:
 
     def __init__(self, console: Console, settings: Settings) -> None:
         self.console, self.settings = console, settings
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("compiling", total=settings.last_step)
         self.since: tuple[float, int] | None = None
@@ -180,10 +180,10 @@ class _Display:
         speed = (job.step - at) * self.settings.batch * self.settings.window / max(now - since, 1e-9)
         if self.since is None or validated:
             self.since = (now, job.step)
-        validation = "-" if math.isnan(job.validation_bits) else f"{job.validation_bits:.3f}"
+        validation = "-" if math.isnan(job.validation_bits) else f"{job.validation_bits:.2f}"
         line = (
-            f"step {job.step}  bits/char train {metrics.loss / math.log(2):.3f} validation {validation}  "
-            f"grad norm {metrics.grad_norm:.2f}  clipped {job.table.clipped / job.step:.0%}  {speed:,.0f} char/s"
+            f"step {job.step}  bits/char {metrics.loss / math.log(2):.2f} valid {validation}  "
+            f"grad {metrics.grad_norm:.2f}  clipped {job.table.clipped / job.step:.0%}  {speed:,.0f} char/s"
         )
         self.progress.update(self.task, completed=job.step, description=line)
         if validated and not self.console.is_terminal:

@@ -11,6 +11,7 @@ One sequence is one scan, and `jax.vmap` makes it a batch. The two flags that a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -231,20 +232,14 @@ def _zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Gates:
     """What `gates` keeps of a step; equal for equal cells, so that it compiles once."""
 
-    def __init__(self, cell: Any) -> None:
-        self.cell = cell
+    cell: Any
 
     def __call__(self, params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
         return self.cell.gates(params, before, x)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Gates) and self.cell == other.cell
-
-    def __hash__(self) -> int:
-        return hash(self.cell)
 
 
 def _run(

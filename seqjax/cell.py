@@ -126,19 +126,20 @@ def as_feature(x: Any, size: int, dtype: Any, cell: str) -> Array:
     return x.astype(dtype)
 
 
-def is_value(cell: Any) -> bool:
-    """Whether a cell is a frozen dataclass all the way down, and so safe to remember compiled code by.
+def is_value(part: Any) -> bool:
+    """Whether a cell, head or model compares by value all the way down, and so may stand for its compiled code.
 
-    A cell of another kind may change between two calls; remembering it would give the former answer in silence.
+    One that compares by identity may change between two calls; remembering it would give the former answer in silence.
     """
-    if isinstance(cell, tuple):
-        return all(is_value(part) for part in cell)
-    if not isinstance(cell, Cell):
-        return True
-    if not dataclasses.is_dataclass(cell) or not type(cell).__dataclass_params__.frozen:  # pyright: ignore
+    if isinstance(part, tuple):
+        return all(map(is_value, part))
+    if isinstance(part, type) or not hasattr(part, "init"):
+        return True  # a number, a name, a function
+    if type(part).__hash__ in (None, object.__hash__):
         return False
     try:
-        hash(cell)
+        hash(part)
     except TypeError:
         return False
-    return all(is_value(getattr(cell, field.name)) for field in dataclasses.fields(cell))
+    fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+    return all(is_value(getattr(part, field.name)) for field in fields)

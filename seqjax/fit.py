@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from seqjax.unroll import unroll
 
 
 def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss: Objective = every_step) -> float:
-    """The mean loss over a finite stream, each batch weighted by its number of valid steps.
+    """The mean loss over a finite stream, each batch weighted by its valid steps, or its sequences for `ManyToOne`.
 
     Args:
         model, params: what is evaluated.
@@ -42,13 +43,24 @@ def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss
         >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
         1.3863
     """
-    run = _evaluate_compiled if is_value(model.cell) and is_value(model.head) else _evaluate
+    return _mean_loss(_evaluator(model, loss), loss, params, stream)
+
+
+def _evaluator(model: Model, loss: Objective) -> Callable[..., tuple[State, Array]]:
+    return partial(_evaluate_compiled, model, loss) if is_value(model) else jax.jit(partial(_evaluate, model, loss))
+
+
+def _mean_loss(
+    run: Callable[..., tuple[State, Array]], loss: Any, params: ModelParams, stream: Iterable[Batch]
+) -> float:
     carried, total, weight = None, 0.0, 0
     for batch in stream:
         state = carried if batch.continues else None
-        carried, value = run(model, loss, params, state, (batch.xs, batch.targets, batch.mask, batch.reset))
-        steps = int(np.prod(jax.tree.leaves(batch.xs)[0].shape[:2])) if batch.mask is None else int(np.sum(batch.mask))
-        total, weight = total + float(value) * steps, weight + steps
+        carried, value = run(params, state, (batch.xs, batch.targets, batch.mask, batch.reset))
+        rows, time = jax.tree.leaves(batch.xs)[0].shape[:2]
+        steps = rows * time if batch.mask is None else int(np.sum(batch.mask))
+        counted = rows if getattr(loss, "per_sequence", False) else steps
+        total, weight = total + float(value) * counted, weight + counted
     if not weight:
         raise ValueError("expected at least one valid step to evaluate on, got none: is the stream already used up?")
     return total / weight
@@ -133,7 +145,7 @@ def fit(
         raise ValueError(f"expected steps of at least 0, got {steps}")
     optimizer = clipped(optax.adam(1e-3) if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
-    first, rows, validated = int(latest.step), [], []
+    first, rows, validated, evaluator = int(latest.step), [], [], _evaluator(model, loss)
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"
     try:
@@ -143,7 +155,7 @@ def fit(
             if progress is not None:
                 progress(rows[-1][0], metrics)
             if validation is not None and (len(rows) % validate_every == 0 or len(rows) == steps):
-                validated.append((rows[-1][0], evaluate(model, latest.params, validation(), loss=loss)))
+                validated.append((rows[-1][0], _mean_loss(evaluator, loss, latest.params, validation())))
         if len(rows) == steps:
             reason = "steps"
     except NotFinite as error:

@@ -93,9 +93,9 @@ def generate(
     keys = _row_keys(key, batch)
     if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(jnp.asarray(mask), axis=1))):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
-    run = _generate_compiled if is_value(model.cell) else _generate
-    options = (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p))
-    return run(model, steps, options, params, prompt, keys, end, state, mask)
+    static = (model, steps, (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p)))
+    run = partial(_generate_compiled, *static) if is_value(model) else jax.jit(partial(_generate, *static))
+    return run(params, prompt, keys, end, state, mask)
 
 
 def _generate(

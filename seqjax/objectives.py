@@ -1,7 +1,8 @@
 """What training minimises: from the outputs of a cell and the targets of a batch to one number.
 
 An objective is a function of (head, head's parameters, outputs, targets, mask). It holds no parameters, so your own is
-one function; a frozen dataclass where it has options, so that it compiles once.
+one function; a frozen dataclass where it has options, so that it compiles once. It is a mean over valid steps, unless
+it has a true attribute `per_sequence`: `evaluate` weights batches accordingly.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,7 @@ class ManyToOne:
     """
 
     pool: Callable[..., PyTree] = last_valid
+    per_sequence: ClassVar[bool] = True
 
     def __call__(self, head: Any, params: PyTree, outputs: PyTree, targets: PyTree, mask: Any) -> Array:
         h = self.pool(outputs, mask)

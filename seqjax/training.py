@@ -7,6 +7,7 @@ then the state is carried over, detached, which is truncated backpropagation thr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -162,8 +163,8 @@ def _run_updates(
     clip_norm: float | None,
     key: Array | None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    update = _update_compiled if is_value(model.cell) and is_value(model.head) else _update
-    limit = float("inf") if clip_norm is None else float(clip_norm)
+    static = (model, optimizer, loss, float("inf") if clip_norm is None else float(clip_norm))
+    update = partial(_update_compiled, *static) if is_value(model) else jax.jit(partial(_update, *static))
     for batch in stream:
         if not isinstance(batch, Batch):
             raise TypeError(f"expected a stream of sj.Batch, got {type(batch).__name__}: sj.Batch(xs, targets)")
@@ -171,7 +172,7 @@ def _run_updates(
             raise ValueError("expected a batch that starts afresh first, got one that continues: continues=False")
         carried = state.carried if batch.continues else None
         data = (batch.xs, batch.targets, batch.mask, batch.reset)
-        state, metrics = update(model, optimizer, loss, limit, state._replace(carried=carried), data, key)
+        state, metrics = update(state._replace(carried=carried), data, key)
         yield state, metrics
 
 

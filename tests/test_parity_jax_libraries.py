@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,53 +28,35 @@ def random_like(tree, seed=0):
     return jax.tree.unflatten(structure, [jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
 
 
-def linen_weights(params, x_names, h_names):
-    """The kernels of named dense layers above one another, as rows, and the biases of each kind."""
-    layers = params["params"]
-    W_xh, W_hh = (np.concatenate([layers[name]["kernel"].T for name in names]) for names in (x_names, h_names))
-    b_x, b_h = ([layers[name]["bias"] for name in names if "bias" in layers[name]] for names in (x_names, h_names))
-    return W_xh, W_hh, b_x, b_h
+def by_layer(params, kind, x_names, h_names):
+    """The kernels of named dense layers above one another, as rows, and likewise their biases, where they have any."""
+    layers = params.get("params", params)
+    x, h = ([layers[name] for name in names.split()] for names in (x_names, h_names))
+    kernels = (np.concatenate([layer["kernel"].T for layer in part]) for part in (x, h))
+    biases = ([layer["bias"] for layer in part if "bias" in layer] for part in (x, h))
+    return kind(*kernels, *(np.concatenate(bias) for bias in biases if bias))
 
 
-def linen_simple(params):
-    W_xh, W_hh, b_x, _ = linen_weights(params, ["i"], ["h"])
-    return sj.VanillaParams(W_xh, W_hh, *b_x)
+def equinox_weights(module):
+    biases = [module.bias, module.bias_n] if isinstance(module, eqx.nn.GRUCell) else [module.bias]
+    return (sj.LSTMParams, sj.GRUParams)[len(biases) - 1](module.weight_ih, module.weight_hh, *biases)
 
 
-def linen_lstm(params):
-    W_xh, W_hh, _, b_h = linen_weights(params, ["ii", "if", "ig", "io"], ["hi", "hf", "hg", "ho"])
-    return sj.LSTMParams(W_xh, W_hh, np.concatenate(b_h))
-
-
-def linen_gru(params):
-    W_xh, W_hh, b_x, b_h = linen_weights(params, ["ir", "iz", "in"], ["hr", "hz", "hn"])
-    return sj.GRUParams(W_xh, W_hh, np.concatenate(b_x), *b_h)
-
-
-def nnx_lstm(params):
-    return linen_lstm({"params": {name.strip("_"): layer for name, layer in params.items()}})
-
-
-def nnx_fused(params, kind):
-    biases = [layer["bias"] for layer in params.values() if "bias" in layer]
-    return kind(params["dense_i"]["kernel"].T, params["dense_h"]["kernel"].T, *biases)
-
-
-def equinox_weights(module, kind):
-    return kind(module.weight_ih, module.weight_hh, module.bias, *([module.bias_n] if kind is sj.GRUParams else []))
-
-
-KINDS = {  # name: (the library's cell, its name, ours, its parameters as ours)
-    "linen-simple": (nn.SimpleCell, sj.VanillaRNN, linen_simple),
-    "linen-lstm": (nn.LSTMCell, sj.LSTM, linen_lstm),
-    "linen-optimized-lstm": (nn.OptimizedLSTMCell, sj.LSTM, linen_lstm),
-    "linen-gru": (nn.GRUCell, sj.GRU, linen_gru),
-    "nnx-simple": (nnx.SimpleCell, sj.VanillaRNN, partial(nnx_fused, kind=sj.VanillaParams)),
-    "nnx-lstm": (nnx.LSTMCell, sj.LSTM, nnx_lstm),
-    "nnx-optimized-lstm": (nnx.OptimizedLSTMCell, sj.LSTM, partial(nnx_fused, kind=sj.LSTMParams)),
-    "nnx-gru": (nnx.GRUCell, sj.GRU, partial(nnx_fused, kind=sj.GRUParams)),  # it has no b_hn
-    "equinox-lstm": (eqx.nn.LSTMCell, sj.LSTM, partial(equinox_weights, kind=sj.LSTMParams)),
-    "equinox-gru": (eqx.nn.GRUCell, sj.GRU, partial(equinox_weights, kind=sj.GRUParams)),
+simple = partial(by_layer, kind=sj.VanillaParams, x_names="i", h_names="h")
+lstm = partial(by_layer, kind=sj.LSTMParams, x_names="ii if ig io", h_names="hi hf hg ho")
+gru = partial(by_layer, kind=sj.GRUParams, x_names="ir iz in", h_names="hr hz hn")
+fused = partial(by_layer, x_names="dense_i", h_names="dense_h")
+KINDS = {  # name: (the library's cell, ours, its parameters as ours)
+    "linen-simple": (nn.SimpleCell, sj.VanillaRNN, simple),
+    "linen-lstm": (nn.LSTMCell, sj.LSTM, lstm),
+    "linen-optimized-lstm": (nn.OptimizedLSTMCell, sj.LSTM, lstm),
+    "linen-gru": (nn.GRUCell, sj.GRU, gru),
+    "nnx-simple": (nnx.SimpleCell, sj.VanillaRNN, partial(fused, kind=sj.VanillaParams)),
+    "nnx-lstm": (nnx.LSTMCell, sj.LSTM, partial(lstm, x_names="ii if_ ig io")),
+    "nnx-optimized-lstm": (nnx.OptimizedLSTMCell, sj.LSTM, partial(fused, kind=sj.LSTMParams)),
+    "nnx-gru": (nnx.GRUCell, sj.GRU, partial(fused, kind=sj.GRUParams)),  # it has no b_hn
+    "equinox-lstm": (eqx.nn.LSTMCell, sj.LSTM, equinox_weights),
+    "equinox-gru": (eqx.nn.GRUCell, sj.GRU, equinox_weights),
 }
 
 
@@ -106,8 +89,7 @@ def library(name, d, n, dtype, seed=0):
 
         def unroll(_, xs, state):
             def step(state, x):
-                state = module(x, state)
-                return state, jax.tree.leaves(state)[0]
+                return (state := module(x, state)), jax.tree.leaves(state)[0]
 
             return jax.vmap(lambda state, xs: jax.lax.scan(step, state, xs))(state, xs)
 
@@ -168,6 +150,9 @@ def test_a_mask_equals_sequence_lengths_of_flax_and_goes_on_to_length_zero(name,
     assert_close(our_final, expected, "float64")
 
 
+sigmoid = scipy.special.expit
+
+
 def haiku_lstm(W, b, x, h, c):
     i, g, f, o = np.split(np.concatenate([x, h]) @ W + b, 4)
     c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
@@ -179,10 +164,6 @@ def haiku_gru(w_i, w_h, b, x, h):
     z, r = np.split(sigmoid(x @ w_i[:, : 2 * n] + h @ w_h[:, : 2 * n] + b[: 2 * n]), 2)
     a = np.tanh(x @ w_i[:, 2 * n :] + (r * h) @ w_h[:, 2 * n :] + b[2 * n :])
     return (1 - z) * h + z * a
-
-
-def sigmoid(a):
-    return 1 / (1 + np.exp(-a))
 
 
 @settings(max_examples=3)

@@ -1,0 +1,100 @@
+"""Small runs of the command line, in this process or in one of their own, and what they leave behind."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+
+import jax
+import numpy as np
+import pandas
+import pytest
+
+import seqjax.cli
+from seqjax.job import restore
+from seqjax.runs import MetricsTable, Run
+
+TEXT = "the cat sat on the mat; the dog did not.\n" * 10 + "what is it that the dog did? it sat.\n" * 3  # 521 characters
+WINDOWS = 7  # in one pass over the first 90 % of the text, with these settings
+SETTINGS = {"hidden": 16, "embedding": 8, "batch": 4, "window": 16, "validate-every": 4, "checkpoint-every": 4}
+SEQJAX = (sys.executable, "-m", "seqjax")
+
+
+def small(**changes):
+    """The settings of a small run as arguments."""
+    settings = SETTINGS | {name.replace("_", "-"): value for name, value in changes.items()}
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def write(path, text=TEXT):
+    """A text file."""
+    path.write_text(text, "utf-8")
+    return path
+
+
+def seqjax_run(*arguments):
+    """The exit status of a command."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # orbax warns of its own code
+        try:
+            return seqjax.cli.run([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            return stopped.code
+
+
+def train(tmp_path, name="run", **changes):
+    """Trains in a new folder, which it returns; the text stays beside it."""
+    text = write(tmp_path / "text.txt")
+    assert seqjax_run("train", "--text", text, "--out", tmp_path / name, *small(**{"steps": 12} | changes)) == 0
+    return tmp_path / name
+
+
+def stop(monkeypatch, step, times=1):
+    """Has SIGINT sent when the row of a step has been written; twice is what ends a process at once."""
+    add = MetricsTable.add
+
+    def add_and_stop(table, number, *rest):
+        add(table, number, *rest)
+        for _ in range(times if number == step else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MetricsTable, "add", add_and_stop)
+
+
+def state(path):
+    """The model of a run and its newest state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return restore(Run.open(path))
+
+
+def metrics(path):
+    """metrics.csv as pandas reads it."""
+    return pandas.read_csv(path / "metrics.csv", dtype={"step": int})
+
+
+def checkpoints(path):
+    """The steps that were kept."""
+    return sorted(int(folder.name) for folder in (path / "checkpoints").iterdir())
+
+
+def assert_same_run(path, expected):
+    """Every leaf of the last state and every row, all but the seconds, bit for bit."""
+    (_, got), (_, wanted) = state(path), state(expected)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for (where, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(where))
+    rows = [metrics(folder).drop(columns="seconds") for folder in (path, expected)]
+    pandas.testing.assert_frame_equal(*rows, check_exact=True)
+
+
+FINISHED = []  # shared by the files that import the fixture, each of which has a session of it
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of twelve steps, which no test may change."""
+    if not FINISHED:
+        FINISHED.append(train(tmp_path_factory.mktemp("finished")))
+    return FINISHED[0]

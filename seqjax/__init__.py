@@ -3,9 +3,9 @@
 from . import data as data
 from . import testing as testing
 from . import training as training
-from .adapters import from_equinox as from_equinox
-from .adapters import from_linen as from_linen
-from .adapters import from_nnx as from_nnx
+from .adapters.equinox import from_equinox as from_equinox
+from .adapters.linen import from_linen as from_linen
+from .adapters.nnx import from_nnx as from_nnx
 from .batch import Batch as Batch
 from .cell import Cell as Cell
 from .cells.dropout import Dropout as Dropout

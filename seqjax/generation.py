@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.cell import State, is_value
+from seqjax.checks import check_flags
 from seqjax.model import Model, ModelParams
 from seqjax.pooling import last_valid
 from seqjax.unroll import unroll
@@ -89,9 +90,10 @@ def generate(
             f"expected a prompt (batch, time, ...) of at least one step, got {[jnp.shape(leaf) for leaf in leaves]}: "
             f"begin with a start token, and tokens[None] makes a batch of one"
         )
-    batch = jnp.shape(leaves[0])[0]
+    batch, time = jnp.shape(leaves[0])[:2]
+    mask = check_flags("mask", mask, batch, time)
     keys = _row_keys(key, batch)
-    if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(jnp.asarray(mask), axis=1))):
+    if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(mask, axis=1))):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
     static = (model, steps, (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p)))
     run = partial(_generate_compiled, *static) if is_value(model) else jax.jit(partial(_generate, *static))

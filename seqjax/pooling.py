@@ -60,7 +60,7 @@ def masked_mean(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) ->
     """
 
     def one(mask: Array, leaf: Array) -> Array:
-        total = jnp.sum(_where_valid(mask, leaf, 0), axis=0)
+        total = jnp.sum(_where_valid(mask, leaf, 0.0), axis=0)
         return total / jnp.maximum(jnp.sum(mask), 1).astype(leaf.dtype)
 
     return _pool(one, outputs, mask)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import signal
 import sys
 import warnings
+from unittest import mock
 
 import jax
+import jaxtyping
 import numpy as np
 import pandas
 import pytest
 
 import seqjax.cli
+from seqjax import character_model
+from seqjax.character_model import Settings
 from seqjax.job import restore
 from seqjax.runs import MetricsTable, Run
 
-TEXT = "the cat sat on the mat; the dog did not.\n" * 10 + "what is it that the dog did? it sat.\n" * 3  # 521 characters
+TEXT = "the cat sat on the mat; the dog did not.\n" * 10 + "what is it that the dog did? it sat.\n" * 3
 WINDOWS = 7  # in one pass over the first 90 % of the text, with these settings
 SETTINGS = {"hidden": 16, "embedding": 8, "batch": 4, "window": 16, "validate-every": 4, "checkpoint-every": 4}
 SEQJAX = (sys.executable, "-m", "seqjax")
@@ -33,9 +39,16 @@ def write(path, text=TEXT):
     return path
 
 
+@functools.cache
+def _optimizer(rate, clip_norm, make=character_model.optimizer):
+    """The library's own, but one for all runs, so that the update is compiled once and not in every test."""
+    return make(Settings(learning_rate=rate, clip_norm=clip_norm))
+
+
 def seqjax_run(*arguments):
     """The exit status of a command."""
-    with warnings.catch_warnings():
+    once = mock.patch.object(character_model, "optimizer", lambda s: _optimizer(s.learning_rate, s.clip_norm))
+    with once, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # orbax warns of its own code
         try:
             return seqjax.cli.run([str(argument) for argument in arguments])
@@ -89,6 +102,26 @@ def assert_same_run(path, expected):
     pandas.testing.assert_frame_equal(*rows, check_exact=True)
 
 
+def refused(capsys, arguments, *parts, form=("expected", ", got ")):
+    """The command, run as a user has it, ends with 1 and one sentence of this form that holds every one of `parts`."""
+    capsys.readouterr()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        assert seqjax_run(*arguments) == 1
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1, complaint
+    assert complaint.startswith("seqjax: ")
+    for part in (*form, *map(str, parts)):
+        assert part in complaint, complaint
+
+
+def files(folder):
+    """Every file with its content."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 FINISHED = []  # shared by the files that import the fixture, each of which has a session of it
 
 
@@ -98,3 +131,15 @@ def finished(tmp_path_factory):
     if not FINISHED:
         FINISHED.append(train(tmp_path_factory.mktemp("finished")))
     return FINISHED[0]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text to train on."""
+    return write(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "copy")

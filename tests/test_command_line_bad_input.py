@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
-import jaxtyping
-import numpy as np
 import pytest
-from small_runs import TEXT, assert_same_run, checkpoints, metrics, small, state, write
+from small_runs import TEXT, files, refused, small, write
+from small_runs import copy as copy
 from small_runs import finished as finished
 from small_runs import seqjax_run as run
+from small_runs import text as text
 
-
-def refused(capsys, arguments, *parts, form=("expected", ", got ")):
-    """The command, run as a user has it, ends with 1 and one sentence of this form that holds every one of `parts`."""
-    capsys.readouterr()
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        assert run(*arguments) == 1
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    complaint = capsys.readouterr().err
-    assert complaint.count("\n") == 1, complaint
-    assert complaint.startswith("seqjax: ")
-    for part in (*form, *map(str, parts)):
-        assert part in complaint, complaint
-
-
-def files(folder):
-    """Every file with its content."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A text to train on."""
-    return write(tmp_path / "text.txt")
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of the finished run, to be damaged."""
-    return shutil.copytree(finished, tmp_path / "copy")
+import seqjax as sj
+from seqjax.character_model import Settings
+from seqjax.job import begin
 
 
 @pytest.mark.parametrize(
@@ -61,8 +32,10 @@ def test_a_file_that_cannot_be_learnt_is_refused_before_a_folder_is_made(content
 
 
 def test_the_shortest_text_that_is_asked_for_is_enough(tmp_path):
-    text = write(tmp_path / "text.txt", TEXT[:73])
-    assert run("train", "--text", text, "--out", tmp_path / "run", *small(steps=1, cell="vanilla")) == 0
+    settings = Settings(hidden=16, embedding=8, batch=4, window=16)
+    job = begin(settings, sj.data.Corpus.of("short", TEXT[:73]), tmp_path / "run")
+    job.table.close()
+    assert len(list(sj.data.windows(job.parts[0], 4, 16, passes=1))) == 1
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "."])
@@ -121,32 +94,6 @@ def test_a_damaged_run_json_is_refused(damage, parts, copy, capsys):
     (copy / "run.json").write_bytes(damage(content))
     assert (copy / "run.json").read_bytes() != content
     refused(capsys, ["sample", copy, "--prompt", "the"], copy / "run.json", *parts)
-
-
-def damage(folder):
-    """Cuts every file of a checkpoint in half."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def test_a_damaged_checkpoint_is_passed_over_in_silence_for_the_one_before(copy, caplog):
-    damage(copy / "checkpoints" / "12")
-    assert int(state(copy)[1].step) == 8
-    assert run("sample", copy, "--prompt", "the", "--length", 3) == 0
-    assert not caplog.records
-
-
-def test_a_run_resumed_from_behind_a_damaged_checkpoint_ends_where_it_did(copy, finished):
-    damage(copy / "checkpoints" / "12")
-    assert run("train", "--resume", copy) == 0
-    assert_same_run(copy, finished)
-
-
-def test_a_run_without_a_readable_checkpoint_is_refused(copy, capsys):
-    for step in checkpoints(copy):
-        damage(copy / "checkpoints" / str(step))
-    refused(capsys, ["train", "--resume", copy], "a finished checkpoint", "unreadable", "step 8", "step 12")
 
 
 @pytest.mark.parametrize(
@@ -220,27 +167,3 @@ def test_what_the_parser_does_not_know_ends_with_two(arguments, capsys):
     complaint = capsys.readouterr().err
     assert "Traceback" not in complaint
     assert complaint
-
-
-def test_a_rate_that_explodes_stops_at_the_last_good_step_and_nothing_is_lost(text, tmp_path, finished, capsys):
-    path = tmp_path / "run"
-    assert run("train", "--text", text, "--out", path, *small(steps=4)) == 0
-    explosion = ["train", "--resume", path, "--steps", 12, "--learning-rate", "1e38"]
-    refused(capsys, explosion, "not finite at step 5", "step 4, the last good one", f"--resume {path}", form=())
-    assert (checkpoints(path)[-1], metrics(path).step.max()) == (4, 4)
-    assert all(np.isfinite(leaf).all() for leaf in state(path)[1].params.head)
-    assert run("train", "--resume", path, "--learning-rate", "2e-3") == 0
-    assert_same_run(path, finished)
-
-
-def test_a_rate_that_explodes_at_once_leaves_the_first_parameters(text, tmp_path, capsys):
-    arguments = ["train", "--text", text, "--out", tmp_path / "run", *small(steps=9, learning_rate="1e38")]
-    refused(capsys, arguments, "not finite at step 1", "step 0, the last good one", form=())
-    assert int(state(tmp_path / "run")[1].step) == 0
-
-
-def test_a_table_that_cannot_be_read_stops_the_run_and_keeps_its_checkpoints(copy, capsys):
-    (copy / "metrics.csv").write_text("step,seconds\nx,y\n")
-    before = json.loads((copy / "run.json").read_text())
-    refused(capsys, ["train", "--resume", copy, "--steps", 20], "a table of metrics", "metrics.csv")
-    assert (json.loads((copy / "run.json").read_text()), checkpoints(copy)) == (before, [8, 12])

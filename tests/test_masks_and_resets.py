@@ -14,7 +14,7 @@ from oracles import BATCH, TIME, assert_close, drawn, drawn_states, loop, looped
 
 import seqjax as sj
 
-SOME = ["lstm", "learned-stack"]
+SOME = ["lstm", "learned"]
 FLAGS = arrays(bool, (BATCH, TIME))
 LENGTHS = st.lists(st.integers(0, TIME), min_size=BATCH, max_size=BATCH).map(np.array)
 BAD = st.sampled_from([np.nan, np.inf, -np.inf, 1e30])
@@ -52,7 +52,9 @@ def test_no_pattern_of_masks_and_resets_lets_padding_into_values_or_gradients(ca
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["gru-after", "gru-before", "vanilla-relu", "user", "linen-lstm", "equinox-gru"])
+@pytest.mark.parametrize(
+    "name", ["gru-after", "gru-before", "vanilla-relu", "stack", "user", "linen-lstm", "equinox-gru"]
+)
 def test_padding_reaches_no_gradient_of_any_kind_of_cell(name, bad):
     cell = EVERY[name]
     params, xs = drawn(cell, "float32")

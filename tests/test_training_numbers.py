@@ -1,4 +1,4 @@
-"""What training does with numbers: NaN stops it where it was good, padding counts for nothing, means are means."""
+"""What training guards: NaN stops it where it was good, padding counts for nothing, and it is compiled once."""
 
 from __future__ import annotations
 
@@ -41,11 +41,9 @@ def test_nan_in_the_fifth_batch_stops_with_the_parameters_of_the_fourth(name, ke
 def test_updates_raise_at_the_step_that_failed(key):
     model, batches = poisoned("xs")
     optimizer, steps = optax.adam(0.01), []
+    run = sj.training.updates(model, batches, sj.training.start(model, optimizer, key), optimizer=optimizer)
     with pytest.raises(sj.training.NotFinite, match="not finite at step 5") as caught:
-        for state, _ in sj.training.updates(
-            model, batches, sj.training.start(model, optimizer, key), optimizer=optimizer
-        ):
-            steps.append(int(state.step))
+        steps.extend(int(state.step) for state, _ in run)
     assert (steps, caught.value.step) == ([1, 2, 3, 4], 5)
 
 
@@ -98,8 +96,6 @@ def test_a_reset_within_a_batch_is_a_new_sequence(key):
     assert joined == pytest.approx(sj.evaluate(READER, params, parts), rel=1e-5)
 
 
-
-
 @pytest.mark.parametrize("name", ["last", "mean", "max"])
 def test_many_to_one_reads_the_pool_of_the_valid_steps(name, key):
     pool = {"last": sj.last_valid, "mean": sj.masked_mean, "max": sj.masked_max}[name]
@@ -120,9 +116,7 @@ def test_many_to_one_reads_the_pool_of_the_valid_steps(name, key):
 
     loss, gradient = jax.value_and_grad(objective)(params)
     batch = sj.Batch(xs, targets, MASK)
-    fitted = sj.fit(
-        model, [batch], loss=sj.ManyToOne(pool), optimizer=optax.sgd(1.0), clip_norm=None, params=params
-    )
+    fitted = sj.fit(model, [batch], loss=sj.ManyToOne(pool), optimizer=optax.sgd(1.0), clip_norm=None, params=params)
     assert fitted.history["loss"][0] == pytest.approx(float(loss), rel=1e-5)
     assert_close(fitted.params, jax.tree.map(jnp.subtract, params, gradient))
 
@@ -134,3 +128,23 @@ def test_many_to_one_is_evaluated_as_the_mean_over_sequences(key):
     apart = [sj.evaluate(model, params, [batch], loss=loss) for batch in (short, long)]
     assert apart[0] != apart[1]
     assert sj.evaluate(model, params, [short, long], loss=loss) == pytest.approx(np.mean(apart), rel=1e-5)
+
+
+def test_a_rebuilt_model_is_not_compiled_again(key):
+    optimizer, counts = optax.adam(0.01), []
+    for _ in range(3):
+        model, batches = regression(sj.stack([sj.VanillaRNN(D, 5), sj.LearnedState(sj.VanillaRNN(5, N))]))
+        state = sj.training.start(model, optimizer, key)
+        list(sj.training.updates(model, batches, state, optimizer=optimizer))
+        counts.append(sj.training._update_compiled._cache_size())
+    assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adam(0.01)], ids=["default", "given"])
+def test_fitting_a_second_time_is_not_compiled_again(optimizer, key):
+    counts = []
+    for _ in range(2):
+        model, batches = regression(sj.VanillaRNN(D, N))
+        sj.fit(model, batches, optimizer=optimizer, key=key)
+        counts.append(sj.training._update_compiled._cache_size())
+    assert counts[0] == counts[1]

@@ -1,8 +1,8 @@
 """Learning parity with torch: the character model of `seqjax train` beside the same one written in torch.
 
 Same data, model and schedule: embedding 64, LSTM 256, batch 32, window 128 with the state carried and detached, Adam
-at 2e-3, gradients clipped to norm 1, ten passes over the first 90 % of the Python manual's topics; bits per character on
-the next 5 % after each pass. Each library begins from its own default initialisation. torch runs in a process of its own.
+at 2e-3, gradients clipped to norm 1, ten passes over the first 90 % of the Python manual's topics; bits per character
+on the next 5 % after each pass. Each library begins from its own default initialisation, in a process of its own.
 
     python -m benchmarks.character_parity            ten passes; some six minutes on two cores
     python -m benchmarks.character_parity --passes 1

@@ -142,4 +142,4 @@ def is_value(part: Any) -> bool:
     except TypeError:
         return False
     fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
-    return all(is_value(getattr(part, field.name)) for field in fields)
+    return all(field.compare and is_value(getattr(part, field.name)) for field in fields)

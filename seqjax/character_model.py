@@ -66,6 +66,8 @@ class Settings:
     """Updates between two checkpoints."""
 
     def __post_init__(self) -> None:
+        if self.cell not in CELLS:
+            raise ValueError(f"expected cell to be one of {', '.join(CELLS)}, got {self.cell!r}")
         for name in ("embedding", "hidden", "layers", "window", "batch", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")

@@ -84,7 +84,8 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # whoever read the output has gone, so there is nobody to tell
     except OSError as error:
-        print(f"seqjax: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        where = f"got {error.filename}" if error.filename else "got none"
+        print(f"seqjax: expected a file to read, {where}: {error.strerror or error}; check the path", file=sys.stderr)
     except KeyboardInterrupt:
         print("seqjax: interrupted", file=sys.stderr)
         return 130
@@ -93,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def train(command: Train) -> int:
     """Trains until the last step, the last minute or an interruption, and says what came of it."""
-    settings, console = command.settings, Console(highlight=False, soft_wrap=True)
+    settings, console = command.settings, Console(highlight=False, soft_wrap=True, markup=False)
     corpus = manual_topics() if settings.text is None else read_text(settings.text)
     if command.resume is not None:
         job = resume(settings, corpus, command.resume)
@@ -210,8 +211,8 @@ def _conclude(job: Job, console: Console) -> None:
     said = character_model.speak(job.model, job.state.params, prompt, 200, seed=0, temperature=0.8)
     text = f"{decode(prompt, vocabulary)}|{decode(np.array(list(said)), vocabulary)}"
     console.print("a sample, after the bar:\n")
-    console.print("    " + text.replace("\n", "\n    "), markup=False)
-    console.print(f"\nmore: seqjax sample {job.run.path}", markup=False)
+    console.print("    " + text.replace("\n", "\n    "))
+    console.print(f"\nmore: seqjax sample {job.run.path}")
 
 
 def _parse(arguments: Sequence[str]) -> Train | Sample | Score:

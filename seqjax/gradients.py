@@ -180,7 +180,7 @@ def truncated_grad(
         >>> [float(sj.truncated_grad(cell, params, jnp.ones((1, 3, 1)), last, k).b_h[0]) for k in (1, 2, 3)]
         [1.0, 1.5, 1.75]
     """
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+    if isinstance(window, bool) or not hasattr(window, "__index__") or window < 1:
         raise ValueError(f"expected a window of at least 1 step, got {window!r}: window=1 is no recurrence at all")
     run = _Run.of_parameters(cell, params, xs, state, mask, reset)
     d_outputs = run.output_gradients(loss)

@@ -98,6 +98,9 @@ def _where_valid(mask: Array, leaf: Float[Array, "time ..."], otherwise: float) 
 
 def _pool(one: Any, outputs: PyTree, mask: Any) -> PyTree:
     outputs = jax.tree.map(jnp.asarray, outputs)
+    for leaf in jax.tree.leaves(outputs):
+        if leaf.ndim < 2:
+            raise ValueError(f"expected outputs (batch, time, ...), got {leaf.shape}: pool what unroll returned")
     batch, time = jax.tree.leaves(outputs)[0].shape[:2]
     mask = check_flags("mask", mask, batch, time)
     if mask is None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell
-from seqjax.unroll import length_mask, unroll
+from seqjax.unroll import length_mask, trajectory, unroll
 
 BATCH, TIME = 3, 5
 
@@ -186,14 +186,18 @@ def _scans_as_it_loops(cell: Any, params: PyTree, x: PyTree) -> None:
 
 
 def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:
-    xs, lengths = _sequence(x), jnp.arange(BATCH)
-    spoilt = jax.tree.map(lambda leaf: _spoil(leaf, length_mask(lengths, TIME)), xs)
-    final, outputs = unroll(cell, params, spoilt, mask=length_mask(lengths, TIME))
-    for row in range(BATCH):
-        valid = (slice(row, row + 1), slice(0, row))
-        state, cut = unroll(cell, params, _pick(xs, valid))
-        _holds(_close(state, _pick(final, valid[0])), f"expected padding to hold the state of row {row}")
-        _holds(_close(cut, _pick(outputs, valid)), f"expected row {row} to give what it gives without its padding")
+    xs, mask = _sequence(x), length_mask(jnp.arange(BATCH), TIME)
+    spoilt = jax.tree.map(lambda leaf: _spoil(leaf, mask), xs)
+    final, outputs = unroll(cell, params, spoilt, mask=mask)
+    states, whole = trajectory(cell, params, xs), unroll(cell, params, xs)[1]
+    for row in range(BATCH):  # the row of so many valid steps
+        valid, padding = (row, slice(0, row)), (row, slice(row, None))
+        held = _close(_pick(final, row), _pick(states, (row, row)))
+        _holds(held, f"expected padding after {row} steps to hold the state")
+        same = _close(_pick(outputs, valid), _pick(whole, valid))
+        _holds(same, f"expected the first {row} outputs to be those without padding: the step must not look ahead")
+        silent = not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(_pick(outputs, padding)))
+        _holds(silent, f"expected outputs of zero in padding after {row} steps")
 
 
 def _spoil(leaf: Array, mask: Array) -> Array:
@@ -203,16 +207,25 @@ def _spoil(leaf: Array, mask: Array) -> Array:
 
 
 def _has_finite_gradients(cell: Any, params: PyTree, x: PyTree) -> None:
-    def loss(params: PyTree, state: PyTree) -> Array:
-        after, output = cell.step(params, state, x)
-        floats = [leaf for leaf in jax.tree.leaves((after, output)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        return sum((jnp.sum(jnp.square(leaf)) for leaf in floats), jnp.zeros(()))
+    def step_loss(params: PyTree, state: PyTree) -> Array:
+        return _energy(cell.step(params, state, x))
+
+    def padded_loss(params: PyTree) -> Array:
+        return _energy(unroll(cell, params, _sequence(x), mask=length_mask(jnp.arange(BATCH), TIME)))
 
     state = jax.tree.map(jnp.asarray, cell.initial_state(params))
-    gradients = jax.grad(loss, argnums=(0, 1), allow_int=True)(params, state)
+    gradients = jax.grad(step_loss, argnums=(0, 1), allow_int=True)(params, state)
+    _finite(gradients, "at the initial state")
+    _finite(jax.grad(padded_loss, allow_int=True)(params), "beside padding, where a step's input is zero")
+
+
+def _energy(tree: PyTree) -> Array:
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum((jnp.sum(jnp.square(leaf)).astype(jnp.float32) for leaf in floats), jnp.zeros((), jnp.float32))
+
+
+def _finite(gradients: PyTree, where: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         if leaf.dtype != jax.dtypes.float0:
             finite = bool(jnp.all(jnp.isfinite(leaf)))
-            _holds(
-                finite, f"expected finite gradients at the initial state, got {leaf} in {jax.tree_util.keystr(path)}"
-            )
+            _holds(finite, f"expected finite gradients {where}, got {leaf} in {jax.tree_util.keystr(path)}")

@@ -214,7 +214,13 @@ def guarded_step(
         state = _choose(restart, strong_type(cell.initial_state(params)), state)
     if valid is not None:
         x = _choose(valid, x, _zeros(x))
-    after, output = cell.step(params, state, x) if noise is None else cell.step(params, state, x, noise)
+    stepped = cell.step(params, state, x) if noise is None else cell.step(params, state, x, noise)
+    if not isinstance(stepped, tuple) or len(stepped) != 2:
+        raise TypeError(
+            f"expected {type(cell).__name__}.step to return (new_state, output), got {type(stepped).__name__}: "
+            f"a cell whose output is its state returns it twice"
+        )
+    after, output = stepped
     after = same_state_type(cell, after, state)
     if valid is not None:
         after = _choose(valid, after, state)

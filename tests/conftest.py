@@ -1,4 +1,4 @@
-"""The strict harness: every test runs with warnings as errors, strict promotion, checked annotations and two devices."""
+"""The strict harness: warnings are errors, promotion is strict, annotations are checked, and there are two devices."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxtyping import install_import_hook
 
 hook = install_import_hook("seqjax", "beartype.beartype")
 
-import hypothesis
-import jax
-import pytest
+import hypothesis  # noqa: E402 - the hook above must come before jax and seqjax
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

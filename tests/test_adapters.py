@@ -120,9 +120,14 @@ def test_rebuilt_adapters_are_equal_by_value_and_compile_once(name):
 
 def test_adapters_with_other_arguments_are_not_equal():
     cells = [
-        sj.from_linen(nn.GRUCell(N), D), sj.from_linen(nn.GRUCell(N), D + 1), sj.from_linen(nn.GRUCell(N + 1), D),
-        sj.from_nnx(nnx.GRUCell, D, N), sj.from_nnx(nnx.GRUCell, D, N + 1), sj.from_nnx(nnx.LSTMCell, D, N),
-        sj.from_equinox(eqx.nn.GRUCell, D, N), sj.from_equinox(eqx.nn.GRUCell, D, N, use_bias=False),
+        sj.from_linen(nn.GRUCell(N), D),
+        sj.from_linen(nn.GRUCell(N), D + 1),
+        sj.from_linen(nn.GRUCell(N + 1), D),
+        sj.from_nnx(nnx.GRUCell, D, N),
+        sj.from_nnx(nnx.GRUCell, D, N + 1),
+        sj.from_nnx(nnx.LSTMCell, D, N),
+        sj.from_equinox(eqx.nn.GRUCell, D, N),
+        sj.from_equinox(eqx.nn.GRUCell, D, N, use_bias=False),
     ]
     assert len(set(cells)) == len(cells)
     by_name = [{"in_features": D, "hidden_features": N}, {"hidden_features": N, "in_features": D}]

@@ -1,4 +1,4 @@
-"""The command line: it trains, samples and scores as the library does, and a run that was broken off goes on unbroken."""
+"""The command line: it trains, samples and scores as the library does, and a run that was broken off loses nothing."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_run_is_a_folder_that_tells_everything(finished):
 
 
 def test_training_prints_its_score_beside_that_of_no_memory_and_a_sample(tmp_path, capsys):
-    path = train(tmp_path, "run [bold]", steps=5)
+    path = train(tmp_path, steps=5)
     printed = capsys.readouterr().out
     assert printed.startswith(f"{path}: lstm, 1 x 16 hidden units")
     assert number(printed, "unigram entropy of the corpus") == pytest.approx(

@@ -60,3 +60,14 @@ def test_a_table_that_cannot_be_read_stops_the_run_and_keeps_its_checkpoints(cop
     before = json.loads((copy / "run.json").read_text())
     refused(capsys, ["train", "--resume", copy, "--steps", 20], "a table of metrics", "metrics.csv")
     assert (json.loads((copy / "run.json").read_text()), checkpoints(copy)) == (before, [8, 12])
+
+
+def test_a_name_with_brackets_is_refused_or_kept_and_printed_as_it_is(text, tmp_path, capsys):
+    path = tmp_path / "run [bold]"
+    arguments = ["train", "--text", text, "--out", path, *small(steps=2)]
+    if run(*arguments) == 0:
+        assert f"{path}: lstm" in capsys.readouterr().out
+        assert int(state(path)[1].step) == 2
+    else:
+        assert not path.exists()
+        refused(capsys, arguments, path)

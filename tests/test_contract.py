@@ -147,6 +147,21 @@ def test_the_type_of_the_state_never_drifts(name, params_dtype, x64):
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(final)} == {params_dtype}
 
 
+def test_a_weakly_typed_state_becomes_a_strong_one():
+    class Halves(Leaky):
+        def initial_state(self, params):
+            return 0.0
+
+        def step(self, params, state, x):
+            return jnp.asarray(0.5), x * state  # 0.5 is weakly typed, and so is 0.0
+
+    params, xs = drawn(Leaky(), "float32")
+    for flags in (None, np.ones((BATCH, TIME), bool)):
+        final, outputs = sj.unroll(Halves(), params, xs, mask=flags, reset=flags)
+        assert types(final) == types(jnp.full(BATCH, 0.5, "float32"))
+        assert_close(outputs, jnp.zeros_like(xs) if flags is not None else 0.5 * xs.at[:, 0].set(0))
+
+
 REBUILT = {
     "vanilla": lambda: sj.VanillaRNN(D, N, "relu", recurrent_init=sj.SpectralRadius(0.5)),
     "lstm": lambda: sj.LSTM(D, N, forget_bias=2.0, input_init=sj.Uniform(0.1), dtype=jnp.float32),

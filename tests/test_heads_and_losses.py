@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 
 import seqjax as sj
 
-MASKS = st.sampled_from([0, 1, 4]).flatmap(  # any pattern over these times, rows without a valid step included
-    lambda time: st.lists(st.lists(st.booleans(), min_size=time, max_size=time), min_size=3, max_size=3)
-).map(lambda rows: np.array(rows, bool))
+MASKS = (
+    st.sampled_from([0, 1, 4])
+    .flatmap(  # any pattern over these times, rows without a valid step included
+        lambda time: st.lists(st.lists(st.booleans(), min_size=time, max_size=time), min_size=3, max_size=3)
+    )
+    .map(lambda rows: np.array(rows, bool))
+)
 
 
 def random_like(tree, seed=0, scale=1.0):

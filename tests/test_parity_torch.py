@@ -128,9 +128,13 @@ def test_values_and_gradients_equal_those_of_torch_in_both_directions(kind, dtyp
     expected += (as_state(kind, h_grad[0], c_grad[0] if kind == "lstm" else None),)
     with jax.enable_x64(dtype == "float64"):
         got = run_ours(
-            KINDS[kind][1](*sizes[2:], dtype=dtype), as_params(kind, theirs.weights()), theirs.xs,
-            as_state(kind, theirs.h[0], theirs.c[0]), theirs.of_output[:, order],
-            as_state(kind, theirs.of_h[0], theirs.of_c[0]), reverse=reverse,
+            KINDS[kind][1](*sizes[2:], dtype=dtype),
+            as_params(kind, theirs.weights()),
+            theirs.xs,
+            as_state(kind, theirs.h[0], theirs.c[0]),
+            theirs.of_output[:, order],
+            as_state(kind, theirs.of_h[0], theirs.of_c[0]),
+            reverse=reverse,
         )
         assert_close(got, expected, dtype)
 
@@ -148,8 +152,11 @@ def test_a_stack_of_two_layers_equals_a_torch_layer_of_two(kind, x64):
     expected += (layers(h_grad, c_grad),)
     got = run_ours(
         sj.stack([KINDS[kind][1](d, n, dtype=dtype), KINDS[kind][1](n, n, dtype=dtype)]),
-        tuple(as_params(kind, theirs.weights(), f"l{j}") for j in range(2)), theirs.xs,
-        layers(theirs.h, theirs.c), theirs.of_output, layers(theirs.of_h, theirs.of_c),
+        tuple(as_params(kind, theirs.weights(), f"l{j}") for j in range(2)),
+        theirs.xs,
+        layers(theirs.h, theirs.c),
+        theirs.of_output,
+        layers(theirs.of_h, theirs.of_c),
     )
     assert_close(got, expected, dtype)
 
@@ -167,9 +174,14 @@ def test_masked_sequences_equal_packed_ones_of_torch_in_both_directions(kind, le
             mask, block = sj.length_mask(np.array(lengths), time), slice(j * n, (j + 1) * n)
             xs = np.where(np.asarray(mask)[..., None], theirs.xs, np.nan)  # padding must be read by neither direction
             *got, x_part, got_state = run_ours(
-                KINDS[kind][1](d, n, dtype=dtype), as_params(kind, theirs.weights(), suffix), xs,
-                as_state(kind, theirs.h[j], theirs.c[j]), theirs.of_output[..., block],
-                as_state(kind, theirs.of_h[j], theirs.of_c[j]), mask=mask, reverse=bool(j),
+                KINDS[kind][1](d, n, dtype=dtype),
+                as_params(kind, theirs.weights(), suffix),
+                xs,
+                as_state(kind, theirs.h[j], theirs.c[j]),
+                theirs.of_output[..., block],
+                as_state(kind, theirs.of_h[j], theirs.of_c[j]),
+                mask=mask,
+                reverse=bool(j),
             )
             expected = [outputs[..., block], as_state(kind, h[j], c[j]), as_param_grads(kind, grads, suffix)]
             expected.append(as_state(kind, h_grad[j], c_grad[j] if kind == "lstm" else None))

@@ -25,6 +25,11 @@ class Stack:
         """That of the first layer."""
         return self.cells[0].input_shape
 
+    @property
+    def hidden_size(self) -> int | None:
+        """The length of the last layer's output."""
+        return features_given(self.cells[-1])
+
     def init(self, key: Array) -> tuple[PyTree, ...]:
         """Each layer's parameters, from a key of its own."""
         return tuple(cell.init(k) for cell, k in zip(self.cells, jax.random.split(key, len(self.cells)), strict=True))
@@ -73,6 +78,11 @@ class Stack:
         return named
 
 
+def features_given(cell: Any) -> int | None:
+    """The length of a cell's output, where the cell says it."""
+    return getattr(cell, "hidden_size", None) or getattr(cell, "features", None)
+
+
 def stack(cells: Sequence[Cell]) -> Stack:
     """Puts cells above one another, x_t -> cell 1 -> ... -> cell L, as one cell.
 
@@ -97,14 +107,15 @@ def stack(cells: Sequence[Cell]) -> Stack:
     if not cells:
         raise ValueError("expected at least one cell in a stack, got none: stack([LSTM(8, 64)])")
     for layer, cell in enumerate(cells):
-        if not isinstance(cell, Cell):
+        if isinstance(cell, type) or not isinstance(cell, Cell):
+            got = f"the class {cell.__name__}" if isinstance(cell, type) else type(cell).__name__
             raise TypeError(
-                f"expected cells in a stack, got {type(cell).__name__} as entry {layer}: "
+                f"expected cells in a stack, got {got} as entry {layer}: "
                 f"a cell has the methods init, initial_state and step"
             )
     for layer, (below, above) in enumerate(itertools.pairwise(cells)):
-        gives, reads = getattr(below, "hidden_size", None), getattr(above, "input_size", None)
-        if gives is not None and reads is not None and gives != reads:
+        gives, reads = features_given(below), getattr(above, "input_shape", None)
+        if gives is not None and reads is not None and reads != (gives,):
             raise ValueError(
                 f"expected layer {layer + 1} of the stack to read the {gives} features that layer {layer} gives, "
                 f"got {above!r}: set its input_size to {gives}"

@@ -10,7 +10,7 @@ import numpy as np
 from seqjax.batch import Batch
 
 
-def pad(sequences: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def pad(sequences: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sequences of different lengths as one array, zeros behind the shorter ones, and the mask of what is not padding.
 
     Args:
@@ -36,14 +36,16 @@ def pad(sequences: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"expected sequences (time, ...) with the same features, got {[a.shape for a in arrays[:5]]}")
     lengths = np.array([len(array) for array in arrays])
     mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
-    padded = np.zeros((*mask.shape, *shapes.pop()), np.result_type(*arrays))
+    padded = np.zeros(
+        (*mask.shape, *shapes.pop()), np.result_type(*([array for array in arrays if array.size] or arrays))
+    )
     padded[mask] = np.concatenate(arrays)
     return padded, mask
 
 
 def batches(
-    sequences: Sequence[Any],
-    targets: Sequence[Any],
+    sequences: Sequence[Any] | np.ndarray,
+    targets: Sequence[Any] | np.ndarray,
     batch: int,
     *,
     seed: int | None = None,

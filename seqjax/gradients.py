@@ -26,7 +26,8 @@ from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Params, State
 from seqjax.checks import check_flags, check_inputs
-from seqjax.unroll import guarded_step, trajectory, unroll
+from seqjax.guarded import guarded_step
+from seqjax.unroll import trajectory, unroll
 
 Loss = Callable[[PyTree], Array]
 

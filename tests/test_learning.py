@@ -22,7 +22,7 @@ def predictions(model, params, xs):
 
 
 def test_an_lstm_solves_the_adding_problem_at_a_hundred_steps(key):
-    model = sj.Model(sj.LSTM(2, 32), sj.Gaussian(32, 1, std=1.0))
+    model = sj.Model(sj.LSTM(2, 32, chrono=100), sj.Gaussian(32, 1, std=1.0))
     stream = sj.data.adding_problem(key, batch=64, time=100)
     fitted = sj.fit(model, stream, steps=1000, optimizer=optax.adam(1e-2), loss=sj.ManyToOne(), key=key)
     test = next(sj.data.adding_problem(jax.random.key(1), batch=2000, time=100))

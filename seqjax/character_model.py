@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -91,9 +92,12 @@ def build(settings: Settings, vocabulary: str) -> Model:
     return Model(stack([Embedding(len(vocabulary), settings.embedding), *layers]), head)
 
 
+adam = functools.lru_cache(optax.adam)  # one object for one learning rate, so that its update compiles once
+
+
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """Adam on clipped gradients."""
-    return clipped(optax.adam(settings.learning_rate), settings.clip_norm)
+    return clipped(adam(settings.learning_rate), settings.clip_norm)
 
 
 def first_state(settings: Settings, model: Model) -> TrainState:

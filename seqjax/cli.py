@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def train(command: Train) -> int:
     """Trains until the last step, the last minute or an interruption, and says what came of it."""
-    settings, console = command.settings, Console(highlight=False, soft_wrap=True, markup=False)
+    settings, console = command.settings, Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     corpus = manual_topics() if settings.text is None else read_text(settings.text)
     if command.resume is not None:
         job = resume(settings, corpus, command.resume)

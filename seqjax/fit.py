@@ -20,6 +20,8 @@ from seqjax.objectives import Objective, every_step
 from seqjax.training import Metrics, NotFinite, TrainState, clipped, start, updates
 from seqjax.unroll import unroll
 
+ADAM = optax.adam(1e-3)  # one object, so that fits with the default optimiser compile once
+
 
 def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss: Objective = every_step) -> float:
     """The mean loss over a finite stream, each batch weighted by its valid steps, or its sequences for `ManyToOne`.
@@ -143,7 +145,7 @@ def fit(
     """
     if steps is not None and steps < 0:
         raise ValueError(f"expected steps of at least 0, got {steps}")
-    optimizer = clipped(optax.adam(1e-3) if optimizer is None else optimizer, clip_norm)
+    optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
     first, rows, validated, evaluator = int(latest.step), [], [], _evaluator(model, loss)
     batches = stream if steps is None else itertools.islice(stream, steps)

@@ -96,9 +96,11 @@ def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
             )
     run = dataclasses.replace(stored, settings=dataclasses.replace(settings, text=stored.settings.text))
     model, state = restore(run)
+    job = Job(run, model, _parts(run.settings, corpus), state, MetricsTable(run, int(state.step)))
+    run.set_aside_after(job.step)
     if run.settings != stored.settings:
         run.write_settings()
-    return Job(run, model, _parts(run.settings, corpus), state, MetricsTable(run, int(state.step)))
+    return job
 
 
 def restore(run: Run) -> tuple[Model, TrainState]:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class Run:
             raise RunError(
                 f"expected a new folder, got {path}, which holds something: "
                 f"choose another --out, or go on from it with --resume {path}"
+            )
+        if strange := sorted(set(str(path.resolve())) & set("[]*?{}")):
+            raise RunError(
+                f"expected a path without any of []*?{{}}, which the checkpoints' store takes for patterns, "
+                f"got {path} with {' '.join(strange)}: choose another --out"
             )
         run = cls(path, settings, CorpusRecord.of(corpus))
         try:
@@ -128,6 +134,14 @@ class Run:
             if step not in manager.all_steps():
                 manager.save(step, args=_orbax().args.StandardSave(state._asdict()))
                 manager.wait_until_finished()
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves checkpoints of later steps, which could not be read, out of the way of those that will be made."""
+        for folder in (self.path / "checkpoints").iterdir():
+            if folder.name.isdigit() and int(folder.name) > step:
+                aside = self.path / "unreadable"
+                aside.mkdir(exist_ok=True)
+                os.replace(folder, aside / f"{folder.name}-{time.time_ns()}")
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint that can be read.
@@ -211,7 +225,8 @@ def _orbax() -> Any:
         warnings.simplefilter("ignore")  # of its own imports
         import orbax.checkpoint
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # It logs what is raised as well, and the sentence that the user gets is made from the exception.
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     return orbax.checkpoint
 
 

@@ -6,6 +6,7 @@ then the state is carried over, detached, which is truncated backpropagation thr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,8 +59,12 @@ class NotFinite(ArithmeticError):
         super().__init__(f"not finite at step {step} ({found})")
 
 
+@functools.lru_cache
 def clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
-    """The optimiser on gradients clipped by their norm, g <- g min(1, c / |g|) (Pascanu, Mikolov and Bengio 2013)."""
+    """The optimiser on gradients clipped by their norm, g <- g min(1, c / |g|) (Pascanu, Mikolov and Bengio 2013).
+
+    The same arguments give the same object, so that what was compiled for it is found again.
+    """
     if clip_norm is None:
         return optimizer
     if not clip_norm > 0:

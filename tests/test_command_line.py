@@ -133,7 +133,7 @@ def test_training_stops_after_its_minutes(tmp_path):
     assert run("train", "--text", text, "--out", path, *minutes, *small(validate_every=99, checkpoint_every=99)) == 0
     seconds = metrics(path).seconds
     assert seconds.iloc[-1] >= 3
-    assert (seconds.iloc[:-1] < 3).all()
+    assert (seconds.iloc[:-1] <= 3).all()  # which a rounded 2.9996 is
     assert checkpoints(path)[-1] == len(seconds)
 
 

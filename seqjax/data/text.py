@@ -86,8 +86,10 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
     """
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     known = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
-    tokens = np.searchsorted(known, codes)
-    wrong = np.flatnonzero(known[np.minimum(tokens, len(known) - 1)] != codes) if len(known) else np.arange(len(codes))
+    order = np.argsort(known)
+    places = np.searchsorted(known, codes, sorter=order)
+    tokens = order[np.minimum(places, len(known) - 1)] if len(known) else places
+    wrong = np.flatnonzero(known[tokens] != codes) if len(known) else np.arange(len(codes))
     if len(wrong):
         characters = "".join(sorted({text[i] for i in wrong}))
         shown = repr(characters[:10]) + ("..." if len(characters) > 10 else "")

@@ -1,5 +1,6 @@
 """seqjax: recurrent networks in JAX, fast and visible. `import seqjax as sj`."""
 
+from . import analysis as analysis
 from . import data as data
 from . import testing as testing
 from . import training as training

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +13,11 @@ import optax
 from jaxtyping import Array, PyTree
 
 from seqjax.batch import Batch
-from seqjax.cell import State, is_value
+from seqjax.cell import State
+from seqjax.compiled import compiled
 from seqjax.model import Model, ModelParams
 from seqjax.objectives import Objective, every_step
-from seqjax.training import Metrics, NotFinite, TrainState, clipped, start, updates
+from seqjax.training import LEAF_PREFIX, Metrics, NotFinite, TrainState, clipped, leaf_names, start, updates
 from seqjax.unroll import unroll
 
 ADAM = optax.adam(1e-3)  # one object, so that fits with the default optimiser compile once
@@ -45,11 +45,7 @@ def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss
         >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
         1.3863
     """
-    return _mean_loss(_evaluator(model, loss), loss, params, stream)
-
-
-def _evaluator(model: Model, loss: Objective) -> Callable[..., tuple[State, Array]]:
-    return partial(_evaluate_compiled, model, loss) if is_value(model) else jax.jit(partial(_evaluate, model, loss))
+    return _mean_loss(compiled(_evaluate, model, loss), loss, params, stream)
 
 
 def _mean_loss(
@@ -76,16 +72,13 @@ def _evaluate(
     return final, loss(model.head, params.head, outputs, targets, mask)
 
 
-_evaluate_compiled = jax.jit(_evaluate, static_argnums=(0, 1))
-
-
 class Fitted(NamedTuple):
     """What `fit` returns.
 
     Attributes:
         params: the trained parameters.
-        history: arrays, one entry an update, "step", "loss", "grad_norm", "clipped" and "param_norm"; and one an
-            evaluation, "validation_step" and "validation".
+        history: arrays, one entry an update, "step", "loss", "grad_norm", "clipped", "param_norm" and, for every leaf
+            of the parameters, "grad_norm/cell.W_hh"; and one an evaluation, "validation_step" and "validation".
         state: to go on training from.
         reason: why it stopped: "steps", "stream" (used up), or "not finite at step N (...)"; then `params` and `state`
             are those before that step.
@@ -147,25 +140,29 @@ def fit(
         raise ValueError(f"expected steps of at least 0, got {steps}")
     optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
-    first, rows, validated, evaluator = int(latest.step), [], [], _evaluator(model, loss)
+    first, rows, validated, evaluator = int(latest.step), [], [], compiled(_evaluate, model, loss)
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"
     try:
         run = updates(model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm, key=key)
         for latest, metrics in run:
-            rows.append((first + len(rows) + 1, *metrics))
+            step = first + len(rows) + 1
+            rows.append({"step": step} | metrics.row())
             if progress is not None:
-                progress(rows[-1][0], metrics)
+                progress(step, metrics)
             if validation is not None and (len(rows) % validate_every == 0 or len(rows) == steps):
-                validated.append((rows[-1][0], _mean_loss(evaluator, loss, latest.params, validation())))
+                value = _mean_loss(evaluator, loss, latest.params, validation())
+                validated.append({"validation_step": step, "validation": value})
         if len(rows) == steps:
             reason = "steps"
     except NotFinite as error:
         reason = str(error)
         warnings.warn(f"training stopped: {reason}; lower the learning rate or clip_norm", stacklevel=2)
-    history = _columns(("step", *Metrics._fields), rows) | _columns(("validation_step", "validation"), validated)
+    by_leaf = [f"{LEAF_PREFIX}{name}" for name in leaf_names(latest.params)]
+    history = _columns(["step", *Metrics._fields[:-1], *by_leaf], rows)
+    history |= _columns(["validation_step", "validation"], validated)
     return Fitted(latest.params, history, latest, reason)
 
 
-def _columns(names: tuple[str, ...], rows: list[Any]) -> dict[str, np.ndarray]:
-    return {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}
+def _columns(names: list[str], rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.array([row[name] for row in rows]) for name in names}

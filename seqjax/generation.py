@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.cell import State, is_value
+from seqjax.cell import State
 from seqjax.checks import check_flags
+from seqjax.compiled import compiled
 from seqjax.model import Model, ModelParams
 from seqjax.pooling import last_valid
 from seqjax.unroll import unroll
@@ -95,9 +96,8 @@ def generate(
     keys = _row_keys(key, batch)
     if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(mask, axis=1))):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
-    static = (model, steps, (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p)))
-    run = partial(_generate_compiled, *static) if is_value(model) else jax.jit(partial(_generate, *static))
-    return run(params, prompt, keys, end, state, mask)
+    options = (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p))
+    return compiled(_generate, model, steps, options)(params, prompt, keys, end, state, mask)
 
 
 def _generate(
@@ -130,9 +130,6 @@ def _generate(
         return Generated(tokens, log_p, valid, before_last)
 
     return jax.vmap(one)(state, first, keys)
-
-
-_generate_compiled = jax.jit(_generate, static_argnums=(0, 1, 2))
 
 
 def _row_keys(key: Array, batch: int) -> Array:

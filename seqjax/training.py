@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from seqjax.batch import Batch
-from seqjax.cell import State, is_value
+from seqjax.cell import State
+from seqjax.compiled import compiled
 from seqjax.gradients import detach
 from seqjax.model import Model, ModelParams
 from seqjax.objectives import Objective, every_step
@@ -42,12 +42,33 @@ class Metrics(NamedTuple):
         grad_norm: the norm of the whole gradient before clipping.
         clipped: 1 where the norm was above the clipping threshold, else 0.
         param_norm: the norm of all parameters after the update.
+        grad_norm_by_leaf: the norm of each parameter's gradient before clipping, by its path: "cell.W_hh", "head.b_y".
+            Their squares sum to that of `grad_norm`.
     """
 
     loss: Any
     grad_norm: Any
     clipped: Any
     param_norm: Any
+    grad_norm_by_leaf: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        """One flat row of a table: "loss", "grad_norm", "clipped", "param_norm", "grad_norm/cell.W_hh", ..."""
+        row = self._asdict()
+        by_leaf = row.pop("grad_norm_by_leaf")
+        return row | {f"{LEAF_PREFIX}{name}": norm for name, norm in by_leaf.items()}
+
+
+LEAF_PREFIX = "grad_norm/"  # of the columns that hold one leaf each
+
+
+def leaf_names(params: PyTree) -> list[str]:
+    """The path of every leaf, such as "cell.W_hh" or "cell.1.W_hh", in the order of the leaves."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [jax.tree_util.keystr(path) for path in paths]  # {"a": {"b": _}, "a.b": _} have one name when simple
 
 
 class NotFinite(ArithmeticError):
@@ -55,7 +76,7 @@ class NotFinite(ArithmeticError):
 
     def __init__(self, step: int, metrics: Metrics) -> None:
         self.step = step
-        found = ", ".join(f"{name} {value:g}" for name, value in zip(metrics._fields, metrics, strict=True))
+        found = ", ".join(f"{name} {value:g}" for name, value in zip(metrics._fields[:-1], metrics, strict=False))
         super().__init__(f"not finite at step {step} ({found})")
 
 
@@ -153,8 +174,8 @@ def updates(
 
 
 def _finite(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
-    numbers = Metrics(*map(float, metrics))
-    if not np.all(np.isfinite(numbers)):
+    numbers = jax.tree.map(float, jax.device_get(metrics))  # all at once: one wait for the device, not one a number
+    if not np.all(np.isfinite(jax.tree.leaves(numbers))):
         raise NotFinite(int(state.step), numbers)
     return state, numbers
 
@@ -168,8 +189,8 @@ def _run_updates(
     clip_norm: float | None,
     key: Array | None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    static = (model, optimizer, loss, float("inf") if clip_norm is None else float(clip_norm))
-    update = partial(_update_compiled, *static) if is_value(model) else jax.jit(partial(_update, *static))
+    limit = float("inf") if clip_norm is None else float(clip_norm)
+    update = compiled(_update, model, optimizer, loss, limit)
     for batch in stream:
         if not isinstance(batch, Batch):
             raise TypeError(f"expected a stream of sj.Batch, got {type(batch).__name__}: sj.Batch(xs, targets)")
@@ -199,12 +220,10 @@ def _update(
         return loss(model.head, params.head, outputs, targets, mask), final
 
     (value, final), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params)
-    norm = optax.tree.norm(gradient)
+    norm, leaf_norms = optax.tree.norm(gradient), map(optax.tree.norm, jax.tree.leaves(gradient))
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to its integer count
         change, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, change)
     new_state = TrainState(state.step + 1, params, optimizer_state, final)
-    return new_state, Metrics(value, norm, (norm > limit).astype(norm.dtype), optax.tree.norm(params))
-
-
-_update_compiled = jax.jit(_update, static_argnums=(0, 1, 2, 3))
+    by_leaf = dict(zip(leaf_names(gradient), leaf_norms, strict=True))
+    return new_state, Metrics(value, norm, (norm > limit).astype(norm.dtype), optax.tree.norm(params), by_leaf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -199,3 +200,22 @@ def test_a_gaussian_readout_refuses_the_cuts_of_a_categorical_one(key):
     for option in ({"top_k": 2}, {"top_p": 0.5}):
         with raises(ValueError, "top_k", "Gaussian", "temperature"):
             head.sample(head.init(key), jnp.zeros(2), key, **option)
+
+
+class Counted(sj.Categorical):
+    """A readout that counts how often its sampling is traced."""
+
+    traces: ClassVar[list[str]] = []
+
+    def sample(self, params, h, key, **options):
+        self.traces.append("sample")
+        return super().sample(params, h, key, **options)
+
+
+def test_a_rebuilt_model_is_not_compiled_again(key):
+    counts = []
+    for top_k in (2, 2, 3):
+        model = sj.Model(sj.stack([sj.Embedding(5, 3), sj.GRU(3, 6)]), Counted(6, 5))
+        sj.generate(model, PARAMS, PROMPT, 2, key, top_k=top_k)
+        counts.append(len(Counted.traces))
+    assert counts[0] == counts[1] < counts[2]

@@ -17,6 +17,7 @@ from .cells.gru import GRUGates as GRUGates
 from .cells.gru import GRUParams as GRUParams
 from .cells.gru import GRUState as GRUState
 from .cells.gru import gru_gates as gru_gates
+from .cells.gru import gru_jacobian as gru_jacobian
 from .cells.gru import gru_step as gru_step
 from .cells.learned_state import LearnedState as LearnedState
 from .cells.learned_state import LearnedStateParams as LearnedStateParams
@@ -25,12 +26,14 @@ from .cells.lstm import LSTMGates as LSTMGates
 from .cells.lstm import LSTMParams as LSTMParams
 from .cells.lstm import LSTMState as LSTMState
 from .cells.lstm import lstm_gates as lstm_gates
+from .cells.lstm import lstm_jacobian as lstm_jacobian
 from .cells.lstm import lstm_step as lstm_step
 from .cells.stack import Stack as Stack
 from .cells.stack import stack as stack
 from .cells.vanilla import VanillaParams as VanillaParams
 from .cells.vanilla import VanillaRNN as VanillaRNN
 from .cells.vanilla import VanillaState as VanillaState
+from .cells.vanilla import vanilla_jacobian as vanilla_jacobian
 from .cells.vanilla import vanilla_step as vanilla_step
 from .fit import Fitted as Fitted
 from .fit import evaluate as evaluate

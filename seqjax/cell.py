@@ -23,6 +23,8 @@ What a cell may offer besides, and what is then done with it:
 - `input_shape`: the shape of one input, `(8,)` for eight features and `()` for a token. Sequence calls then check `xs`
   before anything compiles.
 - `gates(params, state, x)`: the gate activations of this step by name, for `seqjax.gates`.
+- `jacobian(params, state, x)`: ds_t/ds_{t-1} in closed form, (n, n) over the flat state in the order of its leaves, for
+  `seqjax.analysis.step_jacobians`; without it, `jax.jacfwd` of the step.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
   `step(params, state, x, noise)`; without a key it calls `step(params, state, x)`, which is deterministic. So
   randomness is an input and never hidden in the state.

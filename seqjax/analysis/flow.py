@@ -9,6 +9,7 @@ A held step (mask False) is the identity, and a reset makes J_t zero: what came 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,14 @@ class Driven(NamedTuple):
         """Steps of the padded sequences."""
         return jax.tree.leaves(self.inputs)[0].shape[1]
 
+    def between(self, start: int, stop: int) -> Driven:
+        """The same with the inputs of steps start+1..stop alone; `first` stays."""
+        return self._replace(inputs=jax.tree.map(lambda leaf: leaf[:, start:stop], self.inputs))
+
+    def until(self, stop: int) -> Driven:
+        """The first `stop` steps."""
+        return self.between(0, stop)
+
 
 Step = Callable[[Params, Array, PyTree], Array]  # (theta, s_{t-1}, (x_t, valid, restart)) -> s_t, flat
 
@@ -73,6 +82,11 @@ def driven(cell: Any, params: Params, xs: PyTree, state: State | None, mask: Any
             raise TypeError(
                 f"expected a floating-point state to differentiate, got {leaf.dtype} in "
                 f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
+            )
+        if leaf.dtype.itemsize < 4:
+            raise TypeError(
+                f"expected a state in float32 or float64, got {leaf.dtype}, too coarse for derivatives: analyse "
+                f"jax.tree.map(lambda p: p.astype('float32'), params)"
             )
     given = Driven(params, jax.vmap(lambda s: ravel_pytree(s)[0])(states), (xs, mask, reset))
     if time:
@@ -102,6 +116,11 @@ def flat_step(cell: Any, params: Params) -> Step:
         return ravel_pytree(after)[0]
 
     return step
+
+
+def flat_initial(cell: Any, params: Params) -> Array:
+    """The cell's initial state, flat, (n,)."""
+    return ravel_pytree(strong_type(cell.initial_state(params)))[0]
 
 
 def unflatten(cell: Any, params: Params, v: Array) -> State:
@@ -142,9 +161,18 @@ def state_parts(cell: Any, params: Params) -> dict[str, slice]:
     return parts
 
 
-def time_major(tree: PyTree) -> PyTree:
-    """One sequence's or a batch's leaves with (batch, time) exchanged."""
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
+def flat_trajectory(cell: Any, given: Driven) -> Array:
+    """Every state s_0..s_T, flat, (batch, time + 1, n)."""
+    step = flat_step(cell, given.params)
+
+    def one(v: Array, inputs: PyTree) -> Array:
+        def advance(v: Array, at: PyTree) -> tuple[Array, Array]:
+            after = step(given.params, v, at)
+            return after, after
+
+        return jnp.concatenate([v[None], jax.lax.scan(advance, v, inputs)[1]])
+
+    return jax.vmap(one)(given.first, given.inputs)
 
 
 def push(step: Step, params: Params, v: Array, frame: Array, inputs: PyTree) -> tuple[Array, Array]:
@@ -168,6 +196,34 @@ def pull(step: Step, params: Params, v: Array, frame: Array, inputs: PyTree) -> 
     """Gradients by s_t pulled back to s_{t-1}: G_{t-1} = J_t^T G_t, rows (k, n)."""
     _, cotangent = jax.vjp(lambda s: step(params, s, inputs), v)
     return jax.vmap(lambda g: cotangent(g)[0])(frame)
+
+
+def held(given: Driven, time: int) -> Driven:
+    """The same inputs followed by held steps up to `time`, which change nothing."""
+    xs, mask, reset = given.inputs
+    valid = jnp.ones((given.batch, given.time), bool) if mask is None else mask
+    if time == given.time:
+        return given
+
+    def longer(leaf: Array) -> Array:
+        return jnp.pad(leaf, [(0, 0), (0, time - given.time), *[(0, 0)] * (leaf.ndim - 2)])
+
+    return given._replace(inputs=jax.tree.map(longer, (xs, valid, reset)))
+
+
+def rescaled(rows: Array) -> tuple[Array, Array]:
+    """An array divided by a power of two that brings its largest entry to 1/2..1, and the exponent of that power.
+
+    The division is exact and exponents are whole numbers, so a hundred thousand of them add up without an error; the
+    logarithms of the sizes themselves, added up in float32, would be wrong in the third digit.
+    """
+    exponent = jnp.frexp(jnp.max(jnp.abs(rows)))[1]
+    return jnp.ldexp(rows, -exponent), exponent
+
+
+def log_of_power(rows: Array, exponent: Array) -> Array:
+    """The logarithm of 2^exponent, in nats; minus infinity where it scales nothing but zeros."""
+    return jnp.where(jnp.any(rows != 0), exponent.astype(rows.dtype) * math.log(2), -jnp.inf).astype(rows.dtype)
 
 
 def orthonormal(frame: Array) -> tuple[Array, Array]:

@@ -128,6 +128,45 @@ def gru_step(
     return GRUState(h), h
 
 
+def gru_jacobian(
+    params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: Reset = "after", update: Update = "keeps"
+) -> Float[Array, "n n"]:
+    """dh_t/dh_{t-1} in closed form, for z that keeps; z that writes exchanges z and 1 - z.
+
+        dh_t/dh = diag(z) + diag(h - h~) dz/dh + diag(1 - z) dh~/dh
+        dh~/dh = diag(h~') (diag(r) U + diag(U h + b_hn) dr/dh)   (reset after)
+        dh~/dh = diag(h~') U (diag(r) + diag(h) dr/dh)            (reset before)
+
+    Args:
+        params, state, x, reset, update: as for `gru_step`.
+
+    Returns:
+        The matrix (n, n).
+
+    Raises:
+        ValueError, TypeError: `x` is not one vector of d floating-point features.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> params = sj.GRUParams(jnp.zeros((3, 1)), jnp.zeros((3, 1)), jnp.array([0.0, 2.0, 0.0]), jnp.zeros(1))
+        >>> J = sj.gru_jacobian(params, sj.GRUState(jnp.ones(1)), jnp.ones(1))
+        >>> round(float(J[0, 0]), 4)  # sigma(2): nothing reads h
+        0.8808
+    """
+    r, z, candidate = gru_gates(params, state, x, reset)
+    W_r, W_z, U = jnp.split(params.W_hh, 3)
+    r_by_h = (r * (1 - r))[:, None] * W_r
+    z_by_h = (z * (1 - z))[:, None] * W_z
+    if reset == "after":
+        inner = U @ state.h if params.b_hn is None else U @ state.h + params.b_hn
+        inside = r[:, None] * U + inner[:, None] * r_by_h
+    else:
+        inside = U * r[None] + U @ (state.h[:, None] * r_by_h)
+    candidate_by_h = (1 - candidate**2)[:, None] * inside
+    old, new, sign = (z, 1 - z, 1) if update == "keeps" else (1 - z, z, -1)
+    return jnp.diag(old) + sign * (state.h - candidate)[:, None] * z_by_h + new[:, None] * candidate_by_h
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class GRU:
@@ -198,6 +237,10 @@ class GRU:
     def step(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> tuple[GRUState, Float[Array, " n"]]:
         """`gru_step` with this cell's conventions."""
         return gru_step(params, state, x, self.reset, self.update or "keeps")
+
+    def jacobian(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
+        """`gru_jacobian` with this cell's conventions."""
+        return gru_jacobian(params, state, x, self.reset, self.update or "keeps")
 
     def gates(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> dict[str, Array]:
         """The activations by name: reset, update, candidate."""

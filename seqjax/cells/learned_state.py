@@ -76,3 +76,9 @@ class LearnedState:
         """The cell's gates, where it names them."""
         gates = self.cell.gates
         return lambda params, state, x: gates(params.cell, state, x)
+
+    @property
+    def jacobian(self) -> Callable[[Any, Any, Any], Array]:
+        """The cell's closed form of ds_t/ds_{t-1}, where it has one."""
+        jacobian = self.cell.jacobian
+        return lambda params, state, x: jacobian(params.cell, state, x)

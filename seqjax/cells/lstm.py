@@ -106,6 +106,38 @@ def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tu
     return LSTMState(h, c), h
 
 
+def lstm_jacobian(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "2n 2n"]:
+    """d(h_t, c_t)/d(h_{t-1}, c_{t-1}) in closed form.
+
+        dc_t/dc = diag(f)    dc_t/dh = diag(c~ i') W_i + diag(c f') W_f + diag(i c~') W_c
+        dh_t/dc = diag(o tanh'(c_t) f)    dh_t/dh = diag(o tanh'(c_t)) dc_t/dh + diag(tanh(c_t) o') W_o
+
+    Args:
+        params, state, x: as for `lstm_step`.
+
+    Returns:
+        The matrix (2n, 2n) over (h, c), without the product of matrices that automatic differentiation would do.
+
+    Raises:
+        ValueError, TypeError: `x` is not one vector of d floating-point features.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> params = sj.LSTMParams(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.zeros(4))
+        >>> J = sj.lstm_jacobian(params, sj.LSTMState(jnp.zeros(1), jnp.zeros(1)), jnp.ones(1))
+        >>> J.tolist()  # every gate is 1/2, and nothing reads h
+        [[0.0, 0.25], [0.0, 0.5]]
+    """
+    i, f, g, o = lstm_gates(params, state, x)
+    c_tanh = jnp.tanh(f * state.c + i * g)
+    through = o * (1 - c_tanh**2)
+    W_i, W_f, W_c, W_o = jnp.split(params.W_hh, 4)
+    by_i, by_f, by_g, by_o = g * i * (1 - i), state.c * f * (1 - f), i * (1 - g**2), c_tanh * o * (1 - o)
+    c_by_h = by_i[:, None] * W_i + by_f[:, None] * W_f + by_g[:, None] * W_c
+    h_by_h = through[:, None] * c_by_h + by_o[:, None] * W_o
+    return jnp.block([[h_by_h, jnp.diag(through * f)], [c_by_h, jnp.diag(f)]])
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LSTM:
@@ -174,6 +206,10 @@ class LSTM:
     def step(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tuple[LSTMState, Float[Array, " n"]]:
         """`lstm_step`."""
         return lstm_step(params, state, x)
+
+    def jacobian(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "2n 2n"]:
+        """`lstm_jacobian`."""
+        return lstm_jacobian(params, state, x)
 
     def gates(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> dict[str, Array]:
         """The activations by name: input, forget, candidate, output."""

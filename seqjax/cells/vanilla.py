@@ -64,6 +64,33 @@ def vanilla_step(
     return VanillaState(h), h
 
 
+def vanilla_jacobian(
+    params: VanillaParams, state: VanillaState, x: Float[Array, " d"], activation: Activation = "tanh"
+) -> Float[Array, "n n"]:
+    """dh_t/dh_{t-1} = diag(phi'(W_xh x_t + W_hh h_{t-1} + b_h)) W_hh.
+
+    Args:
+        params, state, x, activation: as for `vanilla_step`.
+
+    Returns:
+        The matrix (n, n).
+
+    Raises:
+        ValueError, TypeError: `x` is not one vector of d floating-point features.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> params = sj.VanillaParams(W_xh=jnp.zeros((1, 1)), W_hh=jnp.array([[2.0]]), b_h=jnp.zeros(1))
+        >>> J = sj.vanilla_jacobian(params, sj.VanillaState(jnp.array([0.957504])), jnp.ones(1))
+        >>> round(float(J[0, 0]), 4)  # 2 (1 - h^2) at the fixed point h = tanh(2 h)
+        0.1664
+    """
+    W_xh, W_hh, b_h = params
+    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN")
+    slope = jax.vmap(jax.grad(ACTIVATIONS[activation]))(W_xh @ x + W_hh @ state.h + b_h)
+    return slope[:, None] * W_hh
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class VanillaRNN:
@@ -122,3 +149,7 @@ class VanillaRNN:
     ) -> tuple[VanillaState, Float[Array, " n"]]:
         """`vanilla_step` with this cell's activation."""
         return vanilla_step(params, state, x, self.activation)
+
+    def jacobian(self, params: VanillaParams, state: VanillaState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
+        """`vanilla_jacobian` with this cell's activation."""
+        return vanilla_jacobian(params, state, x, self.activation)

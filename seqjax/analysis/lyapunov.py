@@ -1,0 +1,241 @@
+"""Lyapunov exponents: the mean rate, in nats a step, at which a perturbation of the state grows in each direction.
+
+A frame of k perturbations is pushed along the trajectory, V <- J_t V, and made orthonormal again by QR every few steps;
+the exponents are the mean logarithms of the diagonal of R,
+
+    lambda_i = lim (1/T) sum_t ln R_t[i, i].
+
+The n x n Jacobian is never formed: k columns cost k passes through the linearised step.
+
+Between two QRs the columns lean towards the fastest direction. When the slowest has shrunk beside it by 1/eps it is
+lost, and its exponent is rounding error that looks like a number. So the interval is chosen from the measured spread,
+checked on every block afterwards, and shortened where a block went too far.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from seqjax.analysis.flow import Driven, driven, random_frame
+from seqjax.analysis.frames import (
+    advance,
+    check_count,
+    counted_steps,
+    log_diagonal,
+    lost_directions,
+    safe_interval,
+    strain,
+    sweep,
+    sweep_all,
+)
+from seqjax.analysis.statistics import bootstrap_interval
+from seqjax.cell import Params, State
+from seqjax.compiled import compiled
+
+
+class LyapunovExponents(NamedTuple):
+    """Exponents in nats a step, largest first. A reset moves the state and leaves the perturbations as they are.
+
+    Attributes:
+        exponents: (batch, k), one spectrum for each sequence; minus infinity where steps are singular.
+        mean: (k,), over the sequences.
+        spread: (k,), the standard deviation over the sequences; 0 for one.
+        low, high: (batch, k), a 95 % interval by block bootstrap over time; NaN for too short a run.
+        split_half: (batch, k), second half of the run less the first: how far it still drifts.
+        history: (batch, blocks, k), the estimate after each block.
+        history_steps: (blocks,), steps counted by then, of the first sequence.
+        kaplan_yorke: (batch,), the dimension j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|; NaN where k is too small.
+        entropy_rate: (batch,), the sum of positive exponents, in nats a step: Pesin's upper bound.
+        singular: (batch, k), where a step's Jacobian has lost the direction to the precision of the dtype.
+        qr_every: steps between two QRs.
+        steps: (batch,), valid steps that were averaged over.
+        reliable: (batch,), False where `reason` names the sequence.
+        reason: what is wrong, in words; empty if nothing is.
+    """
+
+    exponents: Float[np.ndarray, "batch k"]
+    mean: Float[np.ndarray, " k"]
+    spread: Float[np.ndarray, " k"]
+    low: Float[np.ndarray, "batch k"]
+    high: Float[np.ndarray, "batch k"]
+    split_half: Float[np.ndarray, "batch k"]
+    history: Float[np.ndarray, "batch blocks k"]
+    history_steps: Int[np.ndarray, " blocks"]
+    kaplan_yorke: Float[np.ndarray, " batch"]
+    entropy_rate: Float[np.ndarray, " batch"]
+    singular: Bool[np.ndarray, "batch k"]
+    qr_every: int
+    steps: Int[np.ndarray, " batch"]
+    reliable: Bool[np.ndarray, " batch"]
+    reason: str
+
+
+def lyapunov_exponents(
+    cell: Any,
+    params: Params,
+    xs: PyTree,
+    *,
+    k: int | None = None,
+    burn_in: int | None = None,
+    frame_burn_in: int | None = None,
+    qr_every: int | None = None,
+    key: Array | None = None,
+    state: State | None = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
+) -> LyapunovExponents:
+    """The k largest Lyapunov exponents along driven trajectories, over the whole state ((h, c) for an LSTM).
+
+        lambda_i = lim (1/T) sum_t ln R_t[i, i],    J_t Q_{t-1} = Q_t R_t
+
+    Memory grows with time only by the history, batch * blocks * k numbers.
+
+    Args:
+        cell, params, xs, state, mask, reset: as for `unroll`; a cell without inputs takes xs (batch, time, 0).
+        k: how many; by default 8, or all of a smaller state.
+        burn_in: steps before the perturbations start, for the state to reach its attractor; by default a fifth of the
+            time, at most 100.
+        frame_burn_in: steps after that which turn the frame and are not counted; by default the same.
+        qr_every: steps between two QRs; by default chosen from the measured spread and never unsafe.
+        key: draws the first frame.
+
+    Returns:
+        `LyapunovExponents`.
+
+    Raises:
+        ValueError: k is larger than the state, the sequences are shorter than the burn-in, or a shape does not fit.
+        TypeError: the state cannot be differentiated.
+
+    Source: Benettin et al. 1980, "Lyapunov characteristic exponents for smooth dynamical systems"; Engelken, Wolf and
+        Abbott 2023, "Lyapunov spectra of chaotic recurrent neural networks"; interval: Kuensch 1989.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> class Logistic:  # x <- 4 x (1 - x), a cell without parameters or inputs
+        ...     def init(self, key): return {}
+        ...     def initial_state(self, params): return jnp.full(1, 0.3)
+        ...     def step(self, params, s, x): return 4 * s * (1 - s), s
+        >>> found = sj.analysis.lyapunov_exponents(Logistic(), {}, jnp.zeros((1, 20_000, 0)))
+        >>> round(float(found.exponents[0, 0]), 2)  # ln 2
+        0.69
+    """
+    given = driven(cell, params, xs, state, mask, reset)
+    k = check_count(k, given.size)
+    burn_in, frame_burn_in = _check_burn_in(given, burn_in, frame_burn_in)
+    if qr_every is not None and qr_every < 1:
+        raise ValueError(f"expected qr_every of at least 1 step, got {qr_every}: leave it out to have it chosen")
+    key = jax.random.key(0) if key is None else key
+    start = burn_in + frame_burn_in
+
+    states = compiled(advance, cell)(given.until(burn_in))
+    frames = jnp.broadcast_to(random_frame(key, k, given.size, given.first.dtype), (given.batch, k, given.size))
+    warm = given.between(burn_in, start) if frame_burn_in else given.between(start, min(start + 32, given.time))
+    warm_states, warm_frames, warm_logs = compiled(sweep, cell, 1, log_diagonal)(warm, states, frames)
+    if frame_burn_in:
+        states, frames = warm_states, warm_frames
+
+    counted, dtype, chosen = given.between(start, given.time), frames.dtype, qr_every is None
+    every = safe_interval(np.asarray(warm_logs, np.float64), dtype) if qr_every is None else qr_every
+    logs = sweep_all(cell, log_diagonal, counted, states, frames, every)
+    while chosen and every > 1 and strain(logs, dtype) > 1:
+        every = max(1, every // 2)
+        logs = sweep_all(cell, log_diagonal, counted, states, frames, every)
+    steps = counted_steps(counted, every)
+    return _result(logs, steps, start, every, chosen, strain(logs, dtype), dtype)
+
+
+def _check_burn_in(given: Driven, burn_in: int | None, frame_burn_in: int | None) -> tuple[int, int]:
+    usual = min(100, given.time // 5)
+    burn_in = usual if burn_in is None else burn_in
+    frame_burn_in = usual if frame_burn_in is None else frame_burn_in
+    if burn_in < 0 or frame_burn_in < 0 or burn_in + frame_burn_in >= given.time:
+        raise ValueError(
+            f"expected sequences longer than burn_in + frame_burn_in, {burn_in} + {frame_burn_in} steps, "
+            f"got {given.time}: use longer ones, or a shorter burn-in"
+        )
+    return burn_in, frame_burn_in
+
+
+def _result(
+    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strained: float, dtype: Any
+) -> LyapunovExponents:
+    total = steps.sum(axis=1)
+    lost = lost_directions(logs, dtype) if every == 1 else np.isneginf(logs)
+    singular = lost.any(axis=1)
+    finite = np.isfinite(np.where(lost, 0.0, logs)).all(axis=(1, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(lost, -np.inf, logs)
+        history = np.cumsum(logs, axis=1) / np.cumsum(steps, axis=1)[..., None]
+        exponents = history[:, -1]
+        half = steps.shape[1] // 2
+        halves = [logs[:, part].sum(1) / steps[:, part].sum(1)[:, None] for part in (slice(half), slice(half, None))]
+        split_half = halves[1] - halves[0]
+        mean, spread = exponents.mean(axis=0), exponents.std(axis=0)
+    intervals = np.array([bootstrap_interval(*row) for row in zip(logs, steps, strict=True)])
+    order = np.argsort(-np.where(np.isnan(exponents), -np.inf, exponents), axis=1, kind="stable")
+
+    def ordered(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, order, axis=1)
+
+    reasons = {}
+    for b in np.flatnonzero(~finite):
+        block = int(np.argmin(np.isfinite(np.where(lost[b], 0.0, logs[b])).all(axis=1)))
+        reasons[b] = f"the state or its derivative is not finite from about step {first + block * every + 1} on"
+    for b in np.flatnonzero(total == 0):
+        reasons[b] = "no valid step is left after the burn-in"
+    if not chosen and every > 1 and strained > 1:
+        reasons |= dict.fromkeys(
+            set(range(len(logs))) - set(reasons),
+            f"qr_every={every} is too long: in the worst block the columns lost more of their digits than is safe, "
+            f"{strained:.1f} times; leave qr_every out",
+        )
+    exponents = ordered(exponents)
+    return LyapunovExponents(
+        exponents=exponents,
+        mean=-np.sort(-mean),
+        spread=spread,
+        low=ordered(intervals[:, 0]),
+        high=ordered(intervals[:, 1]),
+        split_half=ordered(split_half),
+        history=np.take_along_axis(history, order[:, None], axis=2),
+        history_steps=np.cumsum(steps[0]),
+        kaplan_yorke=np.array([kaplan_yorke_dimension(row) for row in exponents]),
+        entropy_rate=np.where(exponents > 0, exponents, 0.0).sum(axis=1),
+        singular=ordered(singular),
+        qr_every=every,
+        steps=total,
+        reliable=np.array([b not in reasons for b in range(len(logs))]),
+        reason="; ".join(f"sequence {b}: {text}" for b, text in sorted(reasons.items())),
+    )
+
+
+def kaplan_yorke_dimension(exponents: Float[Any, " k"]) -> float:
+    """D = j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|, j the largest number whose partial sum is not negative.
+
+    Args:
+        exponents: in descending order, (k,), in nats.
+
+    Returns:
+        The dimension; NaN where all partial sums of the k exponents are positive, so that more of them are needed.
+
+    Source: Kaplan and Yorke 1979, "Chaotic behavior of multidimensional difference equations".
+
+    Example:
+        >>> import seqjax as sj
+        >>> round(sj.analysis.kaplan_yorke_dimension([0.41922, -1.62319]), 4)  # the Henon map
+        1.2583
+    """
+    exponents = np.asarray(exponents, float)
+    sums = np.cumsum(exponents)
+    if np.isnan(sums).any():
+        return math.nan
+    j = int(np.sum(sums >= 0))
+    if j == len(exponents):
+        return math.nan
+    return j + (float(sums[j - 1]) / -float(exponents[j]) if j else 0.0)

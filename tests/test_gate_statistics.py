@@ -1,0 +1,153 @@
+"""Gate statistics against closed forms and a loop in numpy: held steps never count, and NaN is never averaged."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cells import D, Leaky, N
+from errors import raises
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import seqjax as sj
+from seqjax.analysis.gates import gate_statistics
+
+BATCH, TIME = 3, 5
+
+
+def numbers(seed, *shape, scale=1.0):
+    return (scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
+
+
+def random_params(cell, seed, scale):
+    leaves, structure = jax.tree.flatten(jax.eval_shape(cell.init, jax.random.key(0)))
+    drawn = [jnp.asarray(numbers(seed + i, *leaf.shape, scale=scale)) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+@pytest.mark.parametrize(("bias", "steps"), [(0.0, 1.443), (1.0, 3.192), (5.0, 148.9)])
+def test_the_forget_bias_alone_sets_the_time_that_a_unit_remembers(bias, steps, x64):
+    cell = sj.LSTM(D, N, dtype="float64")
+    params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0)))
+    params = params._replace(b_h=params.b_h.at[N : 2 * N].set(bias))
+    forget = gate_statistics(cell, params, np.zeros((BATCH, TIME, D)))["forget"]
+    sigma = 1 / (1 + np.exp(-bias))
+    assert forget.mean == pytest.approx(sigma, abs=1e-15)
+    np.testing.assert_allclose(forget.time_constant, np.full(N, -1 / np.log(sigma)), rtol=1e-12)
+    np.testing.assert_allclose(forget.time_constant, steps, rtol=3e-4)
+    assert (forget.saturated_low, forget.saturated_high) == (0.0, float(sigma > 0.9))
+
+
+def test_a_gate_of_zero_weights_stands_in_the_middle_of_its_range():
+    cell = sj.stack([sj.VanillaRNN(D, 5), sj.LSTM(5, N), sj.GRU(N, 2)])
+    params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0)))
+    statistics = gate_statistics(cell, params, numbers(0, BATCH, TIME, D))
+    of_lstm = {f"1/{name}" for name in ("input", "forget", "candidate", "output")}
+    assert set(statistics) == of_lstm | {f"2/{name}" for name in ("reset", "update", "candidate")}
+    for name, gate in statistics.items():
+        signed = name.endswith("candidate")
+        assert gate.mean == (0.0 if signed else 0.5)
+        assert (gate.edges[0], gate.edges[-1]) == (-1.0 if signed else 0.0, 1.0)
+        assert gate.histogram[10] == 1.0
+        assert (gate.saturated_low, gate.saturated_high) == (0.0, 0.0)
+        assert np.isnan(gate.time_constant).all() if signed else np.allclose(gate.time_constant, 1 / np.log(2))
+
+
+def statistics_by_hand(cell, params, xs, mask, reset):
+    """Every activation at a valid step, in lists: by gate, then by unit."""
+    named = {}
+    for b in range(len(xs)):
+        s = cell.initial_state(params)
+        for t in range(len(xs[b])):
+            s = cell.initial_state(params) if reset[b, t] else s
+            if mask[b, t]:
+                for name, gate in cell.gates(params, s, jnp.asarray(xs[b, t])).items():
+                    units = named.setdefault(name, [[] for _ in range(len(gate))])
+                    for unit, value in zip(units, np.asarray(gate, float), strict=True):
+                        unit.append(value)
+                s, _ = cell.step(params, s, jnp.asarray(xs[b, t]))
+    return named
+
+
+def share(values, condition):
+    return sum(map(condition, values)) / len(values)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@settings(max_examples=3)
+@given(seed=st.integers(0, 2**16), scale=st.sampled_from([0.5, 3.0]))
+def test_the_statistics_are_those_of_a_loop_over_the_valid_steps(name, seed, scale):
+    cell = {"lstm": sj.LSTM(D, N), "gru": sj.GRU(D, N)}[name]
+    params, random = random_params(cell, seed, scale), np.random.default_rng(seed)
+    mask, reset = random.random((BATCH, TIME)) < 0.7, random.random((BATCH, TIME)) < 0.2
+    mask[0, 0] = True
+    xs = np.where(mask[..., None], numbers(seed, BATCH, TIME, D), np.float32(np.nan))
+    got = gate_statistics(cell, params, xs, mask=mask, reset=reset)
+    expected = statistics_by_hand(cell, params, xs, mask, reset)
+    assert set(got) == set(expected)
+    for gate, units in expected.items():
+        floor, everything = -0.9 if gate == "candidate" else 0.1, [value for unit in units for value in unit]
+        low = [share(unit, lambda v, floor=floor: v < floor) for unit in units]
+        high = [share(unit, lambda v: v > 0.9) for unit in units]
+        means = [sum(unit) / len(unit) for unit in units]
+        np.testing.assert_allclose(got[gate].unit_mean, means, atol=1e-5)
+        np.testing.assert_allclose(got[gate].low, low)
+        np.testing.assert_allclose(got[gate].high, high)
+        assert got[gate].mean == pytest.approx(sum(everything) / len(everything), abs=1e-5)
+        assert got[gate].saturated_low == pytest.approx(share(everything, lambda v, floor=floor: v < floor))
+        assert got[gate].saturated_high == pytest.approx(share(everything, lambda v: v > 0.9))
+        assert got[gate].histogram.sum() == pytest.approx(1)
+        below = 1 if gate == "candidate" else 2  # bins up to the threshold
+        assert got[gate].histogram[:below].sum() == pytest.approx(got[gate].saturated_low)
+        if gate != "candidate":
+            np.testing.assert_allclose(got[gate].time_constant, -1 / np.log(means), rtol=1e-3)
+
+
+class Switch:
+    """A user's cell whose gate is its input, whatever that is."""
+
+    def init(self, key):
+        return {}
+
+    def initial_state(self, params):
+        return jnp.zeros(3)
+
+    def step(self, params, state, x):
+        return state, state
+
+    def gates(self, params, state, x):
+        return {"own": x}
+
+
+def own(*steps):
+    return gate_statistics(Switch(), {}, np.array([steps], np.float32))["own"]
+
+
+def test_a_user_s_gate_at_its_ends_lasts_no_step_or_for_ever():
+    gate = own([0, 1, 0.5], [0, 1, 0.25])
+    np.testing.assert_allclose(gate.time_constant, [0, np.inf, -1 / np.log(0.375)])
+    assert (gate.low.tolist(), gate.high.tolist()) == ([1, 0, 0], [0, 1, 0])
+
+
+def test_what_lies_outside_the_range_counts_in_the_outermost_bin_and_has_no_time():
+    gate = own([0.5, 2, 0.3])
+    assert gate.histogram[-1] == pytest.approx(1 / 3)
+    assert np.isnan(gate.time_constant).tolist() == [False, True, False]
+    gate = own([-0.95, 0.95, 0.0], [0.5, 0.95, -7.0])
+    assert (gate.edges[0], gate.histogram[0], gate.saturated_low) == (-1, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert gate.high.tolist() == [0, 1, 0]
+    assert np.isnan(gate.time_constant).all()
+
+
+def test_what_cannot_be_counted_is_refused():
+    cell = sj.LSTM(D, N)
+    params, xs = cell.init(jax.random.key(0)), numbers(0, BATCH, TIME, D)
+    xs[1, 3, 0] = np.nan
+    with raises(ValueError, "expected finite gates", "'candidate'", "sequence 1 at step 3", "params"):
+        gate_statistics(cell, params, xs)
+    with raises(ValueError, "at least one valid step, got none"):
+        gate_statistics(cell, params, xs, mask=np.zeros((BATCH, TIME), bool))
+    with raises(TypeError, "names its gates", "got Leaky"):
+        gate_statistics(Leaky(), Leaky().init(jax.random.key(0)), xs)

@@ -15,3 +15,6 @@ from .spectra import Spectrum as Spectrum
 from .spectra import matrix_spectrum as matrix_spectrum
 from .spectra import recurrent_matrices as recurrent_matrices
 from .spectra import spectrum as spectrum
+from .gradient_flow import GradientByLag as GradientByLag
+from .gradient_flow import gradient_by_lag as gradient_by_lag
+from .gradient_flow import memory_horizon as memory_horizon

@@ -1,0 +1,278 @@
+"""How far back a gradient reaches: its size at every step, and the norm of ds_t/ds_{t-k} against the lag k.
+
+Gradients are pulled back with their scale kept apart as a power of two, so that a norm of 10^-9000 is as right as one
+of 1. Naive products in float32 leave the normal range at lag 392 where a step multiplies by 0.8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from seqjax.analysis.flow import (
+    Driven,
+    driven,
+    flat_step,
+    flat_trajectory,
+    orthonormal,
+    pull,
+    random_frame,
+    rescaled,
+    state_parts,
+    unflatten,
+)
+from seqjax.cell import Params, State
+from seqjax.compiled import compiled
+
+EXACT = 256  # numbers in a state up to which every column is pulled back
+PROBES = 64  # random columns beyond that
+RITZ, RITZ_ROUNDS = 8, 3  # columns and rounds, from lag to lag, of the block iteration for the largest singular value
+
+
+class GradientByLag(NamedTuple):
+    """Gradient norms as natural logarithms.
+
+    Attributes:
+        log_gradient: (batch, T + 1), ln |dL/ds_t| for t = 0..T.
+        log_gradient_parts: the same for each field of the state alone, by name.
+        lags: (K + 1,), k = 0..K, in steps.
+        times: the steps t from which ds_t/ds_{t-k} was traced back.
+        table: (batch, len(times), K + 1), ln of the expected norm |ds_t/ds_{t-k}|_F / sqrt(n): what a random unit
+            gradient at s_t is at s_{t-k}, in root mean square. NaN before the sequence begins.
+        log_expected: (K + 1,), ln of its root mean square over times and sequences.
+        log_worst: (K + 1,), ln of the largest spectral norm |ds_t/ds_{t-k}|_2 over times and sequences.
+        log_parts: by field of the state, (K + 1,): ln of the expected norm of what arrives in this field of s_{t-k}.
+        horizon: the memory horizon, the first lag from which on the expected norm stays below `threshold`; inf where
+            it does not within K.
+        threshold: of the horizon, as a plain number.
+        exact: whether all n columns were traced back; else `log_expected` is an estimate from random ones and
+            `log_worst` a lower bound.
+        reliable: False where `reason` says what is wrong.
+        reason: empty if nothing is.
+    """
+
+    log_gradient: Float[np.ndarray, "batch time1"]
+    log_gradient_parts: dict[str, Float[np.ndarray, "batch time1"]]
+    lags: Int[np.ndarray, " lags"]
+    times: Int[np.ndarray, " times"]
+    table: Float[np.ndarray, "batch times lags"]
+    log_expected: Float[np.ndarray, " lags"]
+    log_worst: Float[np.ndarray, " lags"]
+    log_parts: dict[str, Float[np.ndarray, " lags"]]
+    horizon: float
+    threshold: float
+    exact: bool
+    reliable: bool
+    reason: str
+
+
+def gradient_by_lag(
+    cell: Any,
+    params: Params,
+    xs: PyTree,
+    *,
+    loss: Callable[[State], Array] | None = None,
+    horizon: int | None = None,
+    times: Sequence[int] | None = None,
+    threshold: float = 0.01,
+    exact: bool | None = None,
+    key: Array | None = None,
+    state: State | None = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
+) -> GradientByLag:
+    """ln |dL/ds_t| for every t, and ln |ds_t/ds_{t-k}| for every lag k, safe at any lag.
+
+        dL/ds_{t-1} = dl_{t-1}/ds_{t-1} + J_t^T dL/ds_t
+
+    Args:
+        cell, params, xs, state, mask, reset: as for `unroll`.
+        loss: from the states s_1..s_T, leaves (batch, time, ...), to one number, as for `state_gradients`; by default
+            a random unit gradient arrives at s_T alone.
+        horizon: K, the largest lag, in steps; by default T, at most 100.
+        times: the steps t to trace back from; by default 8 in the second half of the sequence, the last among them.
+        threshold: below which memory counts as lost.
+        exact: whether to trace all n columns back, and not 64 random ones; by default up to n = 256.
+        key: draws the random gradients.
+
+    Returns:
+        `GradientByLag`.
+
+    Raises:
+        ValueError: the horizon or a time lies outside the sequence, or a shape does not fit.
+        TypeError: the state cannot be differentiated.
+
+    Source: Hochreiter 1991; Pascanu, Mikolov and Bengio 2013.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> cell = sj.VanillaRNN(1, 1, activation="identity")
+        >>> params = sj.VanillaParams(W_xh=jnp.eye(1), W_hh=0.8 * jnp.eye(1), b_h=jnp.zeros(1))
+        >>> found = sj.analysis.gradient_by_lag(cell, params, jnp.ones((1, 40, 1)))
+        >>> round(float(jnp.exp(found.log_expected[20])), 4), found.horizon  # 0.8^20; 0.8^21 is below 0.01
+        (0.0115, 21.0)
+    """
+    given = driven(cell, params, xs, state, mask, reset)
+    T, n = given.time, given.size
+    if T == 0:
+        raise ValueError("expected at least one step to trace a gradient through, got T = 0")
+    K = min(T, 100) if horizon is None else horizon
+    if isinstance(K, bool) or not hasattr(K, "__index__") or not 0 <= K <= T:
+        raise ValueError(f"expected a horizon from 0 to T = {T} steps, got {horizon!r}: use longer sequences")
+    chosen = np.unique(np.linspace(max(T // 2, min(K, T)), T, 8).round().astype(int)) if times is None else times
+    chosen = np.asarray(chosen, int)
+    if chosen.ndim != 1 or not chosen.size or chosen.min() < 1 or chosen.max() > T:
+        raise ValueError(f"expected times from 1 to T = {T}, got {times}: the state after step t is s_t")
+    key_loss, key_frame = jax.random.split(jax.random.key(0) if key is None else key)
+    dtype, exact = given.first.dtype, n <= EXACT if exact is None else exact
+
+    states = compiled(flat_trajectory, cell)(given)
+    if loss is None:
+        arriving = jnp.zeros_like(states[:, 1:]).at[:, -1].set(random_frame(key_loss, 1, n, dtype)[0])
+    else:
+        arriving = jax.grad(lambda s: loss(unflatten(cell, params, s)))(states[:, 1:])
+    parts = state_parts(cell, params)
+    log_gradient, of_parts = compiled(_loss_gradient, cell)(given, states, arriving)
+
+    frame = jnp.eye(n, dtype=dtype) if exact else random_frame(key_frame, min(PROBES, n), n, dtype)
+    ends = jnp.asarray(chosen)
+    traced = compiled(_by_lag, cell, int(K))(given, states, ends, frame)
+    table, worst, by_part = (np.asarray(values, np.float64) for values in traced)
+    finite_states = np.isfinite(np.asarray(states)).all(axis=(1, 2))
+    log_expected = _root_mean_square(table)
+    reason = "; ".join(
+        f"sequence {b}: the state is not finite from step {int(np.argmin(np.isfinite(row).all(axis=1)))} on"
+        for b, row in enumerate(np.asarray(states))
+        if not finite_states[b]
+    )
+    return GradientByLag(
+        log_gradient=np.asarray(log_gradient, np.float64),
+        log_gradient_parts={name: np.asarray(of_parts[i], np.float64) for i, name in enumerate(parts)},
+        lags=np.arange(K + 1),
+        times=chosen,
+        table=table,
+        log_expected=log_expected,
+        log_worst=_largest(worst),
+        log_parts={name: _root_mean_square(by_part[:, :, i]) for i, name in enumerate(parts)},
+        horizon=memory_horizon(log_expected, threshold),
+        threshold=threshold,
+        exact=exact,
+        reliable=not reason,
+        reason=reason,
+    )
+
+
+def memory_horizon(log_norms: Float[Any, " lags"], threshold: float) -> float:
+    """The first lag from which on a norm stays below a threshold.
+
+    Args:
+        log_norms: ln of a norm at lags 0..K.
+        threshold: a positive number.
+
+    Returns:
+        The lag in steps; inf where the norm is not below at the end, and NaN where it is not a number.
+
+    Raises:
+        ValueError: the threshold is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> sj.analysis.memory_horizon(jnp.log(jnp.array([1.0, 0.001, 0.5, 0.009, 0.001])), 0.01)
+        3.0
+    """
+    if not threshold > 0:
+        raise ValueError(f"expected a positive threshold, got {threshold}: 0.01 is a hundredth of the gradient")
+    log_norms = np.asarray(log_norms, np.float64)
+    if np.isnan(log_norms).any():
+        return math.nan
+    above = np.flatnonzero(log_norms >= math.log(threshold))
+    lag = int(above[-1]) + 1 if above.size else 0
+    return float(lag) if lag < len(log_norms) else math.inf
+
+
+def _loss_gradient(cell: Any, given: Driven, states: Array, arriving: Array) -> tuple[Array, list[Array]]:
+    """ln |dL/ds_t| for t = 0..T, in all and by field, from one backward pass."""
+    step, params = flat_step(cell, given.params), given.params
+    parts = state_parts(cell, params).values()
+
+    def logs(g: Array, exponent: Array) -> Array:
+        sizes = [_norm(g), *(_norm(g[where]) for where in parts)]
+        return jnp.log(jnp.stack(sizes)) + exponent.astype(g.dtype) * math.log(2)
+
+    def one(states: Array, inputs: PyTree, arriving: Array) -> Array:
+        def back(carry: tuple[Array, Array], at: PyTree) -> tuple[tuple[Array, Array], Array]:
+            (g, exponent), (v, x, more) = carry, at
+            # Both are brought to the larger of the two scales, so neither overflows.
+            larger = jnp.where(jnp.any(g != 0), jnp.maximum(exponent, jnp.frexp(jnp.max(jnp.abs(more)))[1]), 0)
+            g = jnp.ldexp(g, exponent - larger) + jnp.ldexp(more, -larger)
+            log_norm = logs(g, larger)
+            g, change = rescaled(pull(step, params, v, g[None], x)[0])
+            return (g, larger + change), log_norm
+
+        start = (jnp.zeros_like(states[0]), jnp.zeros((), jnp.int32))
+        first, rest = jax.lax.scan(back, start, (states[:-1], inputs, arriving), reverse=True)
+        return jnp.concatenate([logs(*first)[None], rest])
+
+    logs_of_all = jax.vmap(one)(states, given.inputs, arriving)
+    return logs_of_all[..., 0], [logs_of_all[..., i + 1] for i in range(len(parts))]
+
+
+def _by_lag(cell: Any, K: int, given: Driven, states: Array, ends: Array, frame: Array) -> tuple[Array, Array, Array]:
+    """ln of the expected and of the worst norm of ds_t/ds_{t-k}, (batch, times, K + 1), and the expected one by field.
+
+    Rows of the frame are gradients at s_t; they are pulled back K times. Before the beginning there is NaN.
+    """
+    step, params = flat_step(cell, given.params), given.params
+    parts = state_parts(cell, params).values()
+
+    def norms(rows: Array, exponent: Array, best: Array) -> tuple[PyTree, Array]:
+        scale, root = exponent.astype(rows.dtype) * math.log(2), math.sqrt(rows.shape[0])
+        for _ in range(RITZ_ROUNDS):
+            best, _ = orthonormal(best @ rows @ rows.T)
+        largest = jnp.linalg.norm(best @ rows, 2)
+        by_part = jnp.stack([jnp.log(_norm(rows[:, where]) / root) for where in parts])
+        return (jnp.log(_norm(rows) / root) + scale, jnp.log(largest) + scale, by_part + scale), best
+
+    def one(states: Array, inputs: PyTree, end: Array) -> tuple[Array, Array, Array]:
+        def back(carry: tuple[Array, Array, Array], lag: Array) -> tuple[tuple[Array, Array, Array], PyTree]:
+            rows, exponent, best = carry
+            t = end - lag  # rows are gradients at s_t
+            found, best = norms(rows, exponent, best)
+            before = jnp.maximum(t - 1, 0)
+            x = jax.tree.map(lambda leaf: leaf[before], inputs)
+            rows, more = rescaled(pull(step, params, states[before], rows, x))
+            return (rows, exponent + more, best), jax.tree.map(lambda leaf: jnp.where(t >= 0, leaf, jnp.nan), found)
+
+        columns = min(RITZ, len(frame))
+        start = (frame, jnp.zeros((), jnp.int32), random_frame(jax.random.key(0), columns, len(frame), frame.dtype))
+        return jax.lax.scan(back, start, jnp.arange(K + 1))[1]
+
+    over_times = jax.vmap(one, in_axes=(None, None, 0))
+    expected, worst, by_part = jax.vmap(over_times, in_axes=(0, 0, None))(states, given.inputs, ends)
+    return expected, worst, jnp.moveaxis(by_part, -1, 2)
+
+
+def _norm(values: Array) -> Array:
+    return jnp.sqrt(jnp.sum(values**2))
+
+
+def _root_mean_square(log_norms: np.ndarray) -> np.ndarray:
+    """ln sqrt(mean norm^2) over the first two axes, where they are not NaN."""
+    top = _largest(log_norms)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = np.exp(2 * (log_norms - np.where(np.isfinite(top), top, 0)))
+        counted = ~np.isnan(log_norms)
+        mean = np.where(counted, squares, 0).sum(axis=(0, 1)) / counted.sum(axis=(0, 1))
+        return np.where(np.isnan(top), np.nan, np.where(np.isfinite(top), top, 0) + 0.5 * np.log(mean))
+
+
+def _largest(log_norms: np.ndarray) -> np.ndarray:
+    """The largest over the first two axes, where there is one that is not NaN."""
+    some = ~np.isnan(log_norms).all(axis=(0, 1))
+    return np.where(some, np.max(np.where(np.isnan(log_norms), -np.inf, log_norms), axis=(0, 1)), np.nan)

@@ -7,6 +7,16 @@ from . import training as training
 from .adapters.equinox import from_equinox as from_equinox
 from .adapters.linen import from_linen as from_linen
 from .adapters.nnx import from_nnx as from_nnx
+from .analysis import fixed_points as fixed_points
+from .analysis import gate_statistics as gate_statistics
+from .analysis import gradient_by_lag as gradient_by_lag
+from .analysis import jacobian_product as jacobian_product
+from .analysis import lyapunov_exponents as lyapunov_exponents
+from .analysis import product_singular_values as product_singular_values
+from .analysis import score_by_length as score_by_length
+from .analysis import spectrum as spectrum
+from .analysis import step_jacobians as step_jacobians
+from .analysis import verdict as verdict
 from .batch import Batch as Batch
 from .cell import Cell as Cell
 from .cells.dropout import Dropout as Dropout

@@ -1,6 +1,21 @@
 """The gradient microscope: how information and gradients move through any recurrent cell."""
 
+from .by_length import ScoreByLength as ScoreByLength
+from .by_length import score_by_length as score_by_length
+from .cell_path import CellPath as CellPath
+from .cell_path import cell_path as cell_path
+from .cliff import LossCliff as LossCliff
+from .cliff import loss_cliff as loss_cliff
+from .clipping import ClippingStatistics as ClippingStatistics
+from .clipping import clipping_statistics as clipping_statistics
+from .fixed_points import FixedPoints as FixedPoints
+from .fixed_points import fixed_points as fixed_points
 from .flow import state_parts as state_parts
+from .gates import GateStatistics as GateStatistics
+from .gates import gate_statistics as gate_statistics
+from .gradient_flow import GradientByLag as GradientByLag
+from .gradient_flow import gradient_by_lag as gradient_by_lag
+from .gradient_flow import memory_horizon as memory_horizon
 from .jacobians import JacobianProduct as JacobianProduct
 from .jacobians import StepJacobians as StepJacobians
 from .jacobians import jacobian_product as jacobian_product
@@ -15,6 +30,5 @@ from .spectra import Spectrum as Spectrum
 from .spectra import matrix_spectrum as matrix_spectrum
 from .spectra import recurrent_matrices as recurrent_matrices
 from .spectra import spectrum as spectrum
-from .gradient_flow import GradientByLag as GradientByLag
-from .gradient_flow import gradient_by_lag as gradient_by_lag
-from .gradient_flow import memory_horizon as memory_horizon
+from .verdict import Verdict as Verdict
+from .verdict import verdict as verdict

@@ -38,6 +38,7 @@ from seqjax.analysis.statistics import bootstrap_interval
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
 
+BLOCKS = 32  # at least, where the run is that long, so that an interval can be had from them
 
 class LyapunovExponents(NamedTuple):
     """Exponents in nats a step, largest first. A reset moves the state and leaves the perturbations as they are.
@@ -141,7 +142,8 @@ def lyapunov_exponents(
         states, frames = warm_states, warm_frames
 
     counted, dtype, chosen = given.between(start, given.time), frames.dtype, qr_every is None
-    every = safe_interval(np.asarray(warm_logs, np.float64), dtype) if qr_every is None else qr_every
+    enough = max(1, counted.time // BLOCKS)
+    every = min(safe_interval(np.asarray(warm_logs, np.float64), dtype), enough) if chosen else qr_every
     logs = sweep_all(cell, log_diagonal, counted, states, frames, every)
     while chosen and every > 1 and strain(logs, dtype) > 1:
         every = max(1, every // 2)

@@ -64,14 +64,22 @@ class Driven(NamedTuple):
 Step = Callable[[Params, Array, PyTree], Array]  # (theta, s_{t-1}, (x_t, valid, restart)) -> s_t, flat
 
 
-def driven(cell: Any, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any) -> Driven:
+def driven(
+    cell: Any, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any, *, backward: bool = False
+) -> Driven:
     """Checks what an analysis was given, before anything compiles.
 
+    Args:
+        cell, params, xs, state, mask, reset: as for `unroll`.
+        backward: whether gradients are pulled back through the step, and not perturbations pushed forward.
+
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or there is no sequence.
         TypeError: a dtype does not fit, or the state cannot be differentiated.
     """
     xs, batch, time = check_inputs(cell, xs)
+    if not batch:
+        raise ValueError("expected at least one sequence to analyse, got a batch of 0")
     mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
     states = batch_of_states(cell, params, state, batch)
     leaves = jax.tree_util.tree_leaves_with_path(states)
@@ -90,20 +98,21 @@ def driven(cell: Any, params: Params, xs: PyTree, state: State | None, mask: Any
             )
     given = Driven(params, jax.vmap(lambda s: ravel_pytree(s)[0])(states), (xs, mask, reset))
     if time:
-        _check_differentiable(cell, given)
+        _check_differentiable(cell, given, pull if backward else push)
     return given
 
 
-def _check_differentiable(cell: Any, given: Driven) -> None:
+def _check_differentiable(cell: Any, given: Driven, use: Callable[..., Any]) -> None:
     step = flat_step(cell, given.params)
-    one = jax.tree.map(lambda leaf: leaf[0], given.first), jax.tree.map(lambda leaf: leaf[0, 0], given.inputs)
+    one = given.first[0], jax.tree.map(lambda leaf: leaf[0, 0], given.inputs)
     jax.eval_shape(lambda v, inputs: step(given.params, v, inputs), *one)  # an error of the step itself is the cell's
-    try:
-        jax.eval_shape(lambda v, inputs: jax.linearize(lambda s: step(given.params, s, inputs), v)[0], *one)
+    try:  # a derivative may fail only when it is used, as that of a jax.custom_vjp does
+        jax.eval_shape(lambda v, inputs: use(step, given.params, v, v[None], inputs), *one)
     except Exception as error:
         raise TypeError(
             f"expected a step that JAX can differentiate, got {type(cell).__name__}.step, of which it says: "
-            f"{str(error).splitlines()[0]}; give the part that it cannot a jax.custom_jvp rule"
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}; give the part that it cannot a "
+            f"jax.custom_jvp rule"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -98,14 +99,15 @@ def step_jacobians(
 def _step_jacobians(cell: Any, inputs: bool, given: Driven) -> tuple[Array, Array | None]:
     before = flat_trajectory(cell, given)[:, :-1]
     step, params = flat_step(cell, given.params), given.params
+    closed_form = _closed_form(cell)
 
     def by_state(v: Array, at: PyTree) -> Array:
-        if not hasattr(cell, "jacobian"):
+        if closed_form is None:
             return jax.jacfwd(lambda v: step(params, v, at))(v)
         x, valid, restart = at
         if valid is not None:
             x = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.zeros_like(leaf)), x)
-        J = cell.jacobian(params, unflatten(cell, params, v), x)
+        J = closed_form(params, unflatten(cell, params, v), x)
         if valid is not None:
             J = jnp.where(valid, J, jnp.eye(v.size, dtype=J.dtype))
         return J if restart is None else jnp.where(restart, jnp.zeros_like(J), J)
@@ -118,6 +120,16 @@ def _step_jacobians(cell: Any, inputs: bool, given: Driven) -> tuple[Array, Arra
         return jax.vmap(jax.vmap(derivative))(before, given.inputs)
 
     return everywhere(by_state), everywhere(by_input) if inputs else None
+
+
+def _closed_form(cell: Any) -> Callable[..., Array] | None:
+    """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
+    for kind in type(cell).__mro__:
+        if "jacobian" in vars(kind):
+            break
+        if "step" in vars(kind):
+            return None
+    return getattr(cell, "jacobian", None)
 
 
 class JacobianProduct(NamedTuple):

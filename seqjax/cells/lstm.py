@@ -106,7 +106,7 @@ def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tu
     return LSTMState(h, c), h
 
 
-def lstm_jacobian(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "2n 2n"]:
+def lstm_jacobian(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "m m"]:
     """d(h_t, c_t)/d(h_{t-1}, c_{t-1}) in closed form.
 
         dc_t/dc = diag(f)    dc_t/dh = diag(c~ i') W_i + diag(c f') W_f + diag(i c~') W_c
@@ -116,7 +116,7 @@ def lstm_jacobian(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -
         params, state, x: as for `lstm_step`.
 
     Returns:
-        The matrix (2n, 2n) over (h, c), without the product of matrices that automatic differentiation would do.
+        The matrix (m, m) over (h, c), m = 2n, without the product of matrices that automatic differentiation would do.
 
     Raises:
         ValueError, TypeError: `x` is not one vector of d floating-point features.
@@ -207,7 +207,7 @@ class LSTM:
         """`lstm_step`."""
         return lstm_step(params, state, x)
 
-    def jacobian(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "2n 2n"]:
+    def jacobian(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "m m"]:
         """`lstm_jacobian`."""
         return lstm_jacobian(params, state, x)
 

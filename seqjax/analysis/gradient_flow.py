@@ -32,7 +32,7 @@ from seqjax.compiled import compiled
 
 EXACT = 256  # numbers in a state up to which every column is pulled back
 PROBES = 64  # random columns beyond that
-RITZ, RITZ_ROUNDS = 8, 3  # columns and rounds, from lag to lag, of the block iteration for the largest singular value
+RITZ, RITZ_ROUNDS, RITZ_POWER = 8, 3, 4  # columns, QRs, and products before each, for the largest singular value
 
 
 class GradientByLag(NamedTuple):
@@ -118,7 +118,7 @@ def gradient_by_lag(
         >>> round(float(jnp.exp(found.log_expected[20])), 4), found.horizon  # 0.8^20; 0.8^21 is below 0.01
         (0.0115, 21.0)
     """
-    given = driven(cell, params, xs, state, mask, reset)
+    given = driven(cell, params, xs, state, mask, reset, backward=True)
     T, n = given.time, given.size
     if T == 0:
         raise ValueError("expected at least one step to trace a gradient through, got T = 0")
@@ -144,15 +144,16 @@ def gradient_by_lag(
     ends = jnp.asarray(chosen)
     traced = compiled(_by_lag, cell, int(K))(given, states, ends, frame)
     table, worst, by_part = (np.asarray(values, np.float64) for values in traced)
-    finite_states = np.isfinite(np.asarray(states)).all(axis=(1, 2))
+    log_gradient = np.asarray(log_gradient, np.float64)
     log_expected = _root_mean_square(table)
+    inside = np.where(np.arange(K + 1) <= chosen[:, None], table, 0.0)
     reason = "; ".join(
-        f"sequence {b}: the state is not finite from step {int(np.argmin(np.isfinite(row).all(axis=1)))} on"
-        for b, row in enumerate(np.asarray(states))
-        if not finite_states[b]
+        f"sequence {b}: {what}"
+        for b, rows in enumerate(zip(np.asarray(states), log_gradient, inside, strict=True))
+        if (what := _not_finite(*rows))
     )
     return GradientByLag(
-        log_gradient=np.asarray(log_gradient, np.float64),
+        log_gradient=log_gradient,
         log_gradient_parts={name: np.asarray(of_parts[i], np.float64) for i, name in enumerate(parts)},
         lags=np.arange(K + 1),
         times=chosen,
@@ -160,12 +161,23 @@ def gradient_by_lag(
         log_expected=log_expected,
         log_worst=_largest(worst),
         log_parts={name: _root_mean_square(by_part[:, :, i]) for i, name in enumerate(parts)},
-        horizon=memory_horizon(log_expected, threshold),
+        horizon=memory_horizon(log_expected[: chosen.max() + 1], threshold),
         threshold=threshold,
         exact=exact,
         reliable=not reason,
         reason=reason,
     )
+
+
+def _not_finite(states: np.ndarray, log_gradient: np.ndarray, table: np.ndarray) -> str:
+    """What is wrong with one sequence, in words; minus infinity is the logarithm of a gradient that is gone."""
+    finite = np.isfinite(states).all(axis=1)
+    if not finite.all():
+        return f"the state is not finite from step {int(np.argmin(finite))} on"
+    bad = np.flatnonzero(~(log_gradient < np.inf))
+    if bad.size:
+        return f"the gradient is not finite by the state after step {bad[-1]} and before"
+    return "" if (table < np.inf).all() else "the derivative of a step is not finite"
 
 
 def memory_horizon(log_norms: Float[Any, " lags"], threshold: float) -> float:
@@ -208,8 +220,9 @@ def _loss_gradient(cell: Any, given: Driven, states: Array, arriving: Array) -> 
     def one(states: Array, inputs: PyTree, arriving: Array) -> Array:
         def back(carry: tuple[Array, Array], at: PyTree) -> tuple[tuple[Array, Array], Array]:
             (g, exponent), (v, x, more) = carry, at
-            # Both are brought to the larger of the two scales, so neither overflows.
-            larger = jnp.where(jnp.any(g != 0), jnp.maximum(exponent, jnp.frexp(jnp.max(jnp.abs(more)))[1]), 0)
+            # Both are brought to the larger of the two scales, so neither overflows; a zero has none of its own.
+            arrives = jnp.where(jnp.any(more != 0), jnp.frexp(jnp.max(jnp.abs(more)))[1], exponent)
+            larger = jnp.where(jnp.any(g != 0), jnp.maximum(exponent, arrives), arrives)
             g = jnp.ldexp(g, exponent - larger) + jnp.ldexp(more, -larger)
             log_norm = logs(g, larger)
             g, change = rescaled(pull(step, params, v, g[None], x)[0])
@@ -234,7 +247,9 @@ def _by_lag(cell: Any, K: int, given: Driven, states: Array, ends: Array, frame:
     def norms(rows: Array, exponent: Array, best: Array) -> tuple[PyTree, Array]:
         scale, root = exponent.astype(rows.dtype) * math.log(2), math.sqrt(rows.shape[0])
         for _ in range(RITZ_ROUNDS):
-            best, _ = orthonormal(best @ rows @ rows.T)
+            for _ in range(RITZ_POWER):
+                best = best @ rows @ rows.T
+            best, _ = orthonormal(best)
         largest = jnp.linalg.norm(best @ rows, 2)
         by_part = jnp.stack([jnp.log(_norm(rows[:, where]) / root) for where in parts])
         return (jnp.log(_norm(rows) / root) + scale, jnp.log(largest) + scale, by_part + scale), best
@@ -259,7 +274,10 @@ def _by_lag(cell: Any, K: int, given: Driven, states: Array, ends: Array, frame:
 
 
 def _norm(values: Array) -> Array:
-    return jnp.sqrt(jnp.sum(values**2))
+    """The root of the sum of squares, of which none vanishes because it is small."""
+    largest = jnp.max(jnp.abs(values))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.sqrt(jnp.sum((values / scale) ** 2))
 
 
 def _root_mean_square(log_norms: np.ndarray) -> np.ndarray:

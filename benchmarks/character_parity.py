@@ -17,14 +17,13 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.machine import machine
 
 EMBEDDING, HIDDEN, BATCH, WINDOW, LEARNING_RATE, CLIP = 64, 256, 32, 128, 2e-3, 1.0
 
@@ -111,7 +110,7 @@ def table(passes: int, seeds: list[int], runs: dict[str, list[dict]]) -> str:
         "# Learning parity with torch",
         "",
         f"{runs['seqjax'][0]['corpus']}, sha256 {runs['seqjax'][0]['sha256'][:12]}; unigram entropy "
-        f"{runs['seqjax'][0]['unigram']:.3f} bits. {_machine()}.",
+        f"{runs['seqjax'][0]['unigram']:.3f} bits. {machine('jax', 'torch')}.",
         "",
         "Validation bits per character after each pass" + (f", mean of seeds {seeds}" if len(seeds) > 1 else "") + ":",
         "",
@@ -131,13 +130,6 @@ def table(passes: int, seeds: list[int], runs: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _machine() -> str:
-    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch"))
-    processor = named[0].split(":")[1].strip() if named else platform.processor()
-    return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {packages}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=10)
@@ -154,7 +146,7 @@ def main() -> None:
     print("\n" + text)
     here = Path(__file__).with_suffix("")
     here.with_suffix(".json").write_text(
-        json.dumps({"machine": _machine(), "passes": arguments.passes, "runs": runs}, indent=1)
+        json.dumps({"machine": machine("jax", "torch"), "passes": arguments.passes, "runs": runs}, indent=1)
     )
     here.with_suffix(".md").write_text(text)
 

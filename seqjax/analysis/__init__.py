@@ -1,5 +1,8 @@
 """The gradient microscope: how information and gradients move through any recurrent cell."""
 
+from .ablation import Ablation as Ablation
+from .ablation import AblationRow as AblationRow
+from .ablation import ablation as ablation
 from .by_length import ScoreByLength as ScoreByLength
 from .by_length import score_by_length as score_by_length
 from .cell_path import CellPath as CellPath

@@ -1,0 +1,280 @@
+"""The speed and the memory of `seqjax.analysis`, beside the plain way of doing the same and beside lyapax.
+
+    python -m benchmarks.microscope              everything, some five minutes on two cores
+    python -m benchmarks.microscope --only lyapunov
+
+- lyapunov: LSTM H = 128, T = 1000, k = 8 against `jacfwd` and a QR at every step; the same exponents.
+- lyapax: the Lorenz system by RK4 and a random tanh network, which both can run, in float64. lyapax is compiled once
+  by `jax.jit` around it, with a QR at every step (its default) and with the interval that seqjax chose.
+- memory: peak resident memory of a process of its own, less that of one which only builds the inputs.
+- jacobians: all step Jacobians of the built-in cells at H = 128 in closed form against `vmap(jacfwd)`.
+
+Needs lyapax for its rows (`pip install lyapax`). Writes microscope.json and microscope.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.machine import alternating, machine
+
+
+def driven_lstm(hidden: int, time: int, features: int = 32):
+    import jax
+
+    import seqjax as sj
+
+    cell = sj.LSTM(features, hidden)
+    xs = jax.random.normal(jax.random.key(1), (1, time, features))
+    return cell, cell.init(jax.random.key(0)), xs
+
+
+def lyapunov() -> dict:
+    """Against jacfwd and QR at every step, as one finds it in notebooks: compiled, same burn-in, same first frame."""
+    import jax
+    import jax.numpy as jnp
+    from jax.flatten_util import ravel_pytree
+
+    import seqjax as sj
+
+    cell, params, xs = driven_lstm(128, 1000)
+    k, burn_in = 8, 100
+
+    @jax.jit
+    def plainly(params, xs):
+        s, unravel = ravel_pytree(cell.initial_state(params))
+        frame = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (k, s.size)).T)[0]
+
+        def step(v, x):
+            return ravel_pytree(cell.step(params, unravel(v), x)[0])[0]
+
+        def advance(carry, x):
+            v, frame = carry
+            J = jax.jacfwd(step)(v, x)
+            frame, R = jnp.linalg.qr(J @ frame)
+            return (step(v, x), frame), jnp.log(jnp.abs(jnp.diagonal(R)))
+
+        s = jax.lax.scan(lambda v, x: (step(v, x), None), s, xs[0, :burn_in])[0]
+        _, logs = jax.lax.scan(advance, (s, frame), xs[0, burn_in:])
+        return logs[burn_in:].mean(axis=0)
+
+    def ours():
+        return sj.lyapunov_exponents(cell, params, xs, k=k, burn_in=burn_in, frame_burn_in=burn_in).exponents[0]
+
+    difference = float(np.abs(np.sort(np.asarray(plainly(params, xs)))[::-1] - ours()).max())
+    times = alternating({"seqjax": ours, "jacfwd and QR": lambda: plainly(params, xs)}, 7)
+    return {"times": times, "difference": difference}
+
+
+def lyapax() -> dict:
+    """Two systems without inputs, in float64."""
+    import jax
+    import jax.numpy as jnp
+    from lyapax import lyapunov_spectrum
+
+    import seqjax as sj
+
+    jax.config.update("jax_enable_x64", True)
+    W = 3.0 * jax.random.normal(jax.random.key(0), (256, 256)) / 16.0
+
+    def lorenz(v, dt=0.01):
+        def rate(v):
+            return jnp.stack([10 * (v[1] - v[0]), v[0] * (28 - v[2]) - v[1], v[0] * v[1] - 8 / 3 * v[2]])
+
+        a = rate(v)
+        b = rate(v + dt / 2 * a)
+        c = rate(v + dt / 2 * b)
+        return v + dt / 6 * (a + 2 * b + 2 * c + rate(v + dt * c))
+
+    systems = {
+        "Lorenz by RK4, n = 3, k = 3, 20 000 steps": (lorenz, jnp.array([1.0, 1.0, 20.0]), 3, 20_000),
+        "x' = W tanh(x), n = 256, k = 8, 2 000 steps": (
+            lambda v: W @ jnp.tanh(v),
+            jnp.cos(jnp.arange(256.0)),
+            8,
+            2_000,
+        ),
+    }
+    found = {}
+    for name, (step, first, k, steps) in systems.items():
+        cell = _Map(step, first)
+        xs = jnp.zeros((1, steps + 200, 0))
+
+        def ours(cell=cell, xs=xs, k=k):
+            return sj.lyapunov_exponents(cell, {}, xs, k=k, burn_in=100, frame_burn_in=100)
+
+        every = math.gcd(ours().qr_every, steps)
+
+        def theirs(step=step, first=first, k=k, steps=steps, every=1):
+            return jax.jit(
+                lambda s: (
+                    lyapunov_spectrum(
+                        step, s, dt=1.0, n_steps=steps + 100 - 100 % every, k=k, renorm_every=every, t_transient=100.0
+                    ).exponents
+                )
+            )
+
+        each, same = theirs(), theirs(every=every)
+        ways = {
+            "seqjax": lambda ours=ours: ours().exponents,
+            "lyapax, QR at every step": lambda each=each, first=first: each(first),
+            f"lyapax, QR every {every}": lambda same=same, first=first: same(first),
+        }
+        difference = float(np.abs(ours().exponents[0] - np.asarray(each(first))).max())
+        found[name] = {"times": alternating(ways, 7), "difference": difference, "qr_every": ours().qr_every}
+    return found
+
+
+class _Map:
+    """A map without inputs or parameters as a cell. One object, so that it is compiled once."""
+
+    def __init__(self, step: Callable, first) -> None:
+        self.f, self.first = step, first
+
+    def init(self, key):
+        return {}
+
+    def initial_state(self, params):
+        return self.first
+
+    def step(self, params, state, x):
+        state = self.f(state)
+        return state, state
+
+    def __eq__(self, other):
+        return self is other
+
+    def __hash__(self):
+        return id(self)
+
+
+def peak(hidden: int, time_steps: int, k: int | None) -> dict:
+    """Peak resident memory in MB of this process, after one call, or after building the inputs alone."""
+    import jax
+
+    cell, params, xs = driven_lstm(hidden, time_steps)
+    jax.block_until_ready((params, xs))
+    seconds = 0.0
+    if k is not None:
+        import seqjax as sj
+
+        began = time.perf_counter()
+        sj.lyapunov_exponents(cell, params, xs, k=k)
+        seconds = time.perf_counter() - began
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak": most, "seconds": seconds, "inputs": xs.nbytes / 2**20}
+
+
+def jacobians() -> dict:
+    """Every J_t, flat (n, n), at given states and inputs; 300 steps."""
+    import jax
+    from jax.flatten_util import ravel_pytree
+
+    import seqjax as sj
+
+    cells = {
+        "VanillaRNN": sj.VanillaRNN(32, 128),
+        "GRU": sj.GRU(32, 128),
+        "GRU, reset before": sj.GRU(32, 128, reset="before"),
+        "LSTM": sj.LSTM(32, 128),
+    }
+    found = {}
+    for name, cell in cells.items():
+        params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (300, 32))
+        states = sj.trajectory(cell, params, xs[None])
+        before = jax.tree.map(lambda leaf: leaf[0, :-1], states)
+
+        def plainly(params, state, x, cell=cell):
+            v, unravel = ravel_pytree(state)
+            return jax.jacfwd(lambda v: ravel_pytree(cell.step(params, unravel(v), x)[0])[0])(v)
+
+        ways = {
+            "closed form": jax.jit(jax.vmap(cell.jacobian, in_axes=(None, 0, 0))),
+            "vmap(jacfwd)": jax.jit(jax.vmap(plainly, in_axes=(None, 0, 0))),
+        }
+        results = [np.asarray(way(params, before, xs)) for way in ways.values()]
+        times = alternating({name: partial(way, params, before, xs) for name, way in ways.items()}, 15)
+        found[name] = {"times": times, "difference": float(np.abs(results[0] - results[1]).max())}
+    return found
+
+
+def memory(run: Callable) -> dict:
+    rows = [("H = 1024, T = 2000, k = 8", (1024, 2000, 8))]
+    rows += [(f"H = 64, T = {T}, k = 8", (64, T, 8)) for T in (1_000, 10_000, 100_000)]
+    found = {}
+    for name, (hidden, T, k) in rows:
+        whole, inputs = run(peak, hidden, T, k), run(peak, hidden, T, None)
+        found[name] = whole | {"inputs alone": inputs["peak"]}
+    return found
+
+
+def table(found: dict, versions: str) -> str:
+    lines = ["# The microscope's speed and memory", "", f"{versions}.", ""]
+    lines += ["Seconds are the minimum (median) of alternating calls in one run; ratios are what counts.", ""]
+    if "lyapunov" in found:
+        lines += ["## Lyapunov exponents, LSTM H = 128, T = 1000, k = 8, float32", ""]
+        lines += _times(found["lyapunov"]["times"], "seqjax")
+        lines += ["", f"Largest difference of an exponent: {found['lyapunov']['difference']:.1e}.", ""]
+    for name, row in found.get("lyapax", {}).items():
+        lines += [f"## {name}, float64", "", *_times(row["times"], "seqjax"), ""]
+        lines += [f"seqjax chose a QR every {row['qr_every']} steps; exponents differ by {row['difference']:.1e}.", ""]
+    for name, row in found.get("jacobians", {}).items():
+        lines += [f"## All step Jacobians, {name}, H = 128, 300 steps, float32", ""]
+        lines += [*_times(row["times"], "closed form"), "", f"Largest difference: {row['difference']:.1e}.", ""]
+    if "memory" in found:
+        lines += ["## Peak resident memory of `lyapunov_exponents`, LSTM, 32 inputs, in MB", ""]
+        lines += [
+            "| | whole process | process that only builds the inputs | inputs | seconds |",
+            "|---|---|---|---|---|",
+        ]
+        for name, row in found["memory"].items():
+            numbers = f"{row['peak']:.0f} | {row['inputs alone']:.0f} | {row['inputs']:.1f} | {row['seconds']:.1f}"
+            lines.append(f"| {name} | {numbers} |")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _times(times: dict, reference: str) -> list[str]:
+    lines = ["| | ms | times the first |", "|---|---|---|"]
+    first = times[reference]
+    for name, row in times.items():
+        ratio = f"{row['min'] / first['min']:.2f} ({row['median'] / first['median']:.2f})"
+        lines.append(f"| {name} | {1e3 * row['min']:.2f} ({1e3 * row['median']:.2f}) | {ratio} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["lyapunov", "lyapax", "jacobians", "memory"])
+    arguments = parser.parse_args()
+
+    def run(function: Callable, *given):
+        # A process of its own, so that precision, memory and compiled code of one row do not reach the next.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(function, given)
+
+    here = Path(__file__).with_suffix("")
+    json_file = here.with_suffix(".json")
+    found = json.loads(json_file.read_text())["found"] if json_file.exists() and arguments.only else {}
+    for part in arguments.only or ["lyapunov", "lyapax", "jacobians", "memory"]:
+        found[part] = memory(run) if part == "memory" else run(globals()[part])
+        print(part, json.dumps(found[part], indent=1), flush=True)
+    versions = machine("jax", "jaxlib", "lyapax")
+    text = table(found, versions)
+    print("\n" + text)
+    json_file.write_text(json.dumps({"machine": versions, "found": found}, indent=1) + "\n")
+    here.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -179,6 +179,7 @@ def peak(hidden: int, time_steps: int, k: int | None) -> dict:
 def jacobians() -> dict:
     """Every J_t, flat (n, n), at given states and inputs; 300 steps."""
     import jax
+    import jax.numpy as jnp
     from jax.flatten_util import ravel_pytree
 
     import seqjax as sj
@@ -199,9 +200,14 @@ def jacobians() -> dict:
             v, unravel = ravel_pytree(state)
             return jax.jacfwd(lambda v: ravel_pytree(cell.step(params, unravel(v), x)[0])[0])(v)
 
+        def written(params, state, x):
+            v, _ = ravel_pytree(state)
+            return jnp.broadcast_to(v[:, None] + x[0], (v.size, v.size))
+
         ways = {
             "closed form": jax.jit(jax.vmap(cell.jacobian, in_axes=(None, 0, 0))),
             "vmap(jacfwd)": jax.jit(jax.vmap(plainly, in_axes=(None, 0, 0))),
+            "writing an array of that size": jax.jit(jax.vmap(written, in_axes=(None, 0, 0))),
         }
         results = [np.asarray(way(params, before, xs)) for way in ways.values()]
         times = alternating({name: partial(way, params, before, xs) for name, way in ways.items()}, 15)

@@ -130,12 +130,14 @@ def lstm_jacobian(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -
     """
     i, f, g, o = lstm_gates(params, state, x)
     c_tanh = jnp.tanh(f * state.c + i * g)
-    through = o * (1 - c_tanh**2)
-    W_i, W_f, W_c, W_o = jnp.split(params.W_hh, 4)
+    # Each term over the columns (h, c) at once, so that the matrix is written in one pass and not put together.
+    n = f.size
+    W_i, W_f, W_c, W_o = (jnp.pad(W, ((0, 0), (0, n))) for W in jnp.split(params.W_hh, 4))
+    by_c = jnp.eye(n, 2 * n, n, dtype=f.dtype)
     by_i, by_f, by_g, by_o = g * i * (1 - i), state.c * f * (1 - f), i * (1 - g**2), c_tanh * o * (1 - o)
-    c_by_h = by_i[:, None] * W_i + by_f[:, None] * W_f + by_g[:, None] * W_c
-    h_by_h = through[:, None] * c_by_h + by_o[:, None] * W_o
-    return jnp.block([[h_by_h, jnp.diag(through * f)], [c_by_h, jnp.diag(f)]])
+    of_c = by_i[:, None] * W_i + by_f[:, None] * W_f + by_g[:, None] * W_c + f[:, None] * by_c
+    of_h = (o * (1 - c_tanh**2))[:, None] * of_c + by_o[:, None] * W_o
+    return jnp.concatenate([of_h, of_c])
 
 
 @jax.tree_util.register_static

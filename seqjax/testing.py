@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell
@@ -52,6 +53,8 @@ def check_cell(
     checks += [_traces_once, _scans_as_it_loops, _holds_its_state_under_a_mask]
     if differentiable:
         checks.append(_has_finite_gradients)
+        if hasattr(cell, "jacobian"):
+            checks.append(_has_the_jacobian_that_it_says)
     for check in checks:
         check(cell, params, x)
         passed.append(check.__name__.strip("_").replace("_", " "))
@@ -217,6 +220,18 @@ def _has_finite_gradients(cell: Any, params: PyTree, x: PyTree) -> None:
     gradients = jax.grad(step_loss, argnums=(0, 1), allow_int=True)(params, state)
     _finite(gradients, "at the initial state")
     _finite(jax.grad(padded_loss, allow_int=True)(params), "beside padding, where a step's input is zero")
+
+
+def _has_the_jacobian_that_it_says(cell: Any, params: PyTree, x: PyTree) -> None:
+    state = cell.step(params, jax.tree.map(jnp.asarray, cell.initial_state(params)), x)[0]
+    v, unravel = ravel_pytree(state)
+    true = jax.jacfwd(lambda v: ravel_pytree(cell.step(params, unravel(v), x)[0])[0])(v)
+    said = jnp.asarray(cell.jacobian(params, state, x))
+    _holds(
+        said.shape == true.shape and _close(said, true, 1e-4),
+        f"expected jacobian(params, state, x) to be jax.jacfwd of the step over the flat state, {true.shape}, got "
+        f"{said.shape} or other numbers: rows are the new state, columns the old one, in the order of its leaves",
+    )
 
 
 def _energy(tree: PyTree) -> Array:

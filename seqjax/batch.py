@@ -25,3 +25,17 @@ class Batch:
     mask: Bool[Any, "batch time"] | None = None
     reset: Bool[Any, "batch time"] | None = None
     continues: bool = False
+
+
+def check_batch(batch: Any, carried: Any) -> Any:
+    """Returns the state that a batch goes on from: the one carried over, or None where it starts afresh.
+
+    Raises:
+        TypeError: it is not a batch.
+        ValueError: it continues, and there is nothing to continue.
+    """
+    if not isinstance(batch, Batch):
+        raise TypeError(f"expected a stream of sj.Batch, got {type(batch).__name__}: sj.Batch(xs, targets)")
+    if batch.continues and carried is None:
+        raise ValueError("expected a batch that starts afresh first, got one that continues: continues=False")
+    return carried if batch.continues else None

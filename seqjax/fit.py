@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from seqjax.batch import Batch
+from seqjax.batch import Batch, check_batch
 from seqjax.cell import State
 from seqjax.compiled import compiled
 from seqjax.model import Model, ModelParams
@@ -35,7 +35,8 @@ def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss
         The mean loss, in nats for the losses of this library.
 
     Raises:
-        ValueError: the stream is empty, or a batch does not fit.
+        ValueError: the stream is empty, its first batch continues nothing, or a batch does not fit.
+        TypeError: the stream holds something else than batches.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -53,7 +54,7 @@ def _mean_loss(
 ) -> float:
     carried, total, weight = None, 0.0, 0
     for batch in stream:
-        state = carried if batch.continues else None
+        state = check_batch(batch, carried)
         carried, value = run(params, state, (batch.xs, batch.targets, batch.mask, batch.reset))
         rows, time = jax.tree.leaves(batch.xs)[0].shape[:2]
         steps = rows * time if batch.mask is None else int(np.sum(batch.mask))

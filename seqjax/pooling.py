@@ -31,9 +31,11 @@ def last_valid(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) -> 
         [[2.0]]
     """
 
-    def one(mask: Array, leaf: Array) -> Array:
+    def one(mask: Array | None, leaf: Array) -> Array:
         if not leaf.shape[0]:
             return jnp.zeros(leaf.shape[1:], leaf.dtype)
+        if mask is None:
+            return leaf[-1]
         last = leaf.shape[0] - 1 - jnp.argmax(mask[::-1])
         return jnp.where(jnp.any(mask), leaf[last], jnp.zeros_like(leaf[last]))
 
@@ -59,7 +61,9 @@ def masked_mean(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) ->
         [[1.5]]
     """
 
-    def one(mask: Array, leaf: Array) -> Array:
+    def one(mask: Array | None, leaf: Array) -> Array:
+        if mask is None:
+            return jnp.sum(leaf, axis=0) / max(leaf.shape[0], 1)
         total = jnp.sum(_where_valid(mask, leaf, 0.0), axis=0)
         return total / jnp.maximum(jnp.sum(mask), 1).astype(leaf.dtype)
 
@@ -85,7 +89,11 @@ def masked_max(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) -> 
         [[-1.0]]
     """
 
-    def one(mask: Array, leaf: Array) -> Array:
+    def one(mask: Array | None, leaf: Array) -> Array:
+        if not leaf.shape[0]:
+            return jnp.zeros(leaf.shape[1:], leaf.dtype)
+        if mask is None:
+            return jnp.max(leaf, axis=0)
         largest = jnp.max(_where_valid(mask, leaf, -jnp.inf), axis=0, initial=-jnp.inf)
         return jnp.where(jnp.any(mask), largest, jnp.zeros_like(largest))
 
@@ -103,6 +111,4 @@ def _pool(one: Any, outputs: PyTree, mask: Any) -> PyTree:
             raise ValueError(f"expected outputs (batch, time, ...), got {leaf.shape}: pool what unroll returned")
     batch, time = jax.tree.leaves(outputs)[0].shape[:2]
     mask = check_flags("mask", mask, batch, time)
-    if mask is None:
-        mask = jnp.ones((batch, time), bool)
     return jax.vmap(lambda row, out: jax.tree.map(lambda leaf: one(row, leaf), out))(mask, outputs)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from seqjax.batch import Batch
+from seqjax.batch import Batch, check_batch
 from seqjax.cell import State
 from seqjax.compiled import compiled
 from seqjax.gradients import detach
@@ -192,11 +192,7 @@ def _run_updates(
     limit = float("inf") if clip_norm is None else float(clip_norm)
     update = compiled(_update, model, optimizer, loss, limit)
     for batch in stream:
-        if not isinstance(batch, Batch):
-            raise TypeError(f"expected a stream of sj.Batch, got {type(batch).__name__}: sj.Batch(xs, targets)")
-        if batch.continues and state.carried is None:
-            raise ValueError("expected a batch that starts afresh first, got one that continues: continues=False")
-        carried = state.carried if batch.continues else None
+        carried = check_batch(batch, state.carried)
         data = (batch.xs, batch.targets, batch.mask, batch.reset)
         state, metrics = update(state._replace(carried=carried), data, key)
         yield state, metrics

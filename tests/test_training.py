@@ -196,6 +196,10 @@ def test_what_is_no_stream_of_batches_is_refused(key):
         sj.fit(model, [(batch.xs, batch.targets)], key=key)
     with raises(ValueError, "starts afresh first", "got one that continues"):
         sj.fit(model, [late], key=key)
+    with raises(ValueError, "starts afresh first", "got one that continues"):
+        sj.evaluate(model, model.init(key), [late])
+    with raises(TypeError, "expected a stream of sj.Batch", "got tuple"):
+        sj.evaluate(model, model.init(key), [(batch.xs, batch.targets)])
     with raises(ValueError, "expected targets (batch, time, ...) = (2, 3, ...)", "got (2, 2, 2)"):
         sj.fit(model, [sj.Batch(batch.xs, batch.targets[:, :2])], key=key)
     with raises(ValueError, "expected xs (batch, time, 3)", "got (3, 3)", "xs[None]"):

@@ -40,7 +40,8 @@ class GradientByLag(NamedTuple):
 
     Attributes:
         log_gradient: (batch, T + 1), ln |dL/ds_t| for t = 0..T.
-        log_gradient_parts: the same for each field of the state alone, by name.
+        log_gradient_parts: the same for each field of the state alone, by name; minus infinity where it is below the
+            smallest float beside the whole.
         lags: (K + 1,), k = 0..K, in steps.
         times: the steps t from which ds_t/ds_{t-k} was traced back.
         table: (batch, len(times), K + 1), ln of the expected norm |ds_t/ds_{t-k}|_F / sqrt(n): what a random unit
@@ -49,7 +50,7 @@ class GradientByLag(NamedTuple):
         log_worst: (K + 1,), ln of the largest spectral norm |ds_t/ds_{t-k}|_2 over times and sequences.
         log_parts: by field of the state, (K + 1,): ln of the expected norm of what arrives in this field of s_{t-k}.
         horizon: the memory horizon, the first lag from which on the expected norm stays below `threshold`; inf where
-            it does not within K.
+            it does not within the lags of the table.
         threshold: of the horizon, as a plain number.
         exact: whether all n columns were traced back; else `log_expected` is an estimate from random ones and
             `log_worst` a lower bound.
@@ -180,7 +181,7 @@ def _not_finite(states: np.ndarray, log_gradient: np.ndarray, table: np.ndarray)
     return "" if (table < np.inf).all() else "the derivative of a step is not finite"
 
 
-def memory_horizon(log_norms: Float[Any, " lags"], threshold: float) -> float:
+def memory_horizon(log_norms: Float[Any, " lags"] | Sequence[float], threshold: float) -> float:
     """The first lag from which on a norm stays below a threshold.
 
     Args:
@@ -246,10 +247,13 @@ def _by_lag(cell: Any, K: int, given: Driven, states: Array, ends: Array, frame:
 
     def norms(rows: Array, exponent: Array, best: Array) -> tuple[PyTree, Array]:
         scale, root = exponent.astype(rows.dtype) * math.log(2), math.sqrt(rows.shape[0])
-        for _ in range(RITZ_ROUNDS):
+
+        def towards_the_largest(_: Any, best: Array) -> Array:
             for _ in range(RITZ_POWER):
                 best = best @ rows @ rows.T
-            best, _ = orthonormal(best)
+            return orthonormal(best)[0]
+
+        best = jax.lax.fori_loop(0, RITZ_ROUNDS, towards_the_largest, best)
         largest = jnp.linalg.norm(best @ rows, 2)
         by_part = jnp.stack([jnp.log(_norm(rows[:, where]) / root) for where in parts])
         return (jnp.log(_norm(rows) / root) + scale, jnp.log(largest) + scale, by_part + scale), best

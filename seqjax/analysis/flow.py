@@ -9,6 +9,7 @@ A held step (mask False) is the identity, and a reset makes J_t zero: what came 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Params, State, strong_type
+from seqjax.cell import Params, State, is_value, strong_type
 from seqjax.checks import batch_of_states, check_flags, check_inputs
 from seqjax.guarded import guarded_step
 
@@ -103,17 +104,39 @@ def driven(
 
 
 def _check_differentiable(cell: Any, given: Driven, use: Callable[..., Any]) -> None:
-    step = flat_step(cell, given.params)
-    one = given.first[0], jax.tree.map(lambda leaf: leaf[0, 0], given.inputs)
-    jax.eval_shape(lambda v, inputs: step(given.params, v, inputs), *one)  # an error of the step itself is the cell's
+    arrays = given.params, (given.first, given.inputs[1:]), given.inputs[0]
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), arrays)
+    leaves, tree = jax.tree.flatten(shapes)
+    check = _differentiated_once if is_value(cell) else _differentiated
+    check(cell, use, tree, tuple(leaves))
+
+
+def _differentiated(cell: Any, use: Callable[..., Any], tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> None:
+    """Traces one step and its derivative; `leaves` are the shapes of the parameters, states, flags and inputs."""
+    params, (first, flags), xs = jax.tree.unflatten(tree, leaves)
+
+    def of_one(params: Params, first: Array, flags: PyTree, xs: PyTree) -> tuple[Array, PyTree]:
+        return first[0], jax.tree.map(lambda leaf: leaf[0, 0], (xs, *flags))
+
+    def stepped(*arrays: PyTree) -> Array:
+        return flat_step(cell, params)(arrays[0], *of_one(*arrays))
+
+    def used(*arrays: PyTree) -> PyTree:
+        v, inputs = of_one(*arrays)
+        return use(flat_step(cell, params), arrays[0], v, v[None], inputs)
+
+    jax.eval_shape(stepped, params, first, flags, xs)  # an error of the step itself is the cell's
     try:  # a derivative may fail only when it is used, as that of a jax.custom_vjp does
-        jax.eval_shape(lambda v, inputs: use(step, given.params, v, v[None], inputs), *one)
+        jax.eval_shape(used, params, first, flags, xs)
     except Exception as error:
         raise TypeError(
             f"expected a step that JAX can differentiate, got {type(cell).__name__}.step, of which it says: "
             f"{next(iter(str(error).splitlines()), type(error).__name__)}; give the part that it cannot a "
             f"jax.custom_jvp rule"
         ) from error
+
+
+_differentiated_once = functools.lru_cache(maxsize=256)(_differentiated)
 
 
 def flat_step(cell: Any, params: Params) -> Step:

@@ -97,10 +97,13 @@ def driven(
                 f"expected a state in float32 or float64, got {leaf.dtype}, too coarse for derivatives: analyse "
                 f"jax.tree.map(lambda p: p.astype('float32'), params)"
             )
-    given = Driven(params, jax.vmap(lambda s: ravel_pytree(s)[0])(states), (xs, mask, reset))
+    given = Driven(params, _flattened(states), (xs, mask, reset))
     if time:
         _check_differentiable(cell, given, pull if backward else push)
     return given
+
+
+_flattened = jax.jit(jax.vmap(lambda state: ravel_pytree(state)[0]))
 
 
 def _check_differentiable(cell: Any, given: Driven, use: Callable[..., Any]) -> None:

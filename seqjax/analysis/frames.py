@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from seqjax.analysis.flow import Driven, flat_initial, flat_step, orthonormal, push
-from seqjax.compiled import compiled
 
 LONGEST = 100  # steps between two QRs, where the columns hardly lean at all
 
@@ -97,16 +96,16 @@ def sweep(
 
 
 def sweep_all(
-    cell: Any, keep: Callable[[Array], Array], given: Driven, states: Array, frames: Array, every: int
-) -> np.ndarray:
-    """What `sweep` keeps, in float64, over any number of steps: the last block holds what is left over."""
+    cell: Any, keep: Callable[[Array], Array], every: int, given: Driven, states: Array, frames: Array
+) -> Array:
+    """What `sweep` keeps over any number of steps, (batch, blocks, ...): the last block holds what is left over."""
     whole = given.time - given.time % every
     kept = []
     for start, stop, each in ((0, whole, every), (whole, given.time, given.time - whole)):
         if start < stop:
-            states, frames, more = compiled(sweep, cell, each, keep)(given.between(start, stop), states, frames)
-            kept.append(np.asarray(more, np.float64))
-    return np.concatenate(kept, axis=1)
+            states, frames, more = sweep(cell, each, keep, given.between(start, stop), states, frames)
+            kept.append(more)
+    return jnp.concatenate(kept, axis=1)
 
 
 def counted_steps(given: Driven, every: int) -> np.ndarray:
@@ -137,11 +136,12 @@ def safe_interval(logs: np.ndarray, dtype: Any) -> int:
     return int(np.clip(1 / max(per_step, 1e-6), 1, LONGEST))
 
 
-def strain(logs: np.ndarray, dtype: Any) -> float:
-    """How far the worst block went, 1 where it is as far as is safe: 2/5 of the digits, 4/5 of the range."""
-    if not np.isfinite(logs).all():
-        return math.inf
-    return max(np.max(np.ptp(logs, axis=-1)) / (0.4 * _digits(dtype)), np.max(np.abs(logs)) / (0.8 * _range(dtype)))
+def strain(logs: np.ndarray, dtype: Any) -> np.ndarray:
+    """How far each sequence's worst block went, 1 where it is as far as is safe: 2/5 of the digits, 4/5 of the range."""
+    finite = np.isfinite(logs).all(axis=(1, 2))
+    logs = np.where(finite[:, None, None], logs, 0.0)
+    leant = np.ptp(logs, axis=-1).max(axis=1) / (0.4 * _digits(dtype))
+    return np.where(finite, np.maximum(leant, np.abs(logs).max(axis=(1, 2)) / (0.8 * _range(dtype))), math.inf)
 
 
 def lost_directions(logs: np.ndarray, dtype: Any) -> np.ndarray:

@@ -15,6 +15,7 @@ checked on every block afterwards, and shortened where a block went too far.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ from seqjax.compiled import compiled
 
 BLOCKS = 32  # at least, where the run is that long, so that an interval can be had from them
 
+
 class LyapunovExponents(NamedTuple):
     """Exponents in nats a step, largest first. A reset moves the state and leaves the perturbations as they are.
 
@@ -51,7 +53,8 @@ class LyapunovExponents(NamedTuple):
         split_half: (batch, k), second half of the run less the first: how far it still drifts.
         history: (batch, blocks, k), the estimate after each block.
         history_steps: (blocks,), steps counted by then, of the first sequence.
-        kaplan_yorke: (batch,), the dimension j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|; NaN where k is too small.
+        kaplan_yorke: (batch,), the dimension j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|; NaN where k is too small,
+            and n where all n exponents add up to no contraction.
         entropy_rate: (batch,), the sum of positive exponents, in nats a step: Pesin's upper bound.
         singular: (batch, k), where a step's Jacobian has lost the direction to the precision of the dtype.
         qr_every: steps between two QRs.
@@ -129,43 +132,68 @@ def lyapunov_exponents(
     given = driven(cell, params, xs, state, mask, reset)
     k = check_count(k, given.size)
     burn_in, frame_burn_in = _check_burn_in(given, burn_in, frame_burn_in)
-    if qr_every is not None and qr_every < 1:
-        raise ValueError(f"expected qr_every of at least 1 step, got {qr_every}: leave it out to have it chosen")
+    if qr_every is not None and not (_is_whole(qr_every) and qr_every >= 1):
+        raise ValueError(
+            f"expected qr_every of at least 1 whole step, got {qr_every!r}: leave it out to have it chosen"
+        )
     key = jax.random.key(0) if key is None else key
     start = burn_in + frame_burn_in
 
-    states = compiled(advance, cell)(given.until(burn_in))
-    frames = jnp.broadcast_to(random_frame(key, k, given.size, given.first.dtype), (given.batch, k, given.size))
-    warm = given.between(burn_in, start) if frame_burn_in else given.between(start, min(start + 32, given.time))
-    warm_states, warm_frames, warm_logs = compiled(sweep, cell, 1, log_diagonal)(warm, states, frames)
-    if frame_burn_in:
-        states, frames = warm_states, warm_frames
+    states, frames, warm_logs = compiled(_warm_up, cell, k, burn_in, frame_burn_in)(given, key)
+    dtype, chosen = frames.dtype, qr_every is None
+    enough = max(1, (given.time - start) // BLOCKS)
+    every = qr_every or min(safe_interval(np.asarray(warm_logs, np.float64), dtype), enough)
+    while True:
+        logs = np.asarray(compiled(_count, cell, start, every)(given, states, frames), np.float64)
+        strained = strain(logs, dtype)
+        if not chosen or every == 1 or strained.max() <= 1:
+            break
+        every //= 2
+    steps = counted_steps(given.between(start, given.time), every)
+    found = _result(logs, steps, start, every, chosen, strained, dtype)
+    if k < given.size:
+        return found
+    return found._replace(kaplan_yorke=np.where(found.exponents.sum(axis=1) >= 0, float(k), found.kaplan_yorke))
 
-    counted, dtype, chosen = given.between(start, given.time), frames.dtype, qr_every is None
-    enough = max(1, counted.time // BLOCKS)
-    every = min(safe_interval(np.asarray(warm_logs, np.float64), dtype), enough) if chosen else qr_every
-    logs = sweep_all(cell, log_diagonal, counted, states, frames, every)
-    while chosen and every > 1 and strain(logs, dtype) > 1:
-        every = max(1, every // 2)
-        logs = sweep_all(cell, log_diagonal, counted, states, frames, every)
-    steps = counted_steps(counted, every)
-    return _result(logs, steps, start, every, chosen, strain(logs, dtype), dtype)
+
+def _warm_up(
+    cell: Any, k: int, burn_in: int, frame_burn_in: int, given: Driven, key: Array
+) -> tuple[Array, Array, Array]:
+    """The states and the frames after their burn-in, and ln R_ii of single steps, to choose the interval from."""
+    states = advance(cell, given.until(burn_in))
+    frame = random_frame(key, k, given.size, given.first.dtype)
+    frames = jnp.broadcast_to(frame, (given.batch, *frame.shape))
+    start = burn_in + frame_burn_in
+    probe = given.between(burn_in, start if frame_burn_in else min(start + 32, given.time))
+    warm_states, warm_frames, logs = sweep(cell, 1, log_diagonal, probe, states, frames)
+    return (warm_states, warm_frames, logs) if frame_burn_in else (states, frames, logs)
+
+
+def _count(cell: Any, start: int, every: int, given: Driven, states: Array, frames: Array) -> Array:
+    """ln R_ii of every block after the burn-in."""
+    return sweep_all(cell, log_diagonal, every, given.between(start, given.time), states, frames)
 
 
 def _check_burn_in(given: Driven, burn_in: int | None, frame_burn_in: int | None) -> tuple[int, int]:
     usual = min(100, given.time // 5)
     burn_in = usual if burn_in is None else burn_in
     frame_burn_in = usual if frame_burn_in is None else frame_burn_in
+    if not (_is_whole(burn_in) and _is_whole(frame_burn_in)):
+        raise ValueError(f"expected whole steps of burn-in, got {burn_in!r} and {frame_burn_in!r}")
     if burn_in < 0 or frame_burn_in < 0 or burn_in + frame_burn_in >= given.time:
         raise ValueError(
             f"expected sequences longer than burn_in + frame_burn_in, {burn_in} + {frame_burn_in} steps, "
             f"got {given.time}: use longer ones, or a shorter burn-in"
         )
-    return burn_in, frame_burn_in
+    return int(burn_in), int(frame_burn_in)
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _result(
-    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strained: float, dtype: Any
+    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strained: np.ndarray, dtype: Any
 ) -> LyapunovExponents:
     total = steps.sum(axis=1)
     lost = lost_directions(logs, dtype) if every == 1 else np.isneginf(logs)
@@ -174,16 +202,13 @@ def _result(
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(lost, -np.inf, logs)
         history = np.cumsum(logs, axis=1) / np.cumsum(steps, axis=1)[..., None]
-        exponents = history[:, -1]
-        half = steps.shape[1] // 2
-        halves = [logs[:, part].sum(1) / steps[:, part].sum(1)[:, None] for part in (slice(half), slice(half, None))]
-        split_half = halves[1] - halves[0]
-        mean, spread = exponents.mean(axis=0), exponents.std(axis=0)
+    exponents = history[:, -1]
+    split_half = np.array([_drift(*row) for row in zip(logs, steps, strict=True)])
     intervals = np.array([bootstrap_interval(*row) for row in zip(logs, steps, strict=True)])
     order = np.argsort(-np.where(np.isnan(exponents), -np.inf, exponents), axis=1, kind="stable")
 
-    def ordered(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, order, axis=1)
+    def ordered(values: Any) -> np.ndarray:
+        return np.take_along_axis(np.asarray(values), order, axis=1)
 
     reasons = {}
     for b in np.flatnonzero(~finite):
@@ -191,16 +216,18 @@ def _result(
         reasons[b] = f"the state or its derivative is not finite from about step {first + block * every + 1} on"
     for b in np.flatnonzero(total == 0):
         reasons[b] = "no valid step is left after the burn-in"
-    if not chosen and every > 1 and strained > 1:
-        reasons |= dict.fromkeys(
-            set(range(len(logs))) - set(reasons),
+    for b in np.flatnonzero(strained > 1) if every > 1 and not chosen else ():
+        reasons.setdefault(
+            b,
             f"qr_every={every} is too long: in the worst block the columns lost more of their digits than is safe, "
-            f"{strained:.1f} times; leave qr_every out",
+            f"{strained[b]:.1f} times; leave qr_every out",
         )
     exponents = ordered(exponents)
+    with np.errstate(invalid="ignore"):
+        spread = np.where((exponents == exponents[0]).all(axis=0), 0.0, exponents.std(axis=0))
     return LyapunovExponents(
         exponents=exponents,
-        mean=-np.sort(-mean),
+        mean=exponents.mean(axis=0),
         spread=spread,
         low=ordered(intervals[:, 0]),
         high=ordered(intervals[:, 1]),
@@ -208,7 +235,7 @@ def _result(
         history=np.take_along_axis(history, order[:, None], axis=2),
         history_steps=np.cumsum(steps[0]),
         kaplan_yorke=np.array([kaplan_yorke_dimension(row) for row in exponents]),
-        entropy_rate=np.where(exponents > 0, exponents, 0.0).sum(axis=1),
+        entropy_rate=np.where(exponents <= 0, 0.0, exponents).sum(axis=1),
         singular=ordered(singular),
         qr_every=every,
         steps=total,
@@ -217,7 +244,17 @@ def _result(
     )
 
 
-def kaplan_yorke_dimension(exponents: Float[Any, " k"]) -> float:
+def _drift(logs: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The mean over the second half of the blocks that count, less that over the first; NaN where there is one alone."""
+    logs, steps = logs[steps > 0], steps[steps > 0]
+    half = len(steps) // 2
+    if not half:
+        return np.full(logs.shape[1], np.nan)
+    with np.errstate(invalid="ignore"):
+        return logs[half:].sum(0) / steps[half:].sum() - logs[:half].sum(0) / steps[:half].sum()
+
+
+def kaplan_yorke_dimension(exponents: Float[Any, " k"] | Sequence[float]) -> float:
     """D = j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|, j the largest number whose partial sum is not negative.
 
     Args:

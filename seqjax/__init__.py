@@ -12,6 +12,7 @@ from .analysis import gate_statistics as gate_statistics
 from .analysis import gradient_by_lag as gradient_by_lag
 from .analysis import jacobian_product as jacobian_product
 from .analysis import lyapunov_exponents as lyapunov_exponents
+from .analysis import parameter_sensitivity as parameter_sensitivity
 from .analysis import product_singular_values as product_singular_values
 from .analysis import score_by_length as score_by_length
 from .analysis import spectrum as spectrum

@@ -12,6 +12,7 @@ from .cliff import loss_cliff as loss_cliff
 from .clipping import ClippingStatistics as ClippingStatistics
 from .clipping import clipping_statistics as clipping_statistics
 from .fixed_points import FixedPoints as FixedPoints
+from .fixed_points import Search as Search
 from .fixed_points import fixed_points as fixed_points
 from .flow import state_parts as state_parts
 from .gates import GateStatistics as GateStatistics
@@ -26,6 +27,8 @@ from .jacobians import step_jacobians as step_jacobians
 from .lyapunov import LyapunovExponents as LyapunovExponents
 from .lyapunov import kaplan_yorke_dimension as kaplan_yorke_dimension
 from .lyapunov import lyapunov_exponents as lyapunov_exponents
+from .sensitivity import ParameterSensitivity as ParameterSensitivity
+from .sensitivity import parameter_sensitivity as parameter_sensitivity
 from .singular_values import ProductSingularValues as ProductSingularValues
 from .singular_values import product_singular_values as product_singular_values
 from .spectra import MatrixSpectrum as MatrixSpectrum

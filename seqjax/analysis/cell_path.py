@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, log_of_power, pull, rescaled, state_parts
+from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, pull, state_parts
+from seqjax.analysis.scaled import log_of_power, rescaled
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
 from seqjax.unroll import gates

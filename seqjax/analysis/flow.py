@@ -10,7 +10,6 @@ A held step (mask False) is the identity, and a reset makes J_t zero: what came 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -244,21 +243,6 @@ def held(given: Driven, time: int) -> Driven:
         return jnp.pad(leaf, [(0, 0), (0, time - given.time), *[(0, 0)] * (leaf.ndim - 2)])
 
     return given._replace(inputs=jax.tree.map(longer, (xs, valid, reset)))
-
-
-def rescaled(rows: Array) -> tuple[Array, Array]:
-    """An array divided by a power of two that brings its largest entry to 1/2..1, and the exponent of that power.
-
-    The division is exact and exponents are whole numbers, so a hundred thousand of them add up without an error; the
-    logarithms of the sizes themselves, added up in float32, would be wrong in the third digit.
-    """
-    exponent = jnp.frexp(jnp.max(jnp.abs(rows)))[1]
-    return jnp.ldexp(rows, -exponent), exponent
-
-
-def log_of_power(rows: Array, exponent: Array) -> Array:
-    """The logarithm of 2^exponent, in nats; minus infinity where it scales nothing but zeros."""
-    return jnp.where(jnp.any(rows != 0), exponent.astype(rows.dtype) * math.log(2), -jnp.inf).astype(rows.dtype)
 
 
 def orthonormal(frame: Array) -> tuple[Array, Array]:

@@ -23,10 +23,10 @@ from seqjax.analysis.flow import (
     orthonormal,
     pull,
     random_frame,
-    rescaled,
     state_parts,
     unflatten,
 )
+from seqjax.analysis.scaled import common_scale, rescaled, rescaled_rows
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
 
@@ -221,13 +221,10 @@ def _loss_gradient(cell: Any, given: Driven, states: Array, arriving: Array) -> 
     def one(states: Array, inputs: PyTree, arriving: Array) -> Array:
         def back(carry: tuple[Array, Array], at: PyTree) -> tuple[tuple[Array, Array], Array]:
             (g, exponent), (v, x, more) = carry, at
-            # Both are brought to the larger of the two scales, so neither overflows; a zero has none of its own.
-            arrives = jnp.where(jnp.any(more != 0), jnp.frexp(jnp.max(jnp.abs(more)))[1], exponent)
-            larger = jnp.where(jnp.any(g != 0), jnp.maximum(exponent, arrives), arrives)
-            g = jnp.ldexp(g, exponent - larger) + jnp.ldexp(more, -larger)
-            log_norm = logs(g, larger)
-            g, change = rescaled(pull(step, params, v, g[None], x)[0])
-            return (g, larger + change), log_norm
+            g, more, exponent = common_scale(g, exponent, *rescaled_rows(more, jnp.zeros((), jnp.int32)))
+            g = g + more
+            log_norm = logs(g, exponent)
+            return rescaled_rows(pull(step, params, v, g[None], x)[0], exponent), log_norm
 
         start = (jnp.zeros_like(states[0]), jnp.zeros((), jnp.int32))
         first, rest = jax.lax.scan(back, start, (states[:-1], inputs, arriving), reverse=True)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from seqjax.analysis.flow import Driven, flat_trajectory, rescaled, unflatten
+from seqjax.analysis.flow import Driven, flat_trajectory, unflatten
 from seqjax.analysis.leaves import floating_leaves, with_leaves
-from seqjax.analysis.scaled import common_scale, rescaled_rows, times_power
+from seqjax.analysis.scaled import common_scale, rescaled, rescaled_rows, times_power
 from seqjax.compiled import compiled
 from seqjax.guarded import guarded_step
 

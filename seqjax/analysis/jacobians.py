@@ -10,17 +10,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.analysis.flow import (
-    Driven,
-    driven,
-    flat_step,
-    flat_trajectory,
-    log_of_power,
-    push,
-    rescaled,
-    state_parts,
-    unflatten,
-)
+from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, push, state_parts, unflatten
+from seqjax.analysis.scaled import log_of_power, rescaled
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
 

@@ -1,9 +1,26 @@
-"""Rows that each carry a power of two of their own: to scale one is exact, and none overflows or vanishes."""
+"""Numbers with a power of two beside them, so that none overflows or vanishes at any lag.
+
+To scale by a power of two is exact, and exponents are whole numbers, so a hundred thousand of them add up without an
+error; the logarithms of the sizes themselves, added up in float32, would be wrong in the third digit.
+"""
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+def rescaled(rows: Array) -> tuple[Array, Array]:
+    """An array divided by one power of two that brings its largest entry to 1/2..1, and that exponent."""
+    flat, exponent = rescaled_rows(rows.reshape(-1), jnp.zeros((), jnp.int32))
+    return flat.reshape(rows.shape), exponent
+
+
+def log_of_power(rows: Array, exponent: Array) -> Array:
+    """The logarithm of 2^exponent, in nats; minus infinity where it scales nothing but zeros."""
+    return jnp.where(jnp.any(rows != 0), exponent.astype(rows.dtype) * math.log(2), -jnp.inf).astype(rows.dtype)
 
 
 def common_scale(u: Array, of_u: Array, v: Array, of_v: Array) -> tuple[Array, Array, Array]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Complex, Float, PyTree
+from jaxtyping import Bool, Complex, Float, PyTree
 
 from seqjax.analysis.jacobians import step_jacobians
 from seqjax.cell import Params, State
@@ -182,7 +182,7 @@ def spectrum(
     return Spectrum(steps, chosen, recurrent, bound, holds, steps.norm.max(axis=1))
 
 
-def recurrent_matrices(params: Params) -> dict[str, Array]:
+def recurrent_matrices(params: Params) -> dict[str, np.ndarray]:
     """The square matrices among the parameters that are named W_hh, gate by gate, by their path.
 
     Args:

@@ -137,8 +137,8 @@ def safe_interval(logs: np.ndarray, dtype: Any) -> int:
 
 
 def strain(logs: np.ndarray, dtype: Any) -> np.ndarray:
-    """How far each sequence's worst block went, 1 where it is as far as is safe: 2/5 of the digits, 4/5 of the range."""
-    finite = np.isfinite(logs).all(axis=(1, 2))
+    """How far each sequence's worst block went, 1 for as far as is safe: 2/5 of the digits, 4/5 of the range."""
+    finite = np.asarray(np.isfinite(logs).all(axis=(1, 2)))
     logs = np.where(finite[:, None, None], logs, 0.0)
     leant = np.ptp(logs, axis=-1).max(axis=1) / (0.4 * _digits(dtype))
     return np.where(finite, np.maximum(leant, np.abs(logs).max(axis=(1, 2)) / (0.8 * _range(dtype))), math.inf)

@@ -275,3 +275,20 @@ def test_what_does_not_fit_is_refused_with_the_likely_fix():
         sj.analysis.gradient_by_lag(cell, params, xs[:0])
     with raises(ValueError, "expected a positive threshold"):
         sj.analysis.gradient_by_lag(cell, params, xs, threshold=0.0)
+
+
+def test_a_gradient_that_outgrows_the_rounding_error_of_a_chaotic_trajectory_is_called_unreliable():
+    cell = sj.VanillaRNN(1, 64, recurrent_init=sj.Orthogonal(4.0))
+    params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (1, 100, 1))
+    short, long = (sj.gradient_by_lag(cell, params, xs, horizon=K, times=[100]) for K in (5, 100))
+    assert short.reliable
+    assert not long.reliable
+    lost = int(np.flatnonzero(long.log_worst > -np.log(np.finfo(np.float32).eps))[0])
+    assert f"within {lost} steps rounding errors of float32 grow as large as the state" in long.reason
+
+
+def test_a_gradient_of_a_linear_map_may_grow_as_far_as_it_likes():
+    cell = sj.VanillaRNN(1, 4, activation="identity", recurrent_init=sj.Orthogonal(2.0))
+    found = sj.gradient_by_lag(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 100, 1)), times=[100])
+    assert found.reliable
+    np.testing.assert_allclose(found.log_expected[-1], 100 * np.log(2), rtol=1e-5)

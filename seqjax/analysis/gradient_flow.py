@@ -22,6 +22,7 @@ from seqjax.analysis.flow import (
     flat_trajectory,
     orthonormal,
     pull,
+    push,
     random_frame,
     state_parts,
     unflatten,
@@ -147,12 +148,20 @@ def gradient_by_lag(
     table, worst, by_part = (np.asarray(values, np.float64) for values in traced)
     log_gradient = np.asarray(log_gradient, np.float64)
     log_expected = _root_mean_square(table)
+    log_worst = _largest(worst)
     inside = np.where(np.arange(K + 1) <= chosen[:, None], table, 0.0)
-    reason = "; ".join(
+    reasons = [
         f"sequence {b}: {what}"
         for b, rows in enumerate(zip(np.asarray(states), log_gradient, inside, strict=True))
         if (what := _not_finite(*rows))
-    )
+    ]
+    lost = np.flatnonzero(log_worst > -math.log(float(jnp.finfo(dtype).eps)))
+    if not reasons and lost.size and compiled(_turns, cell)(given, states):
+        reasons = [
+            f"within {lost[0]} steps rounding errors of {dtype} grow as large as the state, so gradients over more "
+            f"steps than that belong to no trajectory"
+        ]
+    reason = "; ".join(reasons)
     return GradientByLag(
         log_gradient=log_gradient,
         log_gradient_parts={name: np.asarray(of_parts[i], np.float64) for i, name in enumerate(parts)},
@@ -160,7 +169,7 @@ def gradient_by_lag(
         times=chosen,
         table=table,
         log_expected=log_expected,
-        log_worst=_largest(worst),
+        log_worst=log_worst,
         log_parts={name: _root_mean_square(by_part[:, :, i]) for i, name in enumerate(parts)},
         horizon=memory_horizon(log_expected[: chosen.max() + 1], threshold),
         threshold=threshold,
@@ -179,6 +188,15 @@ def _not_finite(states: np.ndarray, log_gradient: np.ndarray, table: np.ndarray)
     if bad.size:
         return f"the gradient is not finite by the state after step {bad[-1]} and before"
     return "" if (table < np.inf).all() else "the derivative of a step is not finite"
+
+
+def _turns(cell: Any, given: Driven, states: Array) -> Array:
+    """Whether the step's derivative differs from state to state: in a linear map an error grows, and harms nothing."""
+    step, params = flat_step(cell, given.params), given.params
+    first = jax.tree.map(lambda leaf: leaf[0, 0], given.inputs)
+    frame = jnp.ones((1, given.size), given.first.dtype) / math.sqrt(given.size)
+    early, late = (push(step, params, v, frame, first)[1] for v in (states[0, 0], states[0, -1]))
+    return jnp.any(jnp.abs(early - late) > 1e-3 * jnp.max(jnp.abs(early)))
 
 
 def memory_horizon(log_norms: Float[Any, " lags"] | Sequence[float], threshold: float) -> float:

@@ -77,6 +77,7 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
     with np.errstate(divide="ignore", invalid="ignore"):
         condition = np.where(singular_values[..., -1] > 0, singular_values[..., 0] / singular_values[..., -1], np.inf)
     squares = (A**2).sum(axis=(-2, -1)) - (np.abs(eigenvalues) ** 2).sum(axis=-1)
+    radius = _numerical_radius(A.reshape(-1, *A.shape[-2:])).reshape(A.shape[:-2]) if numerical_radius else None
     return MatrixSpectrum(
         eigenvalues=eigenvalues,
         singular_values=singular_values,
@@ -84,12 +85,12 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
         norm=singular_values[..., 0],
         condition=condition,
         departure=np.sqrt(np.maximum(squares, 0)),
-        numerical_radius=_numerical_radius(A) if numerical_radius else None,
+        numerical_radius=radius,
     )
 
 
 def _numerical_radius(A: np.ndarray) -> np.ndarray:
-    """max over theta of the largest eigenvalue of the Hermitian part of exp(i theta) A."""
+    """max over theta of the largest eigenvalue of the Hermitian part of exp(i theta) A, of each of many (m, n, n)."""
 
     def height(theta: np.ndarray) -> np.ndarray:
         turned = np.exp(1j * theta)[..., None, None] * A

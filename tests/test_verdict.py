@@ -72,6 +72,12 @@ def test_a_strongly_coupled_random_network_is_chaotic():
     assert found.reliable  # 30 steps are fewer than rounding errors need to grow to the state's size
 
 
+def test_a_sequence_too_short_to_tell_chaos_from_slow_growth_is_not_called_chaotic():
+    found = verdict(*linear(1.05), noise(60))
+    assert (found.regime, found.contracting) == ("exploding", False)
+    assert "too little to tell chaos from slow growth" in " ".join(found.evidence)
+
+
 def test_a_gradient_longer_than_chaos_allows_is_called_unreliable():
     cell = Rate(128, 3.0)
     found = verdict(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 400, 0)), horizon=200)

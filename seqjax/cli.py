@@ -3,6 +3,8 @@
 seqjax train    trains a character model and keeps it in a folder
 seqjax sample   lets it write
 seqjax score    lets it read
+seqjax report   writes a page on how information and gradients move through it
+seqjax compare  writes a page that lays runs side by side
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from seqjax import character_model
 from seqjax.character_model import Settings
 from seqjax.data.text import decode, encode, manual_topics, read_text, unigram_entropy
 from seqjax.job import Job, begin, restore, resume, work
+from seqjax.report import compare_runs, report_run
 from seqjax.runs import Run, RunError
 from seqjax.training import Metrics, NotFinite
 
@@ -38,6 +41,8 @@ class Train:
     """The folder to make; by default a new one in runs/."""
     resume: Path | None = None
     """Go on with the run in this folder, with its own settings."""
+    report: bool = True
+    """Write RUN/report.html at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,29 @@ class Score:
     """A UTF-8 text."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write a page on how information and gradients move through a trained model."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of a run."""
+    out: Path | None = None
+    """The file to write; by default report.html in that folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Write a page that lays runs side by side."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The folders of two runs or more."""
+    out: Path = Path("comparison.html")
+    """The file to write."""
+
+
+Command = Train | Sample | Score | Report | Compare
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs one command.
 
@@ -78,8 +106,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         command = _parse(arguments)
-        return {Train: train, Sample: sample, Score: score}[type(command)](command)
-    except (RunError, ValueError) as error:
+        does: Any = {Train: train, Sample: sample, Score: score, Report: report, Compare: compare}[type(command)]
+        return does(command)
+    except (RunError, ValueError, ModuleNotFoundError) as error:
         print(f"seqjax: {error}", file=sys.stderr)
     except BrokenPipeError:
         sys.stdout = None  # whoever read the output has gone, so there is nobody to tell
@@ -116,6 +145,8 @@ def train(command: Train) -> int:
         console.print(f"interrupted at step {job.step}, which is kept: seqjax train --resume {path}")
         return 130
     _conclude(job, console)
+    if command.report:
+        _add_report(path, console)
     return 0
 
 
@@ -154,6 +185,18 @@ def score(command: Score) -> int:
     print(f"bits per character     {-nats / predicted / math.log(2):.4f}")
     print(f"perplexity             {math.exp(-nats / predicted):.4f}")
     print(f"unigram entropy        {unigram_entropy(tokens):.4f} bits per character, of this file")
+    return 0
+
+
+def report(command: Report) -> int:
+    """Writes the report on a run and prints its path."""
+    print(report_run(command.run, command.out))
+    return 0
+
+
+def compare(command: Compare) -> int:
+    """Writes the page on several runs and prints its path."""
+    print(compare_runs(command.runs, command.out))
     return 0
 
 
@@ -215,7 +258,15 @@ def _conclude(job: Job, console: Console) -> None:
     console.print(f"\nmore: seqjax sample {job.run.path}")
 
 
-def _parse(arguments: Sequence[str]) -> Train | Sample | Score:
+def _add_report(path: Path, console: Console) -> None:
+    try:
+        console.print(f"report: {report_run(path)}")
+    except Exception as error:  # noqa: BLE001 - the training is done and kept, whatever becomes of its report
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        console.print(f"no report ({said}); the run is kept: seqjax report {path}")
+
+
+def _parse(arguments: Sequence[str]) -> Command:
     command = _parse_with(arguments, Train())
     if isinstance(command, Train) and command.resume is not None:
         # Read again, so that what is not said is as the run began.
@@ -228,6 +279,8 @@ def _parse_with(arguments: Sequence[str], defaults: Train) -> Any:
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Score, tyro.conf.subcommand("score")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
     )
     options = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(kinds, args=list(arguments), prog="seqjax", description=__doc__, config=options)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from seqjax.character_model import Settings
 from seqjax.data.text import Corpus
@@ -134,6 +135,22 @@ class Run:
             if step not in manager.all_steps():
                 manager.save(step, args=_orbax().args.StandardSave(state._asdict()))
                 manager.wait_until_finished()
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The columns of metrics.csv by name; NaN where there is no number. Nothing is changed.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        try:
+            with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if row["seconds"]]
+            return {name: np.array([float(row[name] or math.nan) for row in rows]) for name in COLUMNS}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(
+                f"expected a table of metrics in {self.path / 'metrics.csv'}, got something unreadable: "
+                f"restore it, or train anew"
+            ) from None
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints of later steps, which could not be read, out of the way of those that will be made."""

@@ -46,7 +46,9 @@ def _optimizer(rate, clip_norm, make=character_model.optimizer):
 
 
 def seqjax_run(*arguments):
-    """The exit status of a command."""
+    """The exit status of a command; a training writes no report unless it is told to, since that takes its time."""
+    if arguments[0] == "train" and "--report" not in arguments:
+        arguments += ("--no-report",)
     once = mock.patch.object(character_model, "optimizer", lambda s: _optimizer(s.learning_rate, s.clip_norm))
     with once, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # orbax warns of its own code

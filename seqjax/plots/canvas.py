@@ -81,6 +81,13 @@ def decades(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
 
 
+def whole_numbers(axis: Any) -> None:
+    """Ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
 def power(value: float | int) -> str:
     """10^value in words.
 

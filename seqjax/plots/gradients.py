@@ -205,7 +205,7 @@ def clipping(result: ClippingStatistics, *, ax: Any = None) -> Any:
     ax.plot(updates, finite(log), color=BLUE, linewidth=1, label="gradient norm")
     if np.isfinite(result.clip_norm):
         above = norm > result.clip_norm
-        ax.plot(updates[above], finite(log[above]), ".", color=VERMILLION, markersize=3, label="clipped")
+        ax.plot(updates[above], finite(log[above]), "o", color=VERMILLION, markersize=2.5, label="clipped")
         ax.axhline(np.log10(result.clip_norm), **style(2), linewidth=1, label=f"threshold {result.clip_norm:g}")
     tell_missing(ax, log)
     decades(ax.yaxis)

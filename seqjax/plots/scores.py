@@ -9,7 +9,7 @@ import numpy as np
 
 from seqjax.analysis.by_length import ScoreByLength
 
-from .canvas import BLUE, GREY, VERMILLION, axes, finite, label, legend, named, tell_missing
+from .canvas import BLUE, GREY, VERMILLION, axes, finite, label, legend, named, tell_missing, whole_numbers
 
 
 def loss_by_position(result: ScoreByLength, *, ax: Any = None) -> Any:
@@ -91,6 +91,7 @@ def learning_curves(curves: Mapping[str, tuple[Any, Any]], *, ax: Any = None, un
         few = {"marker": "o", "markersize": 3} if len(updates) < 30 else {}
         ax.plot(np.asarray(updates), finite(scores), label=name, linewidth=1.2, **few, **look)
     tell_missing(ax, *(scores for _, scores in curves.values()))
+    whole_numbers(ax.xaxis)
     legend(ax)
     return label(ax, "Learning curve", "update", unit)
 

@@ -27,6 +27,7 @@ from .canvas import (
     named,
     style,
     tell_missing,
+    whole_numbers,
 )
 
 
@@ -165,7 +166,7 @@ def lyapunov_spectrum(result: LyapunovExponents, *, ax: Any = None) -> Any:
     ax.vlines(number, low, high, color=VERMILLION, linewidth=1.5, label="95 % interval")
     ax.plot(number, mean, color=BLUE, marker="o", markersize=4, label="mean over sequences")
     tell_missing(ax, result.mean)
-    _whole_numbers(ax.xaxis)
+    whole_numbers(ax.xaxis)
     legend(ax)
     return label(ax, "Lyapunov exponents", "number", "exponent (nats per step)")
 
@@ -194,7 +195,7 @@ def lyapunov_spectra(results: Mapping[str, LyapunovExponents], *, ax: Any = None
         mean = finite(result.mean)
         ax.plot(np.arange(1, len(mean) + 1), mean, marker=MARKERS[place % 8], markersize=4, label=name, **look)
     tell_missing(ax, *(result.mean for result in results.values()))
-    _whole_numbers(ax.xaxis)
+    whole_numbers(ax.xaxis)
     legend(ax)
     return label(ax, "Lyapunov exponents", "number", "exponent (nats per step)")
 
@@ -228,9 +229,3 @@ def lyapunov_convergence(result: LyapunovExponents, *, ax: Any = None, most: int
     tell_missing(ax, np.asarray(result.history)[..., :most])
     legend(ax)
     return label(ax, "Lyapunov exponents as steps are counted", "steps counted", "exponent (nats per step)")
-
-
-def _whole_numbers(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))

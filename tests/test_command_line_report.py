@@ -1,0 +1,210 @@
+"""Pages from the command line: a run's report, runs side by side, and what is said where there can be none."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from report_pages import Page, assert_accessible, assert_self_contained
+from small_runs import TEXT, files, metrics, refused, small, state, train, write
+from small_runs import copy as copy
+from small_runs import finished as finished
+from small_runs import seqjax_run as run
+
+import seqjax as sj
+import seqjax.cli
+from seqjax.report import measure as measuring
+from seqjax.report.html import text
+
+
+def page_at(path):
+    """The page, which is whole and needs nothing else."""
+    page = Page(path.read_text("utf-8"))
+    assert_self_contained(page)
+    return page
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The analyses fail, so that a page is written at once."""
+
+    def fail(*_, **__):
+        raise RuntimeError("not now")
+
+    for name in ("verdict", "lyapunov_exponents", "gradient_by_lag", "gate_statistics", "cell_path"):
+        monkeypatch.setattr(measuring, name, fail)
+    for name in ("step_jacobians", "product_singular_values", "fixed_points"):
+        monkeypatch.setattr(measuring, name, fail)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A run of a GRU on the same text."""
+    return train(tmp_path_factory.mktemp("other"), "other", cell="gru", hidden=8, learning_rate=0.01)
+
+
+def test_the_report_of_a_run_tells_its_training_and_its_cell(copy, capsys):
+    before = files(copy)
+    capsys.readouterr()
+    assert run("report", copy) == 0
+    path = copy / "report.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    assert {name: content for name, content in files(copy).items() if name.name != "report.html"} == before
+    page, table = page_at(path), metrics(copy)
+    assert_accessible(page)
+    names = [section["id"] for section in page.all("section")]
+    assert names == [
+        "verdict",
+        "learning",
+        "gradients",
+        "exponents",
+        "jacobians",
+        "gates",
+        "states",
+        "clipping",
+        "positions",
+        "settings",
+    ]
+    numbers = [table.train_bits.iloc[-1], table.validation_bits.iloc[-1], table.clipped.mean(), table.grad_norm.max()]
+    numbers += [sj.data.unigram_entropy(list(map(ord, TEXT))), *table.validation_bits.dropna()]
+    for number in map(text, map(float, numbers)):
+        assert number in page.words
+    for name, value in json.loads((copy / "run.json").read_text("utf-8"))["settings"].items():
+        assert name in page.words
+        assert name == "text" or text(value) in page.words
+    for failure in ("could not be drawn", "could not be written", "it failed with", "There is no verdict"):
+        assert failure not in page.text
+
+
+def test_the_state_of_a_report_is_that_after_the_text_before(quick, copy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(measuring, "verdict", lambda *given, **options: seen.append((given, options)))
+    long = (TEXT * 60)[:26_000]
+    (copy / "text.txt").write_text(long, "utf-8")
+    content = json.loads((copy / "run.json").read_text("utf-8"))
+    content["settings"]["text"] = str(copy / "text.txt")
+    (copy / "run.json").write_text(json.dumps(content), "utf-8")
+    assert run("report", copy) == 0
+    (((_, _, xs), options),) = seen
+    model, last = state(copy)
+    tokens = sj.data.split(sj.data.encode(long, content["corpus"]["vocabulary"]))[1]
+    rows = tokens[: len(tokens) // 8 * 8].reshape(8, -1)
+    warm = rows.shape[1] - 128
+    np.testing.assert_array_equal(xs, rows[:, warm:])
+    expected = sj.unroll(model.cell, last.params.cell, rows[:, :warm])[0]
+    np.testing.assert_array_equal(options["state"][1].c, expected[1].c)
+    assert "The text has changed since the training" in page_at(copy / "report.html").text
+
+
+@pytest.mark.parametrize("report", [True, False])
+def test_training_ends_with_its_report_unless_told_not_to(report, quick, tmp_path, capsys):
+    words = write(tmp_path / "text.txt")
+    flag = "--report" if report else "--no-report"
+    assert run("train", "--text", words, "--out", tmp_path / "run", flag, *small(steps=2)) == 0
+    printed, path = capsys.readouterr().out, tmp_path / "run" / "report.html"
+    assert (printed.endswith(f"report: {path}\n"), path.is_file()) == (report, report)
+
+
+def test_by_default_training_writes_a_report():
+    assert seqjax.cli.Train().report
+
+
+@pytest.mark.parametrize("reason", ["matplotlib", "anything"])
+def test_a_report_that_fails_loses_no_run(reason, tmp_path, monkeypatch, capsys):
+    if reason == "matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    else:
+        monkeypatch.setattr(seqjax.cli, "report_run", lambda _: 1 / 0)
+    path = tmp_path / "run"
+    words = write(tmp_path / "text.txt")
+    assert run("train", "--text", words, "--out", path, "--report", *small(steps=2)) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    said = 'pip install "seqjax[plots]"' if reason == "matplotlib" else "division by zero"
+    assert said in last
+    assert last.startswith("no report (")
+    assert last.endswith(f"the run is kept: seqjax report {path}")
+    assert int(state(path)[1].step) == 2
+
+
+def test_runs_are_compared_on_one_page(finished, other, tmp_path, capsys):
+    out = tmp_path / "both.html"
+    capsys.readouterr()
+    assert run("compare", finished, other, "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    page = page_at(out)
+    assert_accessible(page)
+    names = [section["id"] for section in page.all("section")]
+    assert names == ["verdict", "settings", "learning", "gradients", "exponents", "clipping", "versions"]
+    for table in map(metrics, (finished, other)):
+        for number in (table.validation_bits.iloc[-1], table.clipped.mean(), table.grad_norm.max()):
+            assert text(float(number)) in page.words
+    best = min((metrics(path).validation_bits.iloc[-1], path.name) for path in (finished, other))
+    assert f"{best[1]} reads its validation text best, at {best[0]:.3f} bits per character" in page.text
+    differ = page.text.split("Settings that differ")[2].split("Settings that are the same")[0]
+    assert "cell lstm gru hidden 16 8 learning_rate 0.002 0.01" in differ
+    assert "embedding" not in differ
+    assert page.count("svg", "figure") == 5  # learning, gradients, exponents, and the clipping of each
+    for failure in ("could not be drawn", "could not be written", "it failed with", "Left out"):
+        assert failure not in page.text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(quick, finished, copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    copy.rename(tmp_path / "a" / finished.name)
+    assert run("compare", finished, f"a/{finished.name}") == 0
+    page = page_at(tmp_path / "comparison.html")
+    assert {str(finished), f"a/{finished.name}"} < set(page.words)
+    assert "None does." in page.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        ("missing", ["the folder of a run", "not there"]),
+        ("run.json", ["run.json", "stopped while being made"]),
+        ("checkpoints", ["a finished checkpoint", "got none"]),
+        ("metrics.csv", ["a table of metrics", "metrics.csv"]),
+        ("text", ["a file to read", "gone.txt"]),
+        ("letters", ["got 1 others ('Ω')", "vocabulary"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_what_is_no_whole_run_is_refused(command, damage, parts, copy, finished, quick, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "nowhere" if damage == "missing" else copy
+    if damage == "checkpoints":
+        shutil.rmtree(copy / "checkpoints")
+    elif damage in ("run.json", "metrics.csv"):
+        (copy / damage).unlink()
+    elif damage in ("text", "letters"):
+        content = json.loads((copy / "run.json").read_text("utf-8"))
+        content["settings"]["text"] = str(tmp_path / "gone.txt")
+        (copy / "run.json").write_text(json.dumps(content), "utf-8")
+        if damage == "letters":
+            write(tmp_path / "gone.txt", TEXT + "Ω")
+    before = files(tmp_path)
+    refused(capsys, [command, path] if command == "report" else [command, finished, path], *parts)
+    assert files(tmp_path) == before
+
+
+def test_what_cannot_be_compared_is_refused(finished, copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, ["compare", finished], "at least two runs", f"got one, {finished}", "seqjax report")
+    refused(capsys, ["compare", finished, copy, finished], "every run once", f"got {finished} more often")
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_measuring(finished, copy, tmp_path, capsys):
+    for out in (tmp_path, tmp_path / "nowhere" / "page.html"):
+        refused(capsys, ["report", finished, "--out", out], "a file to write the page to", f"got {out}")
+        refused(capsys, ["compare", finished, copy, "--out", out], "a file to write the page to", f"got {out}")
+
+
+def test_without_matplotlib_both_commands_say_what_to_install(finished, copy, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for arguments in (["report", finished], ["compare", finished, copy]):
+        refused(capsys, arguments, 'pip install "seqjax[plots]"')

@@ -159,18 +159,18 @@ class _Map:
         return id(self)
 
 
-def peak(hidden: int, time_steps: int, k: int | None) -> dict:
+def peak(what: str | None, hidden: int, time_steps: int, k: int) -> dict:
     """Peak resident memory in MB of this process, after one call, or after building the inputs alone."""
     import jax
 
     cell, params, xs = driven_lstm(hidden, time_steps)
     jax.block_until_ready((params, xs))
     seconds = 0.0
-    if k is not None:
+    if what is not None:
         import seqjax as sj
 
         began = time.perf_counter()
-        sj.lyapunov_exponents(cell, params, xs, k=k)
+        getattr(sj, what)(cell, params, xs, k=k)
         seconds = time.perf_counter() - began
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"peak": most, "seconds": seconds, "inputs": xs.nbytes / 2**20}
@@ -216,12 +216,11 @@ def jacobians() -> dict:
 
 
 def memory(run: Callable) -> dict:
-    rows = [("H = 1024, T = 2000, k = 8", (1024, 2000, 8))]
-    rows += [(f"H = 64, T = {T}, k = 8", (64, T, 8)) for T in (1_000, 10_000, 100_000)]
     found = {}
-    for name, (hidden, T, k) in rows:
-        whole, inputs = run(peak, hidden, T, k), run(peak, hidden, T, None)
-        found[name] = whole | {"inputs alone": inputs["peak"]}
+    for hidden, T in ((1024, 2_000), (64, 1_000), (64, 10_000), (64, 100_000)):
+        inputs = run(peak, None, hidden, T, 8)["peak"]
+        for what in ("lyapunov_exponents", "product_singular_values"):
+            found[f"{what}, H = {hidden}, T = {T}"] = run(peak, what, hidden, T, 8) | {"inputs alone": inputs}
     return found
 
 
@@ -239,7 +238,7 @@ def table(found: dict, versions: str) -> str:
         lines += [f"## All step Jacobians, {name}, H = 128, 300 steps, float32", ""]
         lines += [*_times(row["times"], "closed form"), "", f"Largest difference: {row['difference']:.1e}.", ""]
     if "memory" in found:
-        lines += ["## Peak resident memory of `lyapunov_exponents`, LSTM, 32 inputs, in MB", ""]
+        lines += ["## Peak resident memory in MB, LSTM, 32 inputs, k = 8", ""]
         lines += [
             "| | whole process | process that only builds the inputs | inputs | seconds |",
             "|---|---|---|---|---|",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from seqjax.batch import Batch
+from seqjax.batch import Batch, check_batch
 from seqjax.cell import State
 from seqjax.compiled import compiled
 from seqjax.model import Model, ModelParams, head_log_probs
@@ -138,8 +138,8 @@ def _sequences(
     run = compiled(_scores, model, score, loss)
     carried, rows = None, []  # of each row the scores, valid steps and resets since a batch began afresh
     for batch in stream:
-        data = (batch.xs, batch.targets, batch.mask, batch.reset)
-        carried, values = run(params, carried if batch.continues else None, data)
+        state = check_batch(batch, carried)
+        carried, values = run(params, state, (batch.xs, batch.targets, batch.mask, batch.reset))
         shape, values = jax.tree.leaves(batch.xs)[0].shape[:2], np.asarray(values)
         mask = np.ones(shape, bool) if batch.mask is None else np.asarray(batch.mask)
         reset = np.zeros(shape, bool) if batch.reset is None else np.asarray(batch.reset)

@@ -45,6 +45,7 @@ def other(tmp_path_factory):
     return train(tmp_path_factory.mktemp("other"), "other", cell="gru", hidden=8, learning_rate=0.01)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_tells_its_training_and_its_cell(copy, capsys):
     before = files(copy)
     capsys.readouterr()
@@ -128,6 +129,7 @@ def test_a_report_that_fails_loses_no_run(reason, tmp_path, monkeypatch, capsys)
     assert int(state(path)[1].step) == 2
 
 
+@pytest.mark.slow
 def test_runs_are_compared_on_one_page(finished, other, tmp_path, capsys):
     out = tmp_path / "both.html"
     capsys.readouterr()

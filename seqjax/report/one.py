@@ -18,7 +18,7 @@ from seqjax.plots.canvas import need_matplotlib
 
 from . import sections, training
 from .html import page, pairs, paragraph, section
-from .measure import ROWS, STEPS, Measured, measure
+from .measure import STEPS, Measured, measure
 from .sections import safely
 
 
@@ -31,7 +31,7 @@ def report(
     state: State | None = None,
     mask: Any = None,
     reset: Any = None,
-    rows: int = ROWS,
+    rows: int | None = None,
     steps: int = STEPS,
     title: str | None = None,
     history: Mapping[str, Any] | None = None,
@@ -50,7 +50,7 @@ def report(
         xs: inputs like those that it is for, leaves (batch, time, ...).
         path: the file to write; one that is there is replaced.
         state, mask, reset: as for `unroll`.
-        rows: sequences that are read, the first ones of `xs`.
+        rows: sequences that are read, the first ones of `xs`; by default 8, or 4 of a state of more than 256 numbers.
         steps: of each of these that are read, the first ones; more take longer and narrow the intervals.
         title: of the page; by default the cell's type.
         history: of its training, as `fit` returns it, for how clipping acted.

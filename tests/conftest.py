@@ -39,3 +39,9 @@ def x64():
 def key():
     """The key that tests draw from."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """Nearly all of a quick test is compilation; one that trains to a result is worth the optimising."""
+    jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)

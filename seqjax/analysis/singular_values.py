@@ -18,7 +18,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, held, orthonormal, pull, random_frame
-from seqjax.analysis.frames import advance, check_count, log_diagonal, safe_interval, strain, sweep, whole_factor
+from seqjax.analysis.frames import (
+    advance,
+    check_count,
+    log_diagonal,
+    lost_directions,
+    safe_interval,
+    strain,
+    sweep,
+    whole_factor,
+)
 from seqjax.analysis.jacobians import check_span
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
@@ -32,8 +41,9 @@ class ProductSingularValues(NamedTuple):
 
     Attributes:
         log_values: (batch, k), natural logarithms, largest first; minus infinity where the product is singular.
-        change: (batch, k), by how much each logarithm moved in the last sweep.
-        converged: (batch, k), whether that is within the tolerance.
+        change: (batch, k), by how much each logarithm moved in the last sweep; zero where the k + 8 columns are all of
+            the state, which needs no more than one sweep.
+        converged: (batch, k), whether that, and what more sweeps would add to it, is within the tolerance.
         sweeps: forward sweeps that were made.
         qr_every: steps between two QRs.
     """
@@ -67,7 +77,7 @@ def product_singular_values(
         cell, params, xs, state, mask, reset: as for `unroll`.
         k: how many; by default 8, or all of a smaller state.
         start, stop: the span, in steps; by default all of `xs`.
-        tolerance: of a logarithm between two sweeps; by default 1e-4 in float32 and 1e-9 in float64.
+        tolerance: of a logarithm; by default 1e-4 in float32 and 1e-9 in float64.
         key: draws the first frame.
 
     Returns:
@@ -94,7 +104,8 @@ def product_singular_values(
     dtype = given.first.dtype
     tolerance = (1e-4 if dtype == jnp.float32 else 1e-9) if tolerance is None else tolerance
     if start == stop:
-        return ProductSingularValues(*np.zeros((2, given.batch, k)), np.ones((given.batch, k), bool), 0, 1)
+        zeros = np.zeros((given.batch, k))
+        return ProductSingularValues(zeros, zeros, zeros == 0, 0, 1)
     if start:
         given = given._replace(first=compiled(advance, cell)(given.until(start)))
     given = given.between(start, stop)
@@ -103,31 +114,48 @@ def product_singular_values(
     frames = jnp.broadcast_to(frame, (given.batch, columns, given.size))
     _, _, logs = compiled(sweep, cell, 1, log_diagonal)(given.until(min(stop - start, 32)), given.first, frames)
     every = safe_interval(np.asarray(logs, np.float64), dtype)
-    previous, sweeps = np.full((given.batch, k), np.inf), 0
-    change = previous
-    while sweeps < MOST_SWEEPS:
-        starts, ends, factors = compiled(_forward, cell, every)(given, frames)
-        factors = np.asarray(factors, np.float64)
-        if every > 1 and strain(_log_diagonal(factors), dtype) > 1:
+    gone = np.zeros(given.batch, bool)
+    if reset is not None:
+        gone |= np.asarray(given.inputs[2]).any(axis=1)
+    log_values, sweeps = np.full((given.batch, columns), np.inf), 0
+    forward, backward = compiled(_forward, cell, every), compiled(_backward, cell, every)
+    while True:
+        starts, ends, factors = forward(given, frames)
+        factors = np.array(factors, np.float64)
+        with np.errstate(divide="ignore"):
+            logs = np.log(np.diagonal(factors, axis1=-2, axis2=-1))
+        if every > 1 and strain(logs, dtype).max() > 1:
             every //= 2
+            forward, backward = compiled(_forward, cell, every), compiled(_backward, cell, every)
             continue
-        sweeps += 1
-        log_values = np.array([product_of_factors(row) for row in factors])[:, :k]
-        with np.errstate(invalid="ignore"):
-            change = np.where(log_values == previous, 0.0, np.abs(log_values - previous))
-        if columns == given.size or (change <= tolerance).all() or np.isnan(log_values).any():
+        if every == 1:  # what a single step lost is rounding error, in whose place zero is the value
+            factors[lost_directions(logs, dtype)] = 0
+        sweeps, previous = sweeps + 1, log_values
+        log_values = np.array([product_of_factors(row) for row in factors])
+        log_values[gone] = -np.inf  # after a reset nothing of the state before is left
+        change = _change(log_values, log_values if columns == given.size else previous)
+        change[gone] = 0
+        converged = ((change <= tolerance) & (_still_to_come(change, log_values) <= tolerance))[:, :k]
+        if sweeps == MOST_SWEEPS or (converged | np.isnan(change[:, :k])).all():
             break
-        previous, frames = log_values, compiled(_backward, cell, every)(given, starts, ends)
-    if reset is not None:  # after a reset nothing of the state before is left
-        log_values[np.asarray(given.inputs[2]).any(axis=1)] = -np.inf
-    if columns == given.size:
-        change = np.zeros_like(log_values)  # the frame is the whole space, so one sweep gives the values themselves
-    return ProductSingularValues(log_values, change, change <= tolerance, sweeps, every)
+        frames = backward(given, starts, ends)
+    return ProductSingularValues(log_values[:, :k], change[:, :k], converged, sweeps, every)
 
 
-def _log_diagonal(factors: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.log(np.diagonal(factors, axis1=-2, axis2=-1))
+def _change(log_values: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """By how much logarithms moved: not at all from minus infinity to the same; NaN where they are not numbers."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(log_values) & np.isneginf(previous), 0.0, np.abs(log_values - previous))
+
+
+def _still_to_come(change: np.ndarray, log_values: np.ndarray) -> np.ndarray:
+    """By how much logarithms will move yet: a sweep shrinks the change by r = (sigma_last / sigma_i)^2, so r / (1 - r).
+
+    Values that lie close together move slowly and not far: no further than they lie apart.
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        apart = log_values - log_values[:, -1:]
+        return np.where(np.isneginf(log_values), 0.0, np.fmin(change / np.expm1(2 * apart), apart))
 
 
 def _chunks(given: Driven, every: int) -> PyTree:

@@ -83,12 +83,13 @@ def step_jacobians(
             f"expected floating-point xs for ds_t/dx_t, got {jax.tree.leaves(given.inputs[0])[0].dtype}: "
             f"leave inputs=False for tokens, or analyse the layers above the embedding"
         )
-    by_state, by_input = compiled(_step_jacobians, cell, inputs)(given)
+    by_state, by_input = compiled(jacobians_at, cell, inputs)(given, jnp.arange(given.time))
     return StepJacobians(by_state, by_input, state_parts(cell, params))
 
 
-def _step_jacobians(cell: Any, inputs: bool, given: Driven) -> tuple[Array, Array | None]:
-    before = flat_trajectory(cell, given)[:, :-1]
+def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[Array, Array | None]:
+    """`StepJacobians` of the steps `times`, from 0, alone."""
+    before, drive = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, given), given.inputs))
     step, params = flat_step(cell, given.params), given.params
     closed_form = _closed_form(cell)
 
@@ -108,7 +109,7 @@ def _step_jacobians(cell: Any, inputs: bool, given: Driven) -> tuple[Array, Arra
         return jax.jacfwd(lambda x: step(params, v, (unravel(x), *at[1:])))(x)
 
     def everywhere(derivative: Any) -> Array:
-        return jax.vmap(jax.vmap(derivative))(before, given.inputs)
+        return jax.vmap(jax.vmap(derivative))(before, drive)
 
     return everywhere(by_state), everywhere(by_input) if inputs else None
 

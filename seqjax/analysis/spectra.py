@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Complex, Float, PyTree
 
-from seqjax.analysis.jacobians import step_jacobians
+from seqjax.analysis.flow import driven
+from seqjax.analysis.jacobians import jacobians_at
 from seqjax.cell import Params, State
+from seqjax.cells.vanilla import VanillaRNN
+from seqjax.compiled import compiled
 
 BLOCKS = {1: ("",), 3: ("r", "z", "h~"), 4: ("i", "f", "c~", "o")}  # gates in the rows of our cells' W_hh
 ANGLES = 32
@@ -74,7 +78,7 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
     eigenvalues = np.linalg.eigvals(A).astype(np.complex128)
     eigenvalues = np.take_along_axis(eigenvalues, np.argsort(-np.abs(eigenvalues), axis=-1), axis=-1)
     singular_values = np.linalg.svd(A, compute_uv=False)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         condition = np.where(singular_values[..., -1] > 0, singular_values[..., 0] / singular_values[..., -1], np.inf)
     squares = (A**2).sum(axis=(-2, -1)) - (np.abs(eigenvalues) ** 2).sum(axis=-1)
     radius = _numerical_radius(A.reshape(-1, *A.shape[-2:])).reshape(A.shape[:-2]) if numerical_radius else None
@@ -168,15 +172,16 @@ def spectrum(
         >>> round(found.bound, 4), found.bound_holds
         (0.8, True)
     """
-    T = jax.tree.leaves(xs)[0].shape[1]
+    given = driven(cell, params, xs, state, mask, reset)
+    T = given.time
     chosen = np.unique(np.linspace(1, T, min(T, 8)).round().astype(int)) if times is None else np.asarray(times, int)
-    if chosen.size == 0 or chosen.min() < 1 or chosen.max() > T:
-        raise ValueError(f"expected times from 1 to T = {T}, got {list(chosen)}: the state after step t is s_t")
-    jacobians = step_jacobians(cell, params, xs, state=state, mask=mask, reset=reset).by_state
-    steps = matrix_spectrum(np.asarray(jacobians)[:, chosen - 1], numerical_radius=False)
+    if chosen.ndim != 1 or not chosen.size or chosen.min() < 1 or chosen.max() > T:
+        raise ValueError(f"expected times from 1 to T = {T}, got {chosen.tolist()}: the state after step t is s_t")
+    jacobians, _ = compiled(jacobians_at, cell, False)(given, jnp.asarray(chosen - 1))
+    steps = matrix_spectrum(np.asarray(jacobians), numerical_radius=False)
     matrices = recurrent_matrices(params)
     recurrent = {name: matrix_spectrum(W) for name, W in matrices.items()}
-    if gamma is None and hasattr(cell, "activation"):
+    if gamma is None and type(cell) is VanillaRNN:
         gamma = 1.0  # tanh, relu, identity
     bound = None if gamma is None or len(recurrent) != 1 else gamma * float(next(iter(recurrent.values())).norm)
     holds = None if bound is None else bound < 1

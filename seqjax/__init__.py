@@ -2,6 +2,7 @@
 
 from . import analysis as analysis
 from . import data as data
+from . import plots as plots
 from . import testing as testing
 from . import training as training
 from .adapters.equinox import from_equinox as from_equinox
@@ -78,6 +79,7 @@ from .objectives import every_step as every_step
 from .pooling import last_valid as last_valid
 from .pooling import masked_max as masked_max
 from .pooling import masked_mean as masked_mean
+from .report import report as report
 from .unroll import gates as gates
 from .unroll import length_mask as length_mask
 from .unroll import trajectory as trajectory

@@ -16,6 +16,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import matplotlib
 import pytest
 from matplotlib import pyplot
@@ -66,8 +67,9 @@ def _within(found, value, within):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """The fast setting, with figures that nobody sees."""
+    """The fast setting, compiled quickly, with figures that nobody sees."""
     monkeypatch.setenv("SEQJAX_FAST", "1")
+    jax.config.update("jax_disable_most_optimizations", True)
     before = matplotlib.get_backend()
     pyplot.switch_backend("agg")
     yield

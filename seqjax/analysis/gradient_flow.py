@@ -81,7 +81,7 @@ def gradient_by_lag(
     *,
     loss: Callable[[State], Array] | None = None,
     horizon: int | None = None,
-    times: Sequence[int] | None = None,
+    times: Sequence[int] | Int[Any, " times"] | None = None,
     threshold: float = 0.01,
     exact: bool | None = None,
     key: Array | None = None,

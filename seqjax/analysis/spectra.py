@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Complex, Float, PyTree
+from jaxtyping import Bool, Complex, Float, Int, PyTree
 
 from seqjax.analysis.flow import driven
 from seqjax.analysis.jacobians import jacobians_at
@@ -138,7 +138,7 @@ def spectrum(
     params: Params,
     xs: PyTree,
     *,
-    times: Sequence[int] | None = None,
+    times: Sequence[int] | Int[Any, " times"] | None = None,
     gamma: float | None = None,
     state: State | None = None,
     mask: Bool[Any, "batch time"] | None = None,

@@ -11,8 +11,10 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from seqjax.batch import Batch
 
@@ -101,7 +103,7 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def decode(tokens: Sequence[int] | np.ndarray, vocabulary: str) -> str:
+def decode(tokens: Sequence[int] | Int[Any, " length"], vocabulary: str) -> str:
     """Tokens to characters.
 
     Example:
@@ -163,7 +165,7 @@ def read_text(path: str | Path) -> Corpus:
     return Corpus.of(str(path), text)
 
 
-def unigram_entropy(tokens: Sequence[int] | np.ndarray) -> float:
+def unigram_entropy(tokens: Sequence[int] | Int[Any, " length"]) -> float:
     """H = -sum_v p_v log2 p_v of the tokens' frequencies: the bits per token that a model without memory needs.
 
     Args:

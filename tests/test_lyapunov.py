@@ -149,6 +149,8 @@ def test_an_lstm_without_weights_forgets_by_its_forget_gate_and_its_hidden_state
         np.testing.assert_allclose(found.exponents[0, :4], expected, atol=2e-6)
         assert np.isneginf(found.exponents[0, 4:]).all()
         assert found.singular.tolist() == [[False] * 4 + [True] * 4]
+        assert "4 of 8 exponents are minus infinity" in found.reason
+        assert found.reliable.all()
         assert (found.kaplan_yorke[0], found.entropy_rate[0], found.reliable[0]) == (0, 0, True)
 
 

@@ -60,8 +60,8 @@ class LyapunovExponents(NamedTuple):
             beside the fastest one by exp(12) or so in float32, by exp(32) in float64, or to nothing at all.
         qr_every: steps between two QRs.
         steps: (batch,), valid steps that were averaged over.
-        reliable: (batch,), False where `reason` names the sequence.
-        reason: what is wrong, in words; empty if nothing is.
+        reliable: (batch,), False where a number is wrong; `reason` then says of this sequence what is.
+        reason: what is wrong, in words, and where exponents are minus infinity; empty where there is nothing to say.
     """
 
     exponents: Float[np.ndarray, "batch k"]
@@ -224,6 +224,12 @@ def _result(
             f"qr_every={every} is too long: in the worst block the columns lost more of their digits than is safe, "
             f"{strained[b]:.1f} times; leave qr_every out",
         )
+    remarks = {
+        b: f"{count} of {logs.shape[2]} exponents are minus infinity: in some step these directions shrink below the "
+        f"rounding error of {np.dtype(dtype).name}"
+        for b, count in enumerate(singular.sum(axis=1))
+        if count and b not in reasons
+    }
     exponents = ordered(exponents)
     with np.errstate(invalid="ignore"):
         spread = np.where((exponents == exponents[0]).all(axis=0), 0.0, exponents.std(axis=0))
@@ -242,7 +248,7 @@ def _result(
         qr_every=every,
         steps=total,
         reliable=np.array([b not in reasons for b in range(len(logs))]),
-        reason="; ".join(f"sequence {b}: {text}" for b, text in sorted(reasons.items())),
+        reason="; ".join(f"sequence {b}: {text}" for b, text in sorted((reasons | remarks).items())),
     )
 
 

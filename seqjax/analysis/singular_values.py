@@ -77,7 +77,8 @@ def product_singular_values(
         cell, params, xs, state, mask, reset: as for `unroll`.
         k: how many; by default 8, or all of a smaller state.
         start, stop: the span, in steps; by default all of `xs`.
-        tolerance: of a logarithm; by default 1e-4 in float32 and 1e-9 in float64.
+        tolerance: of a logarithm; by default 1e-4 in float32 and 1e-9 in float64, or the rounding error of so many
+            steps, eps times their number, where that is more.
         key: draws the first frame.
 
     Returns:
@@ -102,13 +103,14 @@ def product_singular_values(
     start, stop = check_span(start, stop, given.time)
     k = check_count(k, given.size)
     dtype = given.first.dtype
-    tolerance = (1e-4 if dtype == jnp.float32 else 1e-9) if tolerance is None else tolerance
     if start == stop:
         zeros = np.zeros((given.batch, k))
         return ProductSingularValues(zeros, zeros, zeros == 0, 0, 1)
     if start:
         given = given._replace(first=compiled(advance, cell)(given.until(start)))
     given = given.between(start, stop)
+    if tolerance is None:
+        tolerance = max(1e-4 if dtype == jnp.float32 else 1e-9, given.time * float(jnp.finfo(dtype).eps))
     columns = min(given.size, k + OVERSAMPLED)
     frame = random_frame(jax.random.key(0) if key is None else key, columns, given.size, dtype)
     frames = jnp.broadcast_to(frame, (given.batch, columns, given.size))

@@ -28,7 +28,7 @@ ANALYSES = (
     "gradient_by_lag",
     "gate_statistics",
     "cell_path",
-    "step_jacobians",
+    "spectrum",
     "product_singular_values",
     "trajectory",
 )

@@ -140,6 +140,7 @@ def spectrum(
     *,
     times: Sequence[int] | Int[Any, " times"] | None = None,
     gamma: float | None = None,
+    numerical_radius: bool = True,
     state: State | None = None,
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
@@ -155,6 +156,7 @@ def spectrum(
         times: which steps, from 1 to T; by default 8 spread over the sequence.
         gamma: the largest slope of the cell's activation; known for `VanillaRNN` (1) and else None for no bound. It
             speaks of h_t = phi(W_xh x_t + W_hh h_{t-1} + b_h) alone.
+        numerical_radius: also that of each W_hh, as for `matrix_spectrum`.
 
     Returns:
         `Spectrum`.
@@ -180,7 +182,7 @@ def spectrum(
     jacobians, _ = compiled(jacobians_at, cell, False)(given, jnp.asarray(chosen - 1))
     steps = matrix_spectrum(np.asarray(jacobians), numerical_radius=False)
     matrices = recurrent_matrices(params)
-    recurrent = {name: matrix_spectrum(W) for name, W in matrices.items()}
+    recurrent = {name: matrix_spectrum(W, numerical_radius=numerical_radius) for name, W in matrices.items()}
     if gamma is None and type(cell) is VanillaRNN:
         gamma = 1.0  # tanh, relu, identity
     bound = None if gamma is None or len(recurrent) != 1 else gamma * float(next(iter(recurrent.values())).norm)

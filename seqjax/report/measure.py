@@ -18,10 +18,9 @@ from seqjax.analysis.cell_path import cell_path
 from seqjax.analysis.fixed_points import fixed_points
 from seqjax.analysis.gates import gate_statistics
 from seqjax.analysis.gradient_flow import gradient_by_lag
-from seqjax.analysis.jacobians import step_jacobians
 from seqjax.analysis.lyapunov import lyapunov_exponents
 from seqjax.analysis.singular_values import product_singular_values
-from seqjax.analysis.spectra import Spectrum, matrix_spectrum, recurrent_matrices
+from seqjax.analysis.spectra import Spectrum, spectrum
 from seqjax.analysis.verdict import verdict
 from seqjax.cell import Params, State
 from seqjax.checks import batch_of_states, check_flags, check_inputs
@@ -105,10 +104,6 @@ def measure(
     _try(measured, "verdict", lambda: verdict(cell, params, xs, **options))
     if said := measured.found.get("verdict"):
         measured.found.update({"lyapunov_exponents": said.exponents, "gradient_by_lag": said.by_lag})
-        every = int(np.min(said.exponents.steps)) // 16
-        if len(said.exponents.history_steps) < 8 <= 8 * every:  # too few to show where the estimate goes
-            options_of = {**options, "qr_every": every}
-            _try(measured, "lyapunov_exponents", lambda: lyapunov_exponents(cell, params, xs, **options_of))
     else:
         _try(measured, "lyapunov_exponents", lambda: lyapunov_exponents(cell, params, xs, **options))
         _try(measured, "gradient_by_lag", lambda: gradient_by_lag(cell, params, xs, **options))
@@ -141,19 +136,10 @@ def _measure_rest(measured: Measured, n: int, cell: Any, params: Params, xs: PyT
 
 
 def _spectrum(cell: Any, params: Params, xs: PyTree, n: int, options: dict[str, Any]) -> Spectrum:
-    """That of a few steps of one sequence, whose Jacobians alone are formed."""
+    """That of a few steps of one sequence; an eigenvalue problem of many numbers takes a second."""
     length = jax.tree.leaves(xs)[0].shape[1]
     times = np.unique(np.linspace(1, length, 6).astype(int)[1:]) if n <= 256 else np.array([length])
-    before = jax.tree.map(lambda leaf: leaf[0, times - 1], trajectory(cell, params, xs, **options))
-    at = jax.tree.map(lambda leaf: leaf[0, times - 1][:, None], (xs, options["mask"], options["reset"]))
-    jacobians = step_jacobians(cell, params, at[0], state=before, mask=at[1], reset=at[2]).by_state
-    steps = matrix_spectrum(np.asarray(jacobians)[None, :, 0], numerical_radius=False)
-    matrices = recurrent_matrices(params)
-    recurrent = {name: matrix_spectrum(W, numerical_radius=False) for name, W in matrices.items()}
-    # The activations of a vanilla network have slopes of at most one.
-    bound = float(recurrent["W_hh"].norm) if hasattr(cell, "activation") and list(recurrent) == ["W_hh"] else None
-    holds = None if bound is None else bound < 1
-    return Spectrum(steps, times, recurrent, bound, holds, steps.norm.max(axis=1))
+    return spectrum(cell, params, xs, times=times, numerical_radius=False, **options)
 
 
 def _products(cell: Any, params: Params, xs: PyTree, k: int, options: dict[str, Any]) -> dict[int, Any]:

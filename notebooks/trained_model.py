@@ -32,7 +32,7 @@ from matplotlib import pyplot as plt
 import seqjax as sj
 from seqjax import plots
 
-FAST = os.environ.get("SEQJAX_FAST") == "1"  # shorter training, for a check that everything runs
+FAST = os.environ.get("SEQJAX_FAST") == "1"  # shorter training and fewer sequences, for a check that everything runs
 BLUE, VERMILLION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#808080"
 
 # %% [markdown]
@@ -69,9 +69,10 @@ def stream(key, batch=32, time=100):
         yield sj.Batch(*draw(now, batch, time))
 
 
-xs, answers = draw(jax.random.key(3), 32, 300)  # to measure on: marks as in training
-held = np.zeros((32, 300, 2), np.float32)  # and one mark at the first step, then silence
-held[:, 0] = np.stack([np.linspace(-0.9, 0.9, 32), np.ones(32)], axis=1)
+n = 8 if FAST else 32
+xs, answers = draw(jax.random.key(3), n, 300)  # to measure on: marks as in training
+held = np.zeros((n, 300, 2), np.float32)  # and one mark at the first step, then silence
+held[:, 0] = np.stack([np.linspace(-0.9, 0.9, n), np.ones(n)], axis=1)
 
 fig, ax = plt.subplots(figsize=(8, 2.4), layout="constrained")
 steps = np.arange(1, 101)

@@ -35,7 +35,7 @@ def quick(monkeypatch):
 
     for name in ("verdict", "lyapunov_exponents", "gradient_by_lag", "gate_statistics", "cell_path"):
         monkeypatch.setattr(measuring, name, fail)
-    for name in ("step_jacobians", "product_singular_values", "fixed_points"):
+    for name in ("spectrum", "product_singular_values", "fixed_points"):
         monkeypatch.setattr(measuring, name, fail)
 
 

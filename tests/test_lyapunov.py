@@ -216,9 +216,10 @@ def test_a_random_tanh_network_is_as_chaotic_as_theory_says():
 
 
 def test_a_chaotic_network_keeps_the_sum_rule(x64):
-    n, params, xs = 32, tanh_net(32, 3.0), jnp.zeros((1, 200, 0))
-    found = sj.analysis.lyapunov_exponents(TANH_NET, params, xs, k=n, burn_in=20, frame_burn_in=20)
-    slopes = 1 - np.tanh(np.asarray(sj.trajectory(TANH_NET, params, xs)[0, 40:-1])) ** 2
+    # So few steps that the two programs, which round differently, still follow one chaotic trajectory.
+    n, params, xs = 32, tanh_net(32, 3.0), jnp.zeros((1, 50, 0))
+    found = sj.analysis.lyapunov_exponents(TANH_NET, params, xs, k=n, burn_in=5, frame_burn_in=5)
+    slopes = 1 - np.tanh(np.asarray(sj.trajectory(TANH_NET, params, xs)[0, 10:-1])) ** 2
     expected = np.linalg.slogdet(params["W"])[1] + np.log(slopes).sum(1).mean()
     assert found.exponents.sum() == pytest.approx(expected, abs=1e-9)
     assert found.exponents[0, 0] > 0

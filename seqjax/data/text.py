@@ -103,7 +103,7 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def decode(tokens: Sequence[int] | Int[Any, " length"], vocabulary: str) -> str:
+def decode(tokens: Sequence[int] | Int[Any, "..."], vocabulary: str) -> str:
     """Tokens to characters.
 
     Example:

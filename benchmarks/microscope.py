@@ -93,11 +93,11 @@ def lyapunov() -> dict:
 
     @jax.jit
     def product_alone(W_hh):
-        def advance(rows, _):
-            i, f, g, o = jnp.split(rows @ W_hh.T, 4, axis=1)
-            return i + f - g + o, None
+        def advance(columns, _):
+            i, f, g, o = jnp.split(W_hh @ columns, 4)
+            return jnp.tanh(i + f - g + o), None
 
-        return jax.lax.scan(advance, jnp.ones((k, W_hh.shape[1])), None, length=len(xs[0]) - burn_in)[0]
+        return jax.lax.scan(advance, jnp.ones((W_hh.shape[1], k)), None, length=len(xs[0]) - burn_in)[0]
 
     def ours():
         return sj.lyapunov_exponents(cell, params, xs, k=k, burn_in=burn_in, frame_burn_in=burn_in).exponents[0]

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, pull, state_parts
 from seqjax.analysis.scaled import log_of_power, rescaled
+from seqjax.analysis.spans import check_horizon
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
 from seqjax.unroll import gates
@@ -76,9 +77,7 @@ def cell_path(
         (np.float64(-3.133), np.float64(-3.133))
     """
     given = driven(cell, params, xs, state, mask, reset)
-    K = given.time if horizon is None else horizon
-    if isinstance(K, bool) or not hasattr(K, "__index__") or not 0 <= K <= given.time:
-        raise ValueError(f"expected a horizon from 0 to T = {given.time} steps, got {horizon!r}: use longer sequences")
+    K = check_horizon(horizon, given.time, given.time)
     parts = state_parts(cell, params)
     layers = [name[:-1].rstrip(".") for name in parts if name.split(".")[-1] == "c"]
     if layer is not None:
@@ -94,7 +93,7 @@ def cell_path(
             f"{', '.join(parts)}: it has no such path; look at gradient_by_lag"
         )
     where = parts[".".join([*layers[:1], "c"]).lstrip(".")]
-    norms, units = compiled(_true_path, cell, int(K), where.start, where.stop)(given)
+    norms, units = compiled(_true_path, cell, K, where.start, where.stop)(given)
     f = np.asarray(f, np.float64)
     if mask is not None:
         f = np.where(np.asarray(mask)[..., None], f, 1.0)

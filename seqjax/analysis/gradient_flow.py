@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from seqjax.analysis.flow import driven, flat_trajectory, random_frame, state_parts, unflatten
 from seqjax.analysis.gradient_traces import loss_gradient, norms_by_lag, turns
+from seqjax.analysis.spans import check_horizon, check_times
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
 
@@ -112,13 +113,8 @@ def gradient_by_lag(
     T, n = given.time, given.size
     if T == 0:
         raise ValueError("expected at least one step to trace a gradient through, got T = 0")
-    K = min(T, 100) if horizon is None else horizon
-    if isinstance(K, bool) or not hasattr(K, "__index__") or not 0 <= K <= T:
-        raise ValueError(f"expected a horizon from 0 to T = {T} steps, got {horizon!r}: use longer sequences")
-    chosen = np.unique(np.linspace(max(T // 2, min(K, T)), T, 8).round().astype(int)) if times is None else times
-    chosen = np.asarray(chosen, int)
-    if chosen.ndim != 1 or not chosen.size or chosen.min() < 1 or chosen.max() > T:
-        raise ValueError(f"expected times from 1 to T = {T}, got {times}: the state after step t is s_t")
+    K = check_horizon(horizon, min(T, 100), T)
+    chosen = check_times(times, max(T // 2, K), T)
     key_loss, key_frame = jax.random.split(jax.random.key(0) if key is None else key)
     dtype, exact = given.first.dtype, n <= EXACT if exact is None else exact
 
@@ -132,7 +128,7 @@ def gradient_by_lag(
 
     frame = jnp.eye(n, dtype=dtype) if exact else random_frame(key_frame, min(PROBES, n), n, dtype)
     ends = jnp.asarray(chosen)
-    traced = compiled(norms_by_lag, cell, int(K))(given, states, ends, frame)
+    traced = compiled(norms_by_lag, cell, K)(given, states, ends, frame)
     table, worst, by_part = (np.asarray(values, np.float64) for values in traced)
     log_gradient = np.asarray(log_gradient, np.float64)
     log_expected = _root_mean_square(table)

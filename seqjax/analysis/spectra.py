@@ -18,6 +18,7 @@ from jaxtyping import Bool, Complex, Float, Int, PyTree
 
 from seqjax.analysis.flow import driven
 from seqjax.analysis.jacobians import jacobians_at
+from seqjax.analysis.spans import check_times
 from seqjax.cell import Params, State
 from seqjax.cells.vanilla import VanillaRNN
 from seqjax.compiled import compiled
@@ -176,9 +177,7 @@ def spectrum(
     """
     given = driven(cell, params, xs, state, mask, reset)
     T = given.time
-    chosen = np.unique(np.linspace(1, T, min(T, 8)).round().astype(int)) if times is None else np.asarray(times, int)
-    if chosen.ndim != 1 or not chosen.size or chosen.min() < 1 or chosen.max() > T:
-        raise ValueError(f"expected times from 1 to T = {T}, got {chosen.tolist()}: the state after step t is s_t")
+    chosen = check_times(times, 1, T)
     jacobians, _ = compiled(jacobians_at, cell, False)(given, jnp.asarray(chosen - 1))
     steps = matrix_spectrum(np.asarray(jacobians), numerical_radius=False)
     matrices = recurrent_matrices(params)

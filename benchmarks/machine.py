@@ -32,7 +32,41 @@ def alternating(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str,
         jax.block_until_ready(way())
     for _ in range(rounds):
         for name, way in ways.items():
-            began = time.perf_counter()
-            jax.block_until_ready(way())
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name] += call_times(way, 1)
     return {name: {"min": min(times), "median": float(np.median(times))} for name, times in seconds.items()}
+
+
+def call_times(way: Callable[[], object], calls: int) -> list[float]:
+    """Seconds of each of so many calls of a JAX computation."""
+    import jax
+
+    seconds = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        jax.block_until_ready(way())
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def in_turns(
+    timers: dict[str, Callable[[int], list[float]]], budget: float, rounds: int = 4, turn: float = 0.03
+) -> dict[str, dict[str, float]]:
+    """Like `alternating`, for some `budget` seconds a way, each timer giving the seconds of as many calls as asked.
+
+    A turn is as many calls as fit into `turn` seconds, so that short calls do not always begin with another's data in
+    the cache, and every other round goes through the ways backwards. At least so many `rounds` are run.
+    """
+    calls = {}
+    for name, timer in timers.items():
+        timer(1)
+        calls[name] = max(1, int(turn / min(timer(2))))
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    began, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - began < budget * len(timers):
+        for name in list(timers)[:: -1 if done % 2 else 1]:
+            seconds[name] += timers[name](calls[name])
+        done += 1
+    return {
+        name: {"min": min(times), "median": float(np.median(times)), "calls": len(times)}
+        for name, times in seconds.items()
+    }

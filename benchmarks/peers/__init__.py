@@ -1,0 +1,1 @@
+"""seqjax beside the other recurrent networks; `python -m benchmarks.peers --help`."""

@@ -1,0 +1,158 @@
+"""seqjax beside flax (linen and nnx), haiku, equinox, Keras on JAX and torch: time, memory and compile time.
+
+    python -m benchmarks.peers                       everything, some 25 minutes on two cores
+    python -m benchmarks.peers --cells lstm --rows 32,128,128,128 --only backward
+    python -m benchmarks.peers --ways seqjax torch   the other libraries' times stay as they were
+    python -m benchmarks.peers --growth              only the curves over T and H
+    python -m benchmarks.peers --quick               two rows in a minute or two, printed and not written
+
+Needs `pip install dm-haiku equinox keras torch==2.13.0`; a library that is missing is left out by name. Writes
+peers.json and peers.md beside this package; what a partial run does not measure stays in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from benchmarks.machine import machine
+from benchmarks.peers import tables
+from benchmarks.peers.measure import ALL, DIRECTIONS, Bench, Disagreement, installed, resident
+from benchmarks.peers.rows import EXTRAS, GROWTH, KINDS, ROWS, Row, default_pairs
+
+PACKAGES = ("seqjax", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
+CURVES = ("seqjax", "flax RNN", "torch")
+QUICK = [Row(1, 672, 32, 32), Row(32, 50, 128, 128)]
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=Row.parse, metavar="B,T,D,H", help="sizes; by default all nine")
+    parser.add_argument(
+        "--cells", nargs="+", choices=[*KINDS, *EXTRAS], metavar="CELL", help=", ".join([*KINDS, *EXTRAS])
+    )
+    parser.add_argument("--ways", nargs="+", choices=ALL, metavar="WAY", help=f"seqjax and these: {'; '.join(ALL)}")
+    parser.add_argument("--only", choices=DIRECTIONS, help="one of the two calls")
+    parser.add_argument("--growth", action="store_true", help="only the growth curves")
+    parser.add_argument("--quick", action="store_true", help="two rows, little time for each, printed and not written")
+    parser.add_argument("--budget", type=float, help="seconds for each row, call and way; by default 1.2")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "peers", help="where, without a suffix")
+    return parser.parse_args()
+
+
+def pairs(arguments: argparse.Namespace) -> list[tuple[str, Row]]:
+    """The cells and sizes to compare."""
+    if arguments.growth:
+        return []
+    chosen = (arguments.cells, arguments.rows or (QUICK if arguments.quick else None))
+    if chosen == (None, None):
+        return default_pairs()
+    return [(kind, row) for kind in chosen[0] or KINDS for row in chosen[1] or ROWS]
+
+
+class Results:
+    """What is known, merged key by key, and written after every row, so that a run that is ended early is not lost."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        before = out and out.with_suffix(".json").exists()
+        self.found = (
+            json.loads(out.with_suffix(".json").read_text()) if before else {"runs": {}, "rows": {}, "growth": {}}
+        )
+        self.run = time.strftime("%Y-%m-%d %H:%M")
+        self.found["runs"][self.run] = f"{machine(*present())}; load before {os.getloadavg()[0]:.1f}"
+
+    def merge(self, into: dict, name: str, measured: dict) -> None:
+        old = into.setdefault(name, {})
+        old.pop("disagreement", None)
+        for part, values in measured.items():
+            if part in DIRECTIONS:
+                values = {way: value | {"run": self.run} for way, value in values.items()}
+            old[part] = {**old.get(part, {}), **values} if isinstance(values, dict) else values
+        self.write()
+
+    def write(self) -> None:
+        used = tables.runs_used(self.found) | {self.run}
+        self.found["runs"] = {run: text for run, text in self.found["runs"].items() if run in used}
+        if self.out:
+            self.out.with_suffix(".json").write_text(json.dumps(self.found, indent=1) + "\n")
+            self.out.with_suffix(".md").write_text(tables.document(self.found))
+
+
+def present() -> list[str]:
+    def there(package: str) -> bool:
+        try:
+            return bool(version(package))
+        except PackageNotFoundError:
+            return False
+
+    return list(filter(there, PACKAGES))
+
+
+def compare(bench: Bench, kind: str, row: Row, results: Results, into: dict, name: str) -> bool:
+    """Whether the libraries agreed, so that there is something to merge."""
+    try:
+        measured = bench.compare(kind, row)
+    except Disagreement as error:
+        print(f"\n{name} is given up: {error}", flush=True)
+        into[name] = {"disagreement": str(error)}
+        return False
+    results.merge(into, name, measured)
+    show(f"{kind} {row.name}", measured)
+    return True
+
+
+def measure_resident(chosen: list[tuple[str, Row]], ways: list[str], results: Results) -> None:
+    asked = [(way, *pair) for pair in chosen for way in CURVES if way in ways and pair[0] in KINDS]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # bytes, not seconds: they may run side by side
+        for (way, kind, row), size in zip(asked, pool.map(lambda one: resident(*one), asked), strict=True):
+            if size is not None:
+                print(f"{kind} {row.name}: peak resident memory of {way} {size / 2**20:.2f} MB", flush=True)
+                results.merge(results.found["rows"], f"{kind} {row.name}", {"resident": {way: size}})
+
+
+def measure_growth(bench: Bench, results: Results) -> list[bool]:
+    found = results.found["growth"]
+    todo = [(row, found.setdefault(axis, {})) for axis, rows in GROWTH.items() for row in rows]
+    return [compare(bench, "lstm", row, results, into, row.name) for row, into in todo]
+
+
+def show(name: str, measured: dict) -> None:
+    for direction in DIRECTIONS:
+        for way, of in measured.get(direction, {}).items():
+            text = f"{1e3 * of['min']:9.3f} ({1e3 * of['median']:.3f}) ms of {of['calls']} calls"
+            if "compile" in of:
+                text += f", compile {1e3 * of['compile']:.0f} ms, {of['temporaries'] / 2**20:.2f} MB"
+            print(f"{name:24} {direction:8} {way:26} {text}", flush=True)
+
+
+def main() -> int:
+    arguments = read_arguments()
+    ways = installed(["seqjax", *(way for way in arguments.ways or ALL if way != "seqjax")])
+    directions = [arguments.only] if arguments.only else list(DIRECTIONS)
+    budget = arguments.budget or (0.2 if arguments.quick else 1.2)
+    chosen, results = pairs(arguments), Results(None if arguments.quick else arguments.out)
+    everything = not (arguments.rows or arguments.cells or arguments.quick)
+    bench, rows = Bench(ways, directions, budget), results.found["rows"]
+    try:
+        agreed = [compare(bench, kind, row, results, rows, f"{kind} {row.name}") for kind, row in chosen]
+        if arguments.growth or everything:
+            bench.ways = [way for way in ways if way in CURVES]
+            agreed += measure_growth(bench, results)
+    finally:
+        bench.close()
+    if "backward" in directions:
+        measure_resident(chosen, ways, results)
+    results.write()
+    print("\n" + "\n".join(tables.bar_tables(results.found)))
+    return 0 if all(agreed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

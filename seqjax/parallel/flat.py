@@ -1,0 +1,121 @@
+"""A cell as a map of flat states, s_t = f(s_{t-1}, at_t), with its Jacobians at every step at once.
+
+A held step (mask False) has the identity as its Jacobian, and a reset step has zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from seqjax.cell import Output, Params, State, strong_type
+from seqjax.guarded import guarded_step
+from seqjax.parallel.algebra import DENSE, Algebra
+
+AT_ONCE = 2**22  # numbers of Jacobians that are held at once where only their diagonals are wanted
+
+At = tuple[PyTree, Array | None, Array | None, PyTree]  # x_t, valid, restart and noise of one example at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatCell:
+    """The cell's guarded step on states of n numbers in one dtype, at least float32.
+
+    Attributes:
+        cell: any cell.
+        like: its state, as shapes and dtypes.
+    """
+
+    cell: Any
+    like: PyTree
+
+    @property
+    def size(self) -> int:
+        """n, the numbers in one state."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.like))
+
+    @property
+    def dtype(self) -> Any:
+        """Of the flat state: half precision is too coarse for products of Jacobians."""
+        wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(self.like))
+        return jnp.float64 if wide else jnp.float32
+
+    @property
+    def epsilon(self) -> float:
+        """The rounding error of the coarsest part of the state."""
+        return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(self.like)), default=0.0)
+
+    def ravel(self, state: State) -> Array:
+        """One state as a vector (n,), in the order of its leaves."""
+        parts = [jnp.ravel(leaf).astype(self.dtype) for leaf in jax.tree.leaves(state)]
+        return jnp.concatenate([jnp.zeros(0, self.dtype), *parts])
+
+    def unravel(self, v: Array) -> State:
+        """The cell's own state from a vector (n,)."""
+        leaves, tree = jax.tree.flatten(self.like)
+        ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])[:-1]
+        parts = jnp.split(v, ends) if leaves else []
+        return tree.unflatten(p.reshape(leaf.shape).astype(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True))
+
+    def run(self, params: Params, v: Array, at: At) -> tuple[State, Output]:
+        """One step, with what it gives as the cell gives it."""
+        return guarded_step(self.cell, params, self.unravel(v), *at)
+
+    def step(self, params: Params, v: Array, at: At) -> Array:
+        """f(s_{t-1}, at_t), (n,)."""
+        return self.ravel(self.run(params, v, at)[0])
+
+    def steps(self, params: Params, before: Array, inputs: At) -> Array:
+        """Every step at once, from s_0..s_{T-1} (time, n)."""
+        return jax.vmap(self.step, (None, 0, 0))(params, before, inputs)
+
+    def start(self, params: Params) -> Array:
+        """The cell's initial state, (n,)."""
+        return self.ravel(strong_type(self.cell.initial_state(params)))
+
+    def jacobian(self, params: Params, v: Array, at: At) -> Array:
+        """df/ds_{t-1}, (n, n): the cell's closed form where it has one that fits, otherwise by `jax.jacfwd`."""
+        x, valid, restart, noise = at
+        closed_form = closed_form_of(self.cell) if noise is None else None
+        if closed_form is None:
+            return jax.jacfwd(lambda v: self.step(params, v, at))(v)
+        if valid is not None:
+            x = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.zeros_like(leaf)), x)
+        J = closed_form(params, self.unravel(v), x).astype(v.dtype)
+        if valid is not None:
+            J = jnp.where(valid, J, jnp.eye(v.size, dtype=v.dtype))
+        return J if restart is None else jnp.where(restart, jnp.zeros_like(J), J)
+
+    def jacobians(self, algebra: Algebra, params: Params, before: Array, inputs: At) -> Array:
+        """Those of every step, (time, n, n), or their diagonals, (time, n), without ever holding all the matrices."""
+        if algebra is DENSE:
+            return jax.vmap(self.jacobian, (None, 0, 0))(params, before, inputs)
+
+        def diagonal(step: tuple[Array, At]) -> Array:
+            return jnp.diagonal(self.jacobian(params, *step))
+
+        at_once = max(1, AT_ONCE // self.size**2)
+        if len(before) <= at_once:
+            return jax.vmap(diagonal)((before, inputs))
+        return jax.lax.map(diagonal, (before, inputs), batch_size=at_once)
+
+
+def flat_cell(cell: Any, states: State) -> FlatCell:
+    """The flat map of a cell, from states of a batch."""
+    return FlatCell(cell, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), states))
+
+
+def closed_form_of(cell: Any) -> Callable[..., Array] | None:
+    """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
+    for kind in type(cell).__mro__:
+        if "jacobian" in vars(kind):
+            break
+        if "step" in vars(kind):
+            return None
+    return getattr(cell, "jacobian", None)

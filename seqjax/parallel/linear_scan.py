@@ -1,0 +1,57 @@
+"""The linear recurrence d_t = A_t d_{t-1} + b_t for all t in log T sweeps, by an associative scan.
+
+Two steps are one step of the same kind,
+
+    (A_2, b_2) after (A_1, b_1)  =  (A_2 A_1, A_2 b_1 + b_2),
+
+so that halves of a sequence can be joined in any order.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from seqjax.parallel.algebra import Algebra
+
+Affine = tuple[Array, Array]
+
+
+def linear_scan(algebra: Algebra, A: Array, b: Array, reverse: bool = False) -> Array:
+    """d_t = A_t d_{t-1} + b_t with d_0 = 0.
+
+    Args:
+        algebra: of the matrices, `DENSE` or `DIAGONAL`.
+        A: A_1..A_T, (time, n, n), or their diagonals (time, n); A_1 is not used.
+        b: b_1..b_T, (time, n).
+        reverse: d_t = A_t d_{t+1} + b_t with d_{T+1} = 0 instead.
+
+    Returns:
+        d_1..d_T, (time, n).
+
+    Source: Blelloch 1990, "Prefix sums and their applications".
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from seqjax.parallel.algebra import DIAGONAL
+        >>> from seqjax.parallel.linear_scan import linear_scan
+        >>> linear_scan(DIAGONAL, jnp.full((4, 1), 0.5), jnp.ones((4, 1)))[:, 0].tolist()
+        [1.0, 1.5, 1.75, 1.875]
+    """
+
+    def join(first: Affine, second: Affine) -> Affine:
+        (A_1, b_1), (A_2, b_2) = first, second
+        return algebra.product(A_2, A_1), algebra.apply(A_2, b_1) + b_2
+
+    return jax.lax.associative_scan(jax.vmap(join), (A, b), reverse=reverse)[1]
+
+
+def delayed(first: Array, states: Array) -> Array:
+    """What came before each step: s_0..s_{T-1} out of s_0 (n,) and s_1..s_T (time, n)."""
+    return jnp.concatenate([first[None], states])[: len(states)]
+
+
+def advanced(matrices: Array) -> Array:
+    """A_2..A_T and a zero: at each step the matrix of the next one."""
+    return jnp.concatenate([matrices[1:], jnp.zeros_like(matrices[:1])])

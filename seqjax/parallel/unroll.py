@@ -1,0 +1,259 @@
+"""Unrolling a cell with all steps at once: the trajectory is the root of one large equation, found by Newton's method.
+
+What a mask, a reset and noise mean is what they mean in `seqjax.unroll`: every step is the same guarded step.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from seqjax.cell import Output, Params, State
+from seqjax.cells.stack import Stack
+from seqjax.checks import batch_of_states, check_flags, check_inputs
+from seqjax.compiled import compiled
+from seqjax.guarded import guarded_step, new_state
+from seqjax.parallel.contraction import largest_exponent, warn_of_growth
+from seqjax.parallel.flat import At, FlatCell, flat_cell
+from seqjax.parallel.implicit import implicit
+from seqjax.parallel.linear_scan import delayed
+from seqjax.parallel.methods import DEER, Method
+from seqjax.parallel.newton import newton
+
+
+class Convergence(NamedTuple):
+    """What the search found, for each sequence of the batch. A stack is searched layer by layer.
+
+    Attributes:
+        converged: whether the residual is within the tolerance; of a stack, in all layers.
+        iterations: of Newton's method; of a stack, of all layers together.
+        residual: max_t |s_t - f(s_{t-1}, x_t)| over the largest state up to t; infinite where it is not a number.
+        exponent: the largest Lyapunov exponent in nats a step, estimated; minus infinity where nothing recurs.
+        fell_back: whether the values are those of the sequential scan.
+    """
+
+    converged: Bool[Array, " batch"]
+    iterations: Int[Array, " batch"]
+    residual: Float[Array, " batch"]
+    exponent: Float[Array, " batch"]
+    fell_back: Bool[Array, " batch"]
+
+
+def unroll_parallel(
+    cell: Any,
+    params: Params,
+    xs: PyTree,
+    *,
+    state: State | None = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
+    reverse: bool = False,
+    key: Array | None = None,
+    method: Any = DEER(),  # noqa: B008 - a value
+    tolerance: float | None = None,
+    max_iterations: int = 100,
+    fallback: bool = False,
+) -> tuple[tuple[State, Output], Convergence]:
+    """What `unroll` gives, by iterating on all steps at once instead of going through them one after another.
+
+        s_t = f(s_{t-1}, x_t) for all t    <=    d_t = J_t d_{t-1} + (f(s_{t-1}, x_t) - s_t),    s_t <- s_t + d_t
+
+    Each iteration is a few sweeps over the sequence, of depth log T. It pays on an accelerator, for long sequences and
+    small states, and where the recurrence contracts. On a CPU `unroll` is faster. The derivatives, of first and second
+    order, are those of the trajectory, by one linear scan, and do not pass through the iterations; where a row has not
+    converged they mean as little as its values.
+
+    Args:
+        cell, params, xs, state, mask, reset, reverse, key: as for `unroll`.
+        method: how to iterate: `DEER()`, `QuasiDEER()`, `ELK()` or `QuasiELK()`.
+        tolerance: a row has converged where its residual, relative to its states, is no larger; by default eps^(3/4)
+            of the state's dtype, 6e-6 in float32 and 2e-12 in float64.
+        max_iterations: at most so many. DEER and QuasiDEER need no more than there are steps, on any cell.
+        fallback: give a row that does not converge the values and gradients of the sequential scan, which then runs
+            for the whole batch, and only then. Otherwise the row holds its last iterate.
+
+    Returns:
+        (final state, outputs) as `unroll` returns them, and the `Convergence`.
+
+    Raises:
+        ValueError: a shape does not fit, or an option is out of its range.
+        TypeError: a dtype does not fit, the state has a part that the method cannot differentiate, or `method` is none.
+
+    Warns:
+        NotContractingWarning: perturbations grow over the sequence. Not under `jax.jit`: there, see `exponent`.
+
+    Source: Lim et al. 2024, "Parallelizing non-linear sequential models over the sequence length"; Gonzalez et al.
+        2024, "Towards scalable and stable parallelization of nonlinear RNNs".
+
+    Example:
+        >>> import jax, jax.numpy as jnp, seqjax as sj
+        >>> cell = sj.GRU(1, 2)
+        >>> params, xs = cell.init(jax.random.key(0)), jnp.sin(jnp.arange(1000.0)).reshape(1, 1000, 1)
+        >>> (state, outputs), found = sj.unroll_parallel(cell, params, xs)
+        >>> bool(found.converged[0]), bool(found.exponent[0] < 0), bool(found.iterations[0] < 10)
+        (True, True, True)
+        >>> float(abs(outputs - sj.unroll(cell, params, xs)[1]).max()) < 1e-5
+        True
+    """
+    xs, batch, time = check_inputs(cell, xs)
+    mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
+    _check_options(method, tolerance, max_iterations)
+    state = batch_of_states(cell, params, state, batch)
+    _check_state(cell, method, state)
+    run = compiled(_run, cell, method, bool(reverse), bool(fallback))
+    limits = None if tolerance is None else float(tolerance), int(max_iterations)
+    result, found = run(params, state, (xs, mask, reset), key, limits)
+    warn_of_growth(method, found.exponent, found.converged, time)
+    return result, found
+
+
+def _run(
+    cell: Any,
+    method: Method,
+    reverse: bool,
+    fallback: bool,
+    params: Params,
+    state: State,
+    inputs: Any,
+    key: Any,
+    limits: Any,
+) -> tuple[tuple[State, Output], Convergence]:
+    noise = None
+    if key is not None and hasattr(cell, "noise"):
+        keys = jax.random.split(key, jax.tree.leaves(inputs)[0].shape[:2])
+        noise = jax.vmap(jax.vmap(cell.noise))(keys)
+    inputs = (*inputs, noise)
+    if reverse:
+        inputs = _backwards(inputs)
+    (state, outputs), found = _layers(cell, method, fallback, params, state, inputs, limits)
+    return (state, _backwards(outputs) if reverse else outputs), found
+
+
+def _backwards(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[:, ::-1], tree)
+
+
+def _layers(
+    cell: Any, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
+) -> tuple[tuple[State, Output], Convergence]:
+    """A stack layer by layer: the same function, with smaller Jacobians and searches that end on their own."""
+    if not isinstance(cell, Stack):
+        return _batch(cell, method, fallback, params, state, inputs, limits)
+    (xs, mask, reset, noise), final, records = inputs, [], []
+    noise = (None,) * len(cell.cells) if noise is None else noise
+    for layer, p, s, drawn in zip(cell.cells, params, state, noise, strict=True):
+        (s, xs), found = _layers(layer, method, fallback, p, s, (xs, mask, reset, drawn), limits)
+        final.append(s)
+        records.append(found)
+    return (tuple(final), xs), _together(records)
+
+
+def _together(records: list[Convergence]) -> Convergence:
+    converged, iterations, residual, exponent, fell_back = (jnp.stack(each) for each in zip(*records, strict=True))
+    return Convergence(
+        converged=jnp.all(converged, axis=0),
+        iterations=jnp.sum(iterations, axis=0, dtype=jnp.int32),
+        residual=jnp.max(residual, axis=0),
+        exponent=jnp.max(exponent, axis=0),
+        fell_back=jnp.any(fell_back, axis=0),
+    )
+
+
+def _batch(
+    cell: Any, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
+) -> tuple[tuple[State, Output], Convergence]:
+    """One cell that is no stack: the states, with their derivatives, and then every step once more for its output."""
+    flat = flat_cell(cell, state)
+    first = jax.vmap(flat.ravel)(state)
+    arguments = (params, first, inputs)
+    time = jax.tree.leaves(inputs)[0].shape[1]
+    if not time or not flat.size:
+        states, found = _nothing_to_find(flat, len(first), time)
+    else:
+        states, found = _search(flat, method, fallback, limits, *_constant(arguments))
+        rows = jax.vmap(partial(_implicit_row, flat, method), ((None, 0, 0), 0, None))
+        states = rows(arguments, states, jnp.any(found.fell_back))
+    before = jax.vmap(delayed)(first, states)
+    each = jax.vmap(jax.vmap(flat.run, (None, 0, 0)), (None, 0, 0))
+    after, outputs = each(params, before, inputs)
+    final = jax.tree.map(lambda leaf: leaf[:, -1], after) if time else state
+    return (final, outputs), found
+
+
+def _implicit_row(flat: FlatCell, method: Method, arguments: Any, states: Array, in_turn: Array) -> Array:
+    return implicit(flat, method.algebra, arguments, states, in_turn)
+
+
+def _constant(tree: PyTree) -> PyTree:
+    """The same without derivatives, so that none is taken of the search."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf, tree
+    )
+
+
+def _nothing_to_find(flat: FlatCell, batch: int, time: int) -> tuple[Array, Convergence]:
+    exponent = jnp.full(batch, 0.0 if flat.size else -jnp.inf, jnp.float32)
+    done, none = jnp.ones(batch, bool), jnp.zeros(batch, jnp.float32)
+    found = Convergence(done, jnp.zeros(batch, jnp.int32), none, exponent, ~done)
+    return jnp.zeros((batch, time, flat.size), flat.dtype), found
+
+
+def _search(
+    flat: FlatCell, method: Method, fallback: bool, limits: Any, params: Params, first: Array, inputs: At
+) -> tuple[Array, Convergence]:
+    """The states (batch, time, n), by Newton's method and, where asked for and needed, by the scan."""
+    tolerance, most = limits
+    tolerance = jnp.asarray(flat.epsilon**0.75 if tolerance is None else tolerance, first.dtype)
+    search = partial(newton, flat, method, params, tolerance=tolerance, most=jnp.asarray(most, jnp.int32))
+    states, residual, iterations = jax.vmap(lambda *row: search(*row))(first, inputs)
+    converged = residual <= tolerance
+    fell_back = ~converged if fallback else jnp.zeros_like(converged)
+    if fallback:
+        scanned = jax.lax.cond(
+            jnp.any(fell_back), lambda states: _scanned(flat, params, first, inputs), lambda states: states, states
+        )
+        states = jax.vmap(jnp.where)(fell_back, scanned, states)
+    measure = jax.vmap(partial(largest_exponent, flat, params))
+    exponent = measure(first, states, inputs)
+    return states, Convergence(converged, iterations, residual.astype(jnp.float32), exponent, fell_back)
+
+
+def _scanned(flat: FlatCell, params: Params, first: Array, inputs: At) -> Array:
+    """The states (batch, time, n), one step after another."""
+
+    def one(state: State, inputs: At) -> State:
+        return jax.lax.scan(lambda s, at: guarded_step(flat.cell, params, s, *at, new_state), state, inputs)[1]
+
+    states = jax.vmap(one)(jax.vmap(flat.unravel)(first), inputs)
+    return jax.vmap(jax.vmap(flat.ravel))(states)
+
+
+def _check_options(method: Any, tolerance: Any, max_iterations: Any) -> None:
+    if isinstance(method, type) or not all(hasattr(method, name) for name in ("algebra", "damping", "change")):
+        got = f"the class {method.__name__}: {method.__name__}()" if isinstance(method, type) else f"{method!r}: DEER()"
+        raise TypeError(f"expected method, one of DEER(), QuasiDEER(), ELK(), QuasiELK(), got {got} is one")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ValueError(
+            f"expected a positive tolerance on the residual, got {tolerance!r}: leave it out for eps^(3/4)"
+        )
+    whole = hasattr(max_iterations, "__index__") and not isinstance(max_iterations, bool)
+    if not whole or max_iterations < 1:
+        raise ValueError(
+            f"expected max_iterations to be a whole number of at least 1, got {max_iterations!r}: "
+            f"DEER needs at most one for each step"
+        )
+
+
+def _check_state(cell: Any, method: Any, state: State) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"expected a floating-point state for {type(method).__name__}, which is Newton's method and needs "
+                f"ds_t/ds_(t-1), got {leaf.dtype} in {type(cell).__name__}'s state{jax.tree_util.keystr(path)}: "
+                f"give it as an input, or use sj.unroll"
+            )

@@ -1,0 +1,80 @@
+"""What is read from a compiled loop is what the source says that a step does."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import seqjax as sj
+from benchmarks.hlo import loops, weight_shapes
+
+BATCH, TIME, FEATURES, HIDDEN = 3, 20, 5, 11  # no length is a multiple of another
+CELLS = {"vanilla": sj.VanillaRNN, "lstm": sj.LSTM, "gru": sj.GRU}
+
+
+@pytest.fixture(autouse=True)
+def optimised(compile_quickly):
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def compiled_loops(function, *arguments):
+    return loops(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def plainly(name):
+    """The cell in a scan over time, and its arguments."""
+    cell = CELLS[name](FEATURES, HIDDEN)
+    params, xs = cell.init(jax.random.key(0)), jnp.ones((BATCH, TIME, FEATURES))
+
+    def unroll(params, xs):
+        first = jax.vmap(lambda _: cell.initial_state(params))(xs)
+        step = jax.vmap(lambda state, x: cell.step(params, state, x))
+        return jax.lax.scan(step, first, xs.swapaxes(0, 1))[1]
+
+    return unroll, params, xs
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_plain_scan_has_one_loop_with_the_product_of_the_input_and_that_of_the_state(name):
+    unroll, params, xs = plainly(name)
+    (loop,) = compiled_loops(unroll, params, xs)
+    assert loop.steps == TIME
+    assert loop.innermost
+    assert len(loop.products) == 2
+    assert not loop.makes(weight_shapes(jax.tree.leaves(params)))
+    assert loop.kernels.total() >= 3
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_gradient_of_a_plain_scan_sums_up_the_weights_gradients_in_its_loop(name):
+    unroll, params, xs = plainly(name)
+    found = compiled_loops(jax.grad(lambda params, xs: unroll(params, xs).sum()), params, xs)
+    summing = [loop for loop in found if loop.makes(weight_shapes(jax.tree.leaves(params)))]
+    assert len(summing) == 1
+    assert len(summing[0].products) == 3  # back through the state, and the gradients of W_hh and W_xh
+    assert {params.W_hh.shape, params.W_xh.shape} <= set(summing[0].changed)
+
+
+def test_a_loop_in_a_loop_is_counted_for_itself():
+    def nested(x):
+        def inner(x, _):
+            return jnp.tanh(x @ x), None
+
+        def outer(x, _):
+            return jax.lax.scan(inner, x, length=7)[0] @ x @ x, None
+
+        return jax.lax.scan(outer, x, length=4)[0]
+
+    found = {loop.steps: loop for loop in compiled_loops(nested, jnp.eye(HIDDEN))}
+    assert {steps: (len(loop.products), loop.innermost) for steps, loop in found.items()} == {
+        7: (1, True),
+        4: (2, False),
+    }
+
+
+def test_weights_that_a_loop_only_reads_are_not_taken_for_a_sum():
+    W = jnp.eye(HIDDEN)
+    (loop,) = compiled_loops(lambda W, h: jax.lax.fori_loop(0, TIME, lambda _, h: jnp.tanh(h @ W), h), W, W[:BATCH])
+    assert loop.products == [(BATCH, HIDDEN)]
+    assert not loop.makes(weight_shapes([W]))

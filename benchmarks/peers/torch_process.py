@@ -22,16 +22,17 @@ KINDS = ("vanilla", "lstm", "gru", "relu")
 class TorchLayer:
     """A torch layer with given weights, and its two calls."""
 
-    def __init__(self, kind: str, row: Row) -> None:
+    def __init__(self, kind: str, row: Row, device: str = "cpu", tf32: bool = False) -> None:
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         layers = {"vanilla": torch.nn.RNN, "relu": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
         options = {"nonlinearity": "relu"} if kind == "relu" else {}
-        self.torch = torch
-        self.module = layers[kind](row.features, row.hidden, batch_first=True, **options)
+        self.torch, self.device = torch, device
+        self.module = layers[kind](row.features, row.hidden, batch_first=True, **options).to(device)
         self.module.load_state_dict({name: torch.from_numpy(w) for name, w in named(weights(kind, row)).items()})
-        self.xs, self.of_outputs = map(torch.from_numpy, inputs(row))
+        self.xs, self.of_outputs = (torch.from_numpy(array).to(device) for array in inputs(row))
 
     def forward(self):
         with self.torch.inference_mode():
@@ -45,9 +46,20 @@ class TorchLayer:
 
     def results(self) -> tuple[np.ndarray, np.ndarray]:
         """The outputs, and the gradient of W_hh."""
-        outputs = self.forward().numpy()
+        outputs = self.forward().cpu().numpy()
         self.backward()
-        return outputs, self.module.weight_hh_l0.grad.numpy()
+        return outputs, self.module.weight_hh_l0.grad.cpu().numpy()
+
+    def seconds(self, direction: str, calls: int) -> list[float]:
+        """Of each of so many calls."""
+        call, wait = getattr(self, direction), self.torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        seconds = []
+        for _ in range(calls):
+            began = time.perf_counter()
+            call()
+            wait()
+            seconds.append(time.perf_counter() - began)
+        return seconds
 
 
 def named(w: Weights) -> dict[str, np.ndarray]:
@@ -61,7 +73,8 @@ def named(w: Weights) -> dict[str, np.ndarray]:
 class TorchProcess:
     """The parent's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu", tf32: bool = False) -> None:
+        self.device, self.tf32 = device, tf32
         command = [sys.executable, "-m", "benchmarks.peers.torch_process"]
         root = Path(__file__).parents[2]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
@@ -71,40 +84,50 @@ class TorchProcess:
         self.child.stdin.flush()
         return pickle.load(self.child.stdout)
 
+    def ready(self) -> bool:
+        """Whether torch sees the device."""
+        return self.ask("ready", self.device)
+
     def build(self, kind: str, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        return self.ask("build", kind, row)
+        """The layer that is timed from now on; its outputs, and the gradient of W_hh."""
+        return self.ask("build", kind, row, self.device, self.tf32)
 
     def seconds(self, direction: str, calls: int) -> list[float]:
-        return self.ask("time", direction, calls)
+        return self.ask("seconds", direction, calls)
 
     def close(self) -> None:
         self.child.communicate()  # the end of its input is its end
 
 
+class Server:
+    """The child's end: a method for each request."""
+
+    def __init__(self) -> None:
+        self.layer: TorchLayer | None = None
+
+    def ready(self, device: str) -> bool:
+        import torch
+
+        return device == "cpu" or torch.cuda.is_available()
+
+    def build(self, *given) -> tuple[np.ndarray, np.ndarray]:
+        self.layer = TorchLayer(*given)
+        return self.layer.results()
+
+    def seconds(self, direction: str, calls: int) -> list[float]:
+        return self.layer.seconds(direction, calls)
+
+
 def serve() -> None:
     replies, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing that prints may reach the pipe
-    layer = None
+    server = Server()
     while True:
         try:
             request, *given = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        if request == "build":
-            layer = TorchLayer(*given)
-            reply = layer.results()
-        else:
-            reply = timed(getattr(layer, given[0]), given[1])
-        pickle.dump(reply, replies)
+        pickle.dump(getattr(server, request)(*given), replies)
         replies.flush()
-
-
-def timed(call, calls: int) -> list[float]:
-    seconds = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return seconds
 
 
 if __name__ == "__main__":

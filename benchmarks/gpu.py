@@ -1,0 +1,307 @@
+"""The ways to run an LSTM over time on a GPU, beside each other.
+
+    python -m benchmarks.gpu               all sizes, under ten minutes on one GPU; writes gpu.json and gpu.md
+    python -m benchmarks.gpu --dry-run     tiny sizes on whatever there is, a CPU too; writes nothing
+
+- scan: `lax.scan` over `jax.vmap(cell.step)`, as a user would write it.
+- seqjax: `sj.unroll`.
+- jax.experimental.rnn: cuDNN, called from JAX; on a GPU only.
+- torch: cuDNN, called from torch, in a process of its own; where torch sees the GPU.
+- DEER: `sj.unroll_parallel`, Newton over all steps at once, where all Jacobians fit into --jacobians gigabytes.
+
+Each forward, and forward with backward (the gradient by the parameters of sum(outputs * fixed weights)). Share of the
+roofline is the least time that the arithmetic and the traffic leave, over the time measured. The arithmetic is that of
+the matrix products, at the device's float32 rate without tensor cores unless --precision is tf32; the traffic reads
+inputs and weights and writes outputs once, and three times as much with backward; what must wait for the step before is
+left out, so at small sizes no way can come near 1. Kernels a step are the launches in the innermost compiled loops.
+
+Needs `jax[cuda]` and seqjax; torch is optional.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.hlo import loops, weight_shapes
+from benchmarks.machine import call_times, in_turns, machine
+from benchmarks.peers.rows import Row, Weights, inputs, weights
+from benchmarks.peers.torch_process import TorchProcess
+
+SIZES = [
+    Row(16, 1024, 768, 768),
+    Row(64, 512, 256, 256),
+    Row(32, 375, 512, 512),
+    Row(16, 10_000, 1, 2),
+    Row(16, 100_000, 1, 8),
+]
+TINY = [Row(2, 12, 3, 5), Row(3, 40, 1, 2)]
+DIRECTIONS = ("forward", "backward")
+DEVICES = {  # operations a second in float32 and in TF32, both dense, and bytes a second; the makers' data sheets
+    "H200": (67e12, 494e12, 4.8e12),
+    "H100": (67e12, 494e12, 3.35e12),
+    "A100": (19.5e12, 156e12, 1.555e12),
+    "V100": (15.7e12, 15.7e12, 0.9e12),
+    "L4": (30.3e12, 60e12, 0.3e12),
+    "T4": (8.1e12, 8.1e12, 0.32e12),
+}
+
+
+class Left(Exception):
+    """Why a way is left out."""
+
+
+class Way(NamedTuple):
+    """Parameters in the form that the way wants, and outputs from them and xs."""
+
+    params: Any
+    unroll: Callable
+
+
+def our_cell(row: Row, w: Weights):
+    import jax
+    import jax.numpy as jnp
+
+    import seqjax as sj
+
+    return sj.LSTM(row.features, row.hidden), jax.tree.map(jnp.asarray, sj.LSTMParams(*w[:3]))
+
+
+def scan(row: Row, w: Weights, arguments: argparse.Namespace) -> Way:
+    import jax
+
+    cell, params = our_cell(row, w)
+
+    def unroll(params, xs):
+        first = jax.vmap(lambda _: cell.initial_state(params))(xs)
+        step = jax.vmap(lambda state, x: cell.step(params, state, x))
+        return jax.lax.scan(step, first, xs.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    return Way(params, unroll)
+
+
+def fast(row: Row, w: Weights, arguments: argparse.Namespace) -> Way:
+    import seqjax as sj
+
+    cell, params = our_cell(row, w)
+    return Way(params, lambda params, xs: sj.unroll(cell, params, xs)[1])
+
+
+def cudnn(row: Row, w: Weights, arguments: argparse.Namespace) -> Way:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import rnn
+
+    if jax.default_backend() != "gpu":
+        raise Left("it runs on a GPU only")
+    flat = jnp.concatenate([jnp.ravel(part) for part in (w.W_xh, w.W_hh, w.b_h, np.zeros_like(w.b_h))])
+    zero = jnp.zeros((1, row.batch, row.hidden))
+    lengths = jnp.full(row.batch, row.time, jnp.int32)
+    sizes = {"input_size": row.features, "hidden_size": row.hidden, "num_layers": 1, "dropout": 0.0}
+    precision = {"float32": jax.lax.Precision.HIGHEST, "tf32": jax.lax.Precision.HIGH}[arguments.precision]
+
+    def unroll(flat, xs):
+        return rnn.lstm(xs, zero, zero, flat, lengths, *sizes.values(), False, precision)[0]
+
+    return Way(flat, unroll)
+
+
+def deer(row: Row, w: Weights, arguments: argparse.Namespace) -> Way:
+    import seqjax as sj
+
+    if not hasattr(sj, "unroll_parallel"):
+        raise Left("this seqjax has no unroll_parallel")
+    size = 4 * row.batch * row.time * (2 * row.hidden) ** 2
+    if size > arguments.jacobians * 1e9:
+        raise Left(f"its Jacobians take {size / 1e9:.1f} GB")
+    cell, params = our_cell(row, w)
+
+    def unroll(params, xs):
+        (_, outputs), _ = sj.unroll_parallel(cell, params, xs, method=sj.DEER())
+        return outputs
+
+    return Way(params, unroll)
+
+
+WAYS = {"scan": scan, "seqjax": fast, "jax.experimental.rnn": cudnn, "DEER": deer}
+
+
+def measure(row: Row, arguments: argparse.Namespace, torch: TorchProcess | None) -> dict:
+    """{way: {direction: numbers}}, or {way: {"left out": why}}."""
+    import jax
+
+    w, arrays = weights("lstm", row), jax.device_put(inputs(row))
+    found, timers, outputs = {}, {direction: {} for direction in DIRECTIONS}, {}
+    for name, build in WAYS.items():
+        try:
+            way = build(row, w, arguments)
+            compiled = {direction: compile_way(way, direction, arrays) for direction in DIRECTIONS}
+            results = jax.block_until_ready([of["call"]() for of in compiled.values()])
+            found[name], outputs[name] = compiled, np.asarray(results[0])
+        except (Left, ImportError, NotImplementedError, jax.errors.JaxRuntimeError) as why:  # the last: out of memory
+            found[name] = {"left out": str(why).splitlines()[0]}
+            continue
+        for direction, of in found[name].items():
+            timers[direction][name] = partial(call_times, of.pop("call"))
+    if torch:
+        outputs["torch"], _ = torch.build("lstm", row)
+        found["torch"] = {direction: {} for direction in DIRECTIONS}
+        for direction in DIRECTIONS:
+            timers[direction]["torch"] = partial(torch.seconds, direction)
+    for direction in DIRECTIONS:
+        for name, times in in_turns(timers[direction], arguments.seconds, rounds=2).items():
+            found[name][direction] |= times | {"share": least_seconds(row, direction, arguments) / times["min"]}
+    for name, of in outputs.items():
+        found[name]["difference"] = float(np.abs(of - outputs["scan"]).max())
+    return found
+
+
+def compile_way(way: Way, direction: str, arrays: tuple) -> dict:
+    """The compiled call, and what is known of it before it runs."""
+    import jax
+    import jax.numpy as jnp
+
+    def forward(params, xs, of_outputs):
+        return way.unroll(params, xs)
+
+    def loss(params, xs, of_outputs):
+        return jnp.sum(way.unroll(params, xs) * of_outputs)
+
+    began = time.perf_counter()
+    function = jax.jit(forward if direction == "forward" else jax.value_and_grad(loss))
+    compiled = function.lower(way.params, *arrays).compile()
+    seconds, found = time.perf_counter() - began, loops(compiled.as_text())
+    shapes = weight_shapes(jax.tree.leaves(way.params))
+    return {
+        "call": partial(compiled, way.params, *arrays),
+        "compile": seconds,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "kernels": [loop.kernels.total() for loop in found if loop.innermost],
+        "weights summed in a loop": any(loop.makes(shapes) for loop in found if loop.innermost),
+    }
+
+
+def least_seconds(row: Row, direction: str, arguments: argparse.Namespace) -> float:
+    """What arithmetic and traffic alone take."""
+    B, T, D, H = row
+    by_input, by_state = 2 * B * T * 4 * H * D, 2 * B * T * 4 * H * H
+    traffic = 4 * (B * T * (D + H) + 4 * H * (D + H))
+    if direction == "backward":  # the state's product once more, and both weights' gradients
+        by_input, by_state, traffic = 2 * by_input, 3 * by_state, 3 * traffic
+    return max((by_input + by_state) / arguments.flops, traffic / arguments.bandwidth)
+
+
+def table(found: dict, title: str, arguments: argparse.Namespace) -> str:
+    lines = ["# An LSTM over time on a GPU", "", f"{title}. Products in {arguments.precision}; roofline of "
+             f"{arguments.flops / 1e12:.4g} TFLOP/s and {arguments.bandwidth / 1e12:.4g} TB/s.", ""]  # fmt: skip
+    lines += ["Microseconds a step are the minimum (median) of calls in turns. Kernels: of each innermost loop.", ""]
+    for name, ways in found.items():
+        lines += [f"## (B, T, D, H) = {tuple(Row.parse(name))}", ""]
+        for direction, title in zip(DIRECTIONS, ("Forward", "Forward with backward"), strict=True):
+            head = [title, "us a step", "share of roofline", "kernels a step", "temporaries, MB", "compile, s"]
+            lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+            lines += [_line(way, Row.parse(name), of[direction]) for way, of in ways.items() if direction in of]
+            lines.append("")
+        lines += [f"- {way} is left out: {of['left out']}" for way, of in ways.items() if "left out" in of]
+        differences = [f"{way} {of['difference']:.1e}" for way, of in ways.items() if "difference" in of]
+        lines += [f"- largest difference of an output from the scan's: {', '.join(differences)}", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(way: str, row: Row, of: dict) -> str:
+    steps = f"{1e6 * of['min'] / row.time:.3f} ({1e6 * of['median'] / row.time:.3f})"
+    kernels = " + ".join(map(str, of.get("kernels", [])))
+    memory = f"{of['temporaries'] / 2**20:.1f}" if "temporaries" in of else ""
+    compiling = f"{of['compile']:.1f}" if "compile" in of else ""
+    return f"| {way} | {steps} | {of['share']:.4f} | {kernels} | {memory} | {compiling} |"
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU too")
+    parser.add_argument("--rows", nargs="+", type=Row.parse, metavar="B,T,D,H")
+    parser.add_argument("--precision", choices=["float32", "tf32"], default="float32", help="of the matrix products")
+    parser.add_argument("--flops", type=float, help="operations a second, for a device that is not in the table")
+    parser.add_argument("--bandwidth", type=float, help="bytes a second, likewise")
+    parser.add_argument("--jacobians", type=float, default=16, help="gigabytes that DEER's Jacobians may take")
+    parser.add_argument("--seconds", type=float, help="for each size, call and way; by default 1")
+    parser.add_argument("--minutes", type=float, default=9, help="no further size is begun after these")
+    parser.add_argument("--no-torch", action="store_true", help="even if it is installed")
+    return parser.parse_args()
+
+
+def set_roofline(arguments: argparse.Namespace, device: str) -> None:
+    """Fills in the device's figures where none were given.
+
+    Raises:
+        SystemExit: the device is not in the table.
+    """
+    known = [figures for name, figures in DEVICES.items() if name in device.replace("-", " ").split()]
+    if not known and not arguments.dry_run and not (arguments.flops and arguments.bandwidth):
+        raise SystemExit(f"{device} is not in the table of devices: give --flops and --bandwidth of its data sheet")
+    float32, tf32, bandwidth = known[0] if known else (1e12, 1e12, 1e11)
+    arguments.flops = arguments.flops or (tf32 if arguments.precision == "tf32" else float32)
+    arguments.bandwidth = arguments.bandwidth or bandwidth
+
+
+def torch_process(arguments: argparse.Namespace, on_gpu: bool) -> TorchProcess | None:
+    if arguments.no_torch or not find_spec("torch"):
+        return None
+    process = TorchProcess("cuda" if on_gpu else "cpu", tf32=arguments.precision == "tf32")
+    if process.ready():
+        return process
+    print("torch is left out: it sees no GPU", flush=True)
+    process.close()
+    return None
+
+
+def main() -> int:
+    arguments = read_arguments()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same GPU
+    import jax
+
+    on_gpu = jax.default_backend() == "gpu"
+    if not on_gpu and not arguments.dry_run:
+        print(f"no GPU here, only {jax.default_backend()}: --dry-run runs tiny sizes on it", file=sys.stderr)
+        return 2
+    jax.config.update(
+        "jax_default_matmul_precision", {"float32": "float32", "tf32": "tensorfloat32"}[arguments.precision]
+    )
+    device = jax.devices()[0].device_kind
+    set_roofline(arguments, device)
+    arguments.seconds = arguments.seconds or (0.01 if arguments.dry_run else 1.0)
+    torch, found, began = torch_process(arguments, on_gpu), {}, time.monotonic()
+    title = f"{device}; {machine('jax', 'jaxlib', *(['torch'] if torch else []))}"
+    try:
+        for row in arguments.rows or (TINY if arguments.dry_run else SIZES):
+            if time.monotonic() - began > 60 * arguments.minutes:
+                print(f"{row.name} is left out: {arguments.minutes} minutes are over", flush=True)
+                continue
+            found[row.name] = measure(row, arguments, torch)
+            print(table({row.name: found[row.name]}, title, arguments), flush=True)
+    finally:
+        if torch:
+            torch.close()
+    if not arguments.dry_run:
+        here = Path(__file__).with_suffix("")
+        here.with_suffix(".json").write_text(json.dumps({"machine": title, "found": found}, indent=1) + "\n")
+        here.with_suffix(".md").write_text(table(found, title, arguments))
+    summing = [
+        name for name, ways in found.items() if ways["seqjax"].get("backward", {}).get("weights summed in a loop")
+    ]
+    print(f"the backward loop of sj.unroll sums up a weight's gradient at {', '.join(summing) or 'no size'}")
+    return 1 if summing and not arguments.dry_run else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

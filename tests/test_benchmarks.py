@@ -1,0 +1,127 @@
+"""The benchmarks measure what they say: libraries that agree, bars by their own arithmetic, and a script that runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.machine import in_turns
+from benchmarks.peers import jax_peers, measure, tables, torch_process
+from benchmarks.peers.bars import bars, linear_in_time
+from benchmarks.peers.rows import GROWTH, ROWS, Row, inputs, weights
+
+ROOT = Path(__file__).parents[1]
+TINY = Row(2, 5, 3, 4)
+MODULES = {"flax": "flax", "dm-haiku": "haiku", "equinox": "equinox", "keras": "keras"}
+PAIRS = [(way, kind) for way, of in jax_peers.WAYS.items() for kind in of.kinds if way != "seqjax"]
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """The other libraries promote as JAX does by default, and Keras asks for its backend when it is imported."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def results(way, kind, row=TINY):
+    """Outputs, and the gradient of W_hh."""
+    peer = jax_peers.build(way, kind, row, weights(kind, row))
+    arguments = (peer.params, *jax.device_put(inputs(row)))
+    _, gradient = jax.jit(jax_peers.call(peer, "backward"))(*arguments)
+    outputs = jax.jit(jax_peers.call(peer, "forward"))(*arguments)
+    return np.asarray(outputs), np.asarray(peer.recurrent(jax.tree.map(np.asarray, gradient)))
+
+
+@pytest.mark.parametrize(("way", "kind"), PAIRS)
+def test_every_jax_peer_agrees_with_the_common_weights(way, kind, lenient):
+    pytest.importorskip(MODULES[jax_peers.WAYS[way].package])
+    difference = measure.agree(f"{way}, {kind}", results("seqjax", kind), results(way, kind))
+    assert difference["outputs"] < 1e-6
+
+
+@pytest.mark.parametrize("kind", torch_process.KINDS)
+def test_torch_agrees_with_the_common_weights(kind):
+    pytest.importorskip("torch")
+    layer = torch_process.TorchLayer(kind, TINY)
+    assert measure.agree(f"torch, {kind}", results("seqjax", kind), layer.results())["outputs"] < 1e-6
+    assert len(layer.seconds("backward", 3)) == 3
+
+
+def test_libraries_that_disagree_are_named():
+    outputs, gradient = results("seqjax", "vanilla")
+    with pytest.raises(measure.Disagreement, match=r"mine: outputs differ from seqjax's by 1\.0e-01"):
+        measure.agree("mine", (outputs, gradient), (outputs + 0.1, gradient))
+    with pytest.raises(measure.Disagreement, match="nan of its norm"):
+        measure.agree("mine", (outputs, gradient), (outputs, gradient * np.nan))
+
+
+def test_turns_alternate_and_time_every_way():
+    order = []
+    timers = {name: lambda calls, name=name: order.extend(name * calls) or [0.02] * calls for name in "ab"}
+    found = in_turns(timers, budget=0, rounds=2)
+    assert "".join(order[-4:]) == "abba"
+    assert found["a"] == {"min": 0.02, "median": 0.02, "calls": 2}
+
+
+def entry(seconds, **more):
+    return {"min": seconds, "median": 2 * seconds, "run": "today", "compile": 1.0, "temporaries": 100} | more
+
+
+def test_bars_are_read_off_the_rows():
+    times = {"seqjax": entry(1.0, temporaries=12), "flax RNN": entry(4.0), "haiku": entry(1.6), "torch": entry(0.8)}
+    rows = {f"lstm {row.name}": {"forward": times, "backward": times} for row in ROWS}
+    found = {what: (figure, verdict) for what, _, figure, verdict in bars({"rows": rows}, "lstm")}
+    assert found["forward: fastest JAX peer / seqjax, geometric mean"] == ("1.600 (1.600)", "met")
+    assert found["forward with backward: seqjax / fastest JAX peer, worst row"] == ("0.625 (0.625)", "met")
+    assert found["forward with backward: torch / seqjax, geometric mean"] == ("0.800 (0.800)", "not met")
+    assert found["forward with backward: share of rows faster than torch"] == ("0.000 (0.000)", "not met")
+    assert found["forward with backward: seqjax / torch, worst row"] == ("1.250 (1.250)", "met")
+    assert found["forward with backward: temporaries seqjax / flax RNN, T = 4096, worst row"] == ("0.120", "met")
+    assert found["forward with backward: compile time seqjax / flax RNN, geometric mean"] == ("1.000", "met")
+    del rows[f"lstm {ROWS[0].name}"]
+    assert ("0.625 (0.625)", "met on 8 of 9 rows") in [line[2:] for line in bars({"rows": rows}, "lstm")]
+
+
+def test_a_time_that_grows_with_the_square_of_t_is_not_linear():
+    def growth(power):
+        points = {row.name: {"forward": {"seqjax": entry(1e-6 * row.time**power)}} for row in GROWTH["T"]}
+        return linear_in_time({"growth": {"T": points}})[0][2:]
+
+    assert growth(1) == ("1.000", "met")
+    assert growth(2) == ("2.000", "not met")
+
+
+def python(*arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_peers_command_merges_what_a_partial_run_measures(tmp_path):
+    out = tmp_path / "peers"
+    command = ["-m", "benchmarks.peers", "--rows", TINY.name, "--cells", "vanilla", "--budget", "0.001", "--out", out]
+    first = python(*command, "--ways", "flax RNN", "--only", "forward")
+    assert first.returncode == 0, first.stderr
+    second = python(*command, "--ways", "flax nnx", "--only", "forward")
+    assert second.returncode == 0, second.stderr
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert list(found["rows"][f"vanilla {TINY.name}"]["forward"]) == ["seqjax", "flax RNN", "flax nnx"]
+    assert out.with_suffix(".md").read_text() == tables.document(found)
+    assert "| (2, 5, 3, 4)" in tables.document(found)
+
+
+def test_the_gpu_script_runs_dry_and_says_where_there_is_no_gpu():
+    dry = python("-m", "benchmarks.gpu", "--dry-run", "--no-torch", "--rows", TINY.name)
+    assert dry.returncode == 0, dry.stderr
+    assert "| seqjax |" in dry.stdout
+    assert "jax.experimental.rnn is left out: it runs on a GPU only" in dry.stdout
+    without = python("-m", "benchmarks.gpu")
+    assert without.returncode == 2
+    assert without.stderr.startswith("no GPU here")

@@ -48,9 +48,9 @@ def guarded_step(
     Returns the new state and what `emit` keeps of the step: zero where not valid, except for the state, held there.
     """
     if restart is not None:
-        state = _choose(restart, strong_type(cell.initial_state(params)), state)
+        state = choose(restart, strong_type(cell.initial_state(params)), state)
     if valid is not None:
-        x = _choose(valid, x, _zeros(x))
+        x = choose(valid, x, zeros_like(x))
     stepped = cell.step(params, state, x) if noise is None else cell.step(params, state, x, noise)
     if not isinstance(stepped, tuple) or len(stepped) != 2:
         raise TypeError(
@@ -60,16 +60,16 @@ def guarded_step(
     after, output = stepped
     after = same_state_type(cell, after, state)
     if valid is not None:
-        after = _choose(valid, after, state)
+        after = choose(valid, after, state)
     kept = emit(params, state, x, after, output)
     if valid is not None and emit is not new_state:
-        kept = _choose(valid, kept, _zeros(kept))
+        kept = choose(valid, kept, zeros_like(kept))
     return after, kept
 
 
-def _choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+def choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _zeros(tree: PyTree) -> PyTree:
+def zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)

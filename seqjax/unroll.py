@@ -20,6 +20,8 @@ from seqjax.cell import Output, Params, State, is_value
 from seqjax.cells.stack import Stack
 from seqjax.checks import batch_of_states, check_flags, check_inputs
 from seqjax.guarded import Emit, guarded_step, last_output, new_state
+from seqjax.split.chunks import Recurrence
+from seqjax.split.run import is_split, run_split
 
 
 def unroll(
@@ -212,28 +214,41 @@ def _run_batch(
     if key is not None and hasattr(cell, "noise"):
         keys = jax.random.split(key, jax.tree.leaves(xs)[0].shape[:2])
         noise = jax.vmap(jax.vmap(cell.noise))(keys)
-    return jax.vmap(partial(_run_one, emit, cell, reverse, params))(state, xs, mask, reset, noise)
+    return _run_layers(emit, cell, reverse, params, state, xs, mask, reset, noise)
 
 
 _run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2))
 
 
-def _run_one(
+def _run_layers(
     emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any, noise: Any
 ) -> tuple[State, PyTree]:
-    """One sequence. A stack whose outputs alone are wanted runs layer by layer, which is the same function."""
+    """A stack whose outputs alone are wanted runs layer by layer, which is the same function."""
     if isinstance(cell, Stack) and emit is last_output:
         final = []
         noise = (None,) * len(cell.cells) if noise is None else noise
         for layer, p, s, drawn in zip(cell.cells, params, state, noise, strict=True):
-            s, xs = _run_one(emit, layer, reverse, p, s, xs, mask, reset, drawn)
+            s, xs = _run_layers(emit, layer, reverse, p, s, xs, mask, reset, drawn)
             final.append(s)
         return tuple(final), xs
+    plain = partial(_run_plainly, emit, cell, reverse, noise)
+    if noise is None and emit in (last_output, new_state) and is_split(cell, params, state, xs):
+        return run_split(Recurrence(cell, emit, reverse), plain, (params, state, xs, mask, reset))
+    return plain(params, state, xs, mask, reset)
 
-    def body(state: State, inputs: tuple[PyTree, Any, Any, Any]) -> tuple[State, PyTree]:
-        return guarded_step(cell, params, state, *inputs, emit)
 
-    inputs = (xs, mask, reset, noise)
-    if not jax.tree.leaves(state):  # nothing recurs: every step at once
-        return state, jax.vmap(partial(body, state))(inputs)[1]
-    return jax.lax.scan(body, state, inputs, reverse=reverse)
+def _run_plainly(
+    emit: Emit, cell: Any, reverse: bool, noise: Any, params: Params, state: State, xs: PyTree, mask: Any, reset: Any
+) -> tuple[State, PyTree]:
+    """One scan over `step` for every sequence of the batch."""
+
+    def one(state: State, xs: PyTree, mask: Any, reset: Any, noise: Any) -> tuple[State, PyTree]:
+        def body(state: State, inputs: tuple[PyTree, Any, Any, Any]) -> tuple[State, PyTree]:
+            return guarded_step(cell, params, state, *inputs, emit)
+
+        inputs = (xs, mask, reset, noise)
+        if not jax.tree.leaves(state):  # nothing recurs: every step at once
+            return state, jax.vmap(partial(body, state))(inputs)[1]
+        return jax.lax.scan(body, state, inputs, reverse=reverse)
+
+    return jax.vmap(one)(state, xs, mask, reset, noise)

@@ -14,6 +14,7 @@ h' = (1 - z) h + z h~.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -79,17 +80,35 @@ def gru_gates(params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: 
         >>> round(float(sj.gru_gates(params, sj.GRUState(jnp.ones(1)), jnp.ones(1)).update[0]), 4)  # sigma(2)
         0.8808
     """
-    W_xh, W_hh, b_h, b_hn = params
-    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU")
-    n = W_hh.shape[1]
-    from_x = W_xh @ x + b_h
+    drive = _drive(params, x)
     if reset == "after":
-        from_h = W_hh @ state.h
-        r, z = jnp.split(jax.nn.sigmoid(from_x[: 2 * n] + from_h[: 2 * n]), 2)
-        inner = from_h[2 * n :] if b_hn is None else from_h[2 * n :] + b_hn
-        return GRUGates(r, z, jnp.tanh(from_x[2 * n :] + r * inner))
-    r, z = jnp.split(jax.nn.sigmoid(from_x[: 2 * n] + W_hh[: 2 * n] @ state.h), 2)
-    return GRUGates(r, z, jnp.tanh(from_x[2 * n :] + W_hh[2 * n :] @ (r * state.h)))
+        return _gates_after(drive, _recur_after(params, state))
+    W_hh, n = params.W_hh, state.h.size
+    r, z = jnp.split(jax.nn.sigmoid(drive[: 2 * n] + W_hh[: 2 * n] @ state.h), 2)
+    return GRUGates(r, z, jnp.tanh(drive[2 * n :] + W_hh[2 * n :] @ (r * state.h)))
+
+
+def _drive(params: GRUParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
+    W_xh = params.W_xh
+    return W_xh @ as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU") + params.b_h
+
+
+def _recur_after(params: GRUParams, state: GRUState) -> Float[Array, " gates"]:
+    product = params.W_hh @ state.h
+    return product if params.b_hn is None else product + jnp.pad(params.b_hn, (2 * state.h.size, 0))
+
+
+def _gates_after(drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]) -> GRUGates:
+    n = drive.size // 3
+    r, z = jnp.split(jax.nn.sigmoid(drive[: 2 * n] + recurrent[: 2 * n]), 2)
+    return GRUGates(r, z, jnp.tanh(drive[2 * n :] + r * recurrent[2 * n :]))
+
+
+def _mix(state: GRUState, gates: GRUGates, update: Update) -> tuple[GRUState, Float[Array, " n"]]:
+    _, z, candidate = gates
+    old, new = (z, 1 - z) if update == "keeps" else (1 - z, z)
+    h = old * state.h + new * candidate
+    return GRUState(h), h
 
 
 def gru_step(
@@ -122,10 +141,7 @@ def gru_step(
         >>> round(float(output[0]), 4)  # sigma(2) of the old state, and h~ = 0
         0.8808
     """
-    _, z, candidate = gru_gates(params, state, x, reset)
-    old, new = (z, 1 - z) if update == "keeps" else (1 - z, z)
-    h = old * state.h + new * candidate
-    return GRUState(h), h
+    return _mix(state, gru_gates(params, state, x, reset), update)
 
 
 def gru_jacobian(
@@ -237,6 +253,23 @@ class GRU:
     def step(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> tuple[GRUState, Float[Array, " n"]]:
         """`gru_step` with this cell's conventions."""
         return gru_step(params, state, x, self.reset, self.update or "keeps")
+
+    def drive(self, params: GRUParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
+        """The input half of the step, W_xh x_t + b_h."""
+        return _drive(params, x)
+
+    @property
+    def recur(self) -> Callable[[GRUParams, GRUState], Float[Array, " gates"]]:
+        """The recurrent product, W_hh h_{t-1} with b_hn. With the reset before it there are two, so there is none."""
+        if self.reset == "before":
+            raise AttributeError("the reset gate stands before a second product, so the step has no split in three")
+        return _recur_after
+
+    def advance(
+        self, state: GRUState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
+    ) -> tuple[GRUState, Float[Array, " n"]]:
+        """The rest of the step, with the reset after the product: the gates of both, then h_t."""
+        return _mix(state, _gates_after(drive, recurrent), self.update or "keeps")
 
     def jacobian(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
         """`gru_jacobian` with this cell's conventions."""

@@ -67,6 +67,23 @@ class LearnedState:
         return self.cell.step(params.cell, state, x, *noise)
 
     @property
+    def drive(self) -> Callable[[Any, Any], PyTree]:
+        """The input half of the cell's step, where it offers its parts."""
+        drive = self.cell.drive
+        return lambda params, x: drive(params.cell, x)
+
+    @property
+    def recur(self) -> Callable[[Any, Any], PyTree]:
+        """The recurrent product of the cell's step, where it offers its parts."""
+        recur = self.cell.recur
+        return lambda params, state: recur(params.cell, state)
+
+    @property
+    def advance(self) -> Callable[[Any, Any, Any], tuple[PyTree, PyTree]]:
+        """The rest of the cell's step, where it offers its parts."""
+        return self.cell.advance
+
+    @property
     def noise(self) -> Callable[[Array], PyTree]:
         """The cell's noise, where it draws some."""
         return self.cell.noise

@@ -58,9 +58,18 @@ def vanilla_step(
         >>> round(float(output[0]), 4)  # tanh(0.2 + 0.5 * 0.4 + 0.1)
         0.4621
     """
-    W_xh, W_hh, b_h = params
-    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN")
-    h = ACTIVATIONS[activation](W_xh @ x + W_hh @ state.h + b_h)
+    return _advance(_drive(params, x), params.W_hh @ state.h, activation)
+
+
+def _drive(params: VanillaParams, x: Float[Array, " d"]) -> Float[Array, " n"]:
+    W_xh, _, b_h = params
+    return W_xh @ as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN") + b_h
+
+
+def _advance(
+    drive: Float[Array, " n"], recurrent: Float[Array, " n"], activation: Activation
+) -> tuple[VanillaState, Float[Array, " n"]]:
+    h = ACTIVATIONS[activation](drive + recurrent)
     return VanillaState(h), h
 
 
@@ -85,10 +94,8 @@ def vanilla_jacobian(
         >>> round(float(J[0, 0]), 4)  # 2 (1 - h^2) at the fixed point h = tanh(2 h)
         0.1664
     """
-    W_xh, W_hh, b_h = params
-    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN")
-    slope = jax.vmap(jax.grad(ACTIVATIONS[activation]))(W_xh @ x + W_hh @ state.h + b_h)
-    return slope[:, None] * W_hh
+    slope = jax.vmap(jax.grad(ACTIVATIONS[activation]))(_drive(params, x) + params.W_hh @ state.h)
+    return slope[:, None] * params.W_hh
 
 
 @jax.tree_util.register_static
@@ -149,6 +156,20 @@ class VanillaRNN:
     ) -> tuple[VanillaState, Float[Array, " n"]]:
         """`vanilla_step` with this cell's activation."""
         return vanilla_step(params, state, x, self.activation)
+
+    def drive(self, params: VanillaParams, x: Float[Array, " d"]) -> Float[Array, " n"]:
+        """The input half of the step, W_xh x_t + b_h."""
+        return _drive(params, x)
+
+    def recur(self, params: VanillaParams, state: VanillaState) -> Float[Array, " n"]:
+        """The recurrent product, W_hh h_{t-1}."""
+        return params.W_hh @ state.h
+
+    def advance(
+        self, state: VanillaState, drive: Float[Array, " n"], recurrent: Float[Array, " n"]
+    ) -> tuple[VanillaState, Float[Array, " n"]]:
+        """The rest of the step, h_t = phi(drive + recurrent)."""
+        return _advance(drive, recurrent, self.activation)
 
     def jacobian(self, params: VanillaParams, state: VanillaState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
         """`vanilla_jacobian` with this cell's activation."""

@@ -1,0 +1,55 @@
+"""Forward: a matrix product of all inputs of a chunk, then its loop with one product a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from seqjax.cell import Params, State, strong_type
+from seqjax.split.chunks import Recurrence, choose_rows, cut_inputs, over_chunk, scan_once
+
+
+def forward(
+    how: Recurrence, params: Params, state: State, xs: PyTree, mask: Any, reset: Any
+) -> tuple[tuple[State, PyTree], PyTree]:
+    """Runs the sequence.
+
+    Returns:
+        (final state, what is kept (batch, time, ...)); and the states that the way back needs: all of them,
+        (time, batch, ...), or with `how.every` the one before each chunk, (chunks, batch, ...).
+    """
+    initial = initial_states(how.cell, params, state)
+
+    def chunk(state: State, start: Array, length: int) -> tuple[State, Any]:
+        x, valid, restart = cut_inputs(xs, mask, reset, start, length)
+        drives = over_chunk(how.cell.drive)(params, x)
+        after, (states, kept) = run_chunk(how, params, initial, state, drives, valid, restart)
+        return after, (jax.tree.map(lambda leaf: leaf[None], state) if how.every else states, kept)
+
+    final, (saved, kept) = how.chunks(xs).scan(chunk, state)
+    return (final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), kept)), saved
+
+
+def run_chunk(
+    how: Recurrence, params: Params, initial: State, state: State, drives: PyTree, valid: Any, restart: Any
+) -> tuple[State, tuple[State, PyTree]]:
+    """The loop over one chunk: the state after it; and every state with what is kept of it, (time, batch, ...)."""
+
+    def step(state: State, at: tuple[PyTree, Any, Any]) -> tuple[State, Any]:
+        drive, valid, restart = at
+        if restart is not None:
+            state = choose_rows(restart, initial, state)
+        recurrent = jax.vmap(how.cell.recur, (None, 0))(params, state)
+        after, kept = jax.vmap(how.guarded_advance)(state, drive, recurrent, valid)
+        return after, (after, kept)
+
+    return scan_once(step, state, (drives, valid, restart), how.reverse)
+
+
+def initial_states(cell: Any, params: Params, state: State) -> State:
+    """The state that a reset starts from, for every row of `state`."""
+    own = strong_type(cell.initial_state(params))
+    return jax.tree.map(lambda leaf, like: jnp.broadcast_to(leaf, like.shape), own, state)

@@ -49,7 +49,7 @@ def call_times(way: Callable[[], object], calls: int) -> list[float]:
 
 
 def in_turns(
-    timers: dict[str, Callable[[int], list[float]]], budget: float, rounds: int = 4, turn: float = 0.03
+    timers: dict[str, Callable[[int], list[float]]], budget: float, rounds: int = 3, turn: float = 0.03
 ) -> dict[str, dict[str, float]]:
     """Like `alternating`, for some `budget` seconds a way, each timer giving the seconds of as many calls as asked.
 
@@ -59,7 +59,7 @@ def in_turns(
     calls = {}
     for name, timer in timers.items():
         timer(1)
-        calls[name] = max(1, int(turn / min(timer(2))))
+        calls[name] = max(1, int(turn / min(timer(1))))
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     began, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - began < budget * len(timers):
@@ -70,3 +70,32 @@ def in_turns(
         name: {"min": min(times), "median": float(np.median(times)), "calls": len(times)}
         for name, times in seconds.items()
     }
+
+
+class OtherLoad:
+    """How many processors the other processes kept busy since this was made; on Linux, and None elsewhere."""
+
+    def __init__(self, *ours: int) -> None:
+        self.ours = ours
+        self.began, self.before = time.perf_counter(), self._elsewhere()
+
+    def processors(self) -> float | None:
+        now = self._elsewhere()
+        if now is None or self.before is None:
+            return None
+        return max(0.0, (now - self.before) / (time.perf_counter() - self.began))
+
+    def _elsewhere(self) -> float | None:
+        """Seconds that all processors have worked, or were taken from this machine, less those of our processes."""
+        try:
+            user, nice, system, _, _, interrupt, soft, stolen = map(int, Path("/proc/stat").read_text().split()[1:9])
+            own = sum(map(_clock_ticks, self.ours))
+        except (OSError, ValueError):
+            return None
+        return (user + nice + system + interrupt + soft + stolen - own) / os.sysconf("SC_CLK_TCK")
+
+
+def _clock_ticks(process: int) -> int:
+    """That a process has worked, all its threads together."""
+    after_its_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(after_its_name[11]) + int(after_its_name[12])

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks.machine import in_turns
+from benchmarks.machine import OtherLoad, in_turns
 from benchmarks.peers import jax_peers, measure, tables, torch_process
 from benchmarks.peers.bars import bars, linear_in_time
 from benchmarks.peers.rows import GROWTH, ROWS, Row, inputs, weights
@@ -69,6 +70,18 @@ def test_turns_alternate_and_time_every_way():
     found = in_turns(timers, budget=0, rounds=2)
     assert "".join(order[-4:]) == "abba"
     assert found["a"] == {"min": 0.02, "median": 0.02, "calls": 2}
+
+
+def test_the_work_of_another_process_is_seen_and_our_own_is_not():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        of_all, of_others = OtherLoad(), OtherLoad(busy.pid)
+        time.sleep(0.5)
+        difference = of_all.processors() - of_others.processors()
+    finally:
+        busy.kill()
+        busy.wait()
+    assert 0.1 < difference < 1.3
 
 
 def entry(seconds, **more):

@@ -130,6 +130,9 @@ def show(name: str, measured: dict) -> None:
             if "compile" in of:
                 text += f", compile {1e3 * of['compile']:.0f} ms, {of['temporaries'] / 2**20:.2f} MB"
             print(f"{name:24} {direction:8} {way:26} {text}", flush=True)
+        load = measured.get("other load", {}).get(direction)
+        if load is not None and load > tables.BUSY:
+            print(f"{name:24} {direction:8} other processes kept {load:.1f} processors busy", flush=True)
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.machine import call_times, in_turns
+from benchmarks.machine import OtherLoad, call_times, in_turns
 from benchmarks.peers import jax_peers, torch_process
 from benchmarks.peers.rows import Row, inputs, weights
 
@@ -66,12 +67,15 @@ class Bench:
                 compiled[direction, way], numbers[direction, way] = compile_call(peer, direction, xs, of_outputs)
         arguments = {way: (peer.params, xs, of_outputs) for way, peer in peers.items()}
         with_torch = self.torch is not None and kind in torch_process.KINDS
-        found = {"difference": self._differences(kind, row, peers, compiled, arguments, with_torch)}
+        differences = self._differences(kind, row, peers, compiled, arguments, with_torch)
+        found = {"difference": differences, "other load": {}}
         for direction in self.directions:
             timers = {way: partial(call_times, partial(compiled[direction, way], *arguments[way])) for way in ways}
             if with_torch:
                 timers["torch"] = partial(self.torch.seconds, direction)
+            load = OtherLoad(os.getpid(), *([self.torch.child.pid] if self.torch else []))
             times = in_turns(timers, self.budget)
+            found["other load"][direction] = load.processors()
             found[direction] = {way: times[way] | numbers.get((direction, way), {}) for way in timers}
         return found
 

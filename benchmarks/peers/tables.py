@@ -16,13 +16,15 @@ TITLES = {
 }
 CURVES = {"T": "Growth with T: LSTM, B = 4, D = 6, H = 32", "H": "Growth with H: LSTM, B = 16, T = 64, D = H"}
 TO_FLAX_AND_TORCH = ("seqjax", "flax RNN", "torch")
+BUSY = 0.1
 NOTES = """
 The same weights and inputs in float32, agreement checked before anything is timed (outputs within 2e-5, the gradient of
 W_hh within 1e-4 of its norm). Forward is the outputs from parameters and inputs; with backward, the value of
 sum(outputs * fixed weights) and its gradient by the parameters, not by the inputs. Everybody takes and gives (batch,
 time, feature). Times are the minimum (median) over calls in turns within one run; torch runs in a process of its own,
 with as many threads as there are cores, never at the same time as JAX. Bars are judged by the minimum; the figure in
-brackets is by the median. A row with * holds times of several runs.
+brackets is by the median. A row with * holds times of several runs; at a row with † other processes kept more than 0.1
+of a processor busy, which harms torch's threads most: they wait for each other at every step.
 
 Temporaries are `memory_analysis().temp_size_in_bytes` of the compiled call. Peak resident is how far the resident
 memory of a process of its own rose in three calls above what it held after importing, building the inputs and
@@ -53,7 +55,10 @@ def runs_used(found: dict) -> set[str]:
 def bar_tables(found: dict) -> list[str]:
     parts = [(TITLES[kind], bars(found, kind)) for kind in KINDS]
     parts.append(("Time linear in T, LSTM", linear_in_time(found)))
-    return [line for title, of in parts if of for line in _bar_table(title, of)]
+    loads = [load for of in found["rows"].values() for load in of.get("other load", {}).values() if load is not None]
+    beside = sum(load > BUSY for load in loads)
+    warning = [f"{beside} of {len(loads)} rows and calls were measured beside other load (†).", ""] if beside else []
+    return [line for title, of in parts if of for line in _bar_table(title, of)] + warning
 
 
 def _bar_table(title: str, lines: list[Line]) -> list[str]:
@@ -66,20 +71,21 @@ def time_tables(rows: list[tuple[Row, dict]]) -> list[str]:
         there = [(row, of[direction]) for row, of in rows if direction in of]
         ways = _ways(of for _, of in there)
         head = ["(B, T, D, H)", *ways, "fastest JAX peer / seqjax", "torch / seqjax"]
-        body = [_time_line(row, of, ways) for row, of in there]
+        loads = [of.get("other load", {}).get(direction) for _, of in rows if direction in of]
+        body = [_time_line(row, of, ways, load) for (row, of), load in zip(there, loads, strict=True)]
         lines += [f"### {title.capitalize()}, ms", "", *table(head, body), ""] if body else []
     return lines
 
 
-def _time_line(row: Row, times: dict, ways: list[str]) -> list[str]:
-    mixed = " *" if len({time["run"] for time in times.values()}) > 1 else ""
+def _time_line(row: Row, times: dict, ways: list[str], load: float | None) -> list[str]:
+    marks = " *" * (len({time["run"] for time in times.values()}) > 1) + " †" * ((load or 0) > BUSY)
     cells = [
         f"{1e3 * times[way]['min']:.2f} ({1e3 * times[way]['median']:.2f})" if way in times else "" for way in ways
     ]
     ours = times["seqjax"]["min"]
     cells.append(f"{fastest(times, 'min') / ours:.2f}" if jax_peers(times) else "")
     cells.append(f"{times['torch']['min'] / ours:.2f}" if "torch" in times else "")
-    return [f"{tuple(row)}{mixed}", *cells]
+    return [f"{tuple(row)}{marks}", *cells]
 
 
 def memory_table(rows: list[tuple[Row, dict]]) -> list[str]:

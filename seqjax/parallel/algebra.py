@@ -6,7 +6,7 @@ instead of n^3.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -15,6 +15,7 @@ from jaxtyping import Array
 PRECISION = "highest"  # the default of some accelerators has ten bits, which gradients would keep
 
 
+@runtime_checkable
 class Algebra(Protocol):
     """What a scan needs of its matrices, one step at a time."""
 

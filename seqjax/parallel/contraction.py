@@ -46,34 +46,34 @@ def largest_exponent(flat: FlatCell, params: Params, first: Array, states: Array
     """
     time, n = states.shape
     hop = max(1, min(HOP, -(-time // 2)))
-    count = -(-time // hop)
-    stretches = _stretches(inputs, time, hop, count)
-    u = jnp.cos(jnp.arange(n, dtype=first.dtype))
+    stretches, valid = _stretches(inputs, time, hop)
     v = jnp.concatenate([first[None], states])[:time:hop]
+    u = jnp.cos(jnp.arange(n, dtype=first.dtype))
     u = jnp.broadcast_to((u / jnp.linalg.norm(u))[None], v.shape)
     turn = jax.vmap(lambda v, u, at: _pushed(flat, params, v, u, at))
     v, u, grown = turn(v, u, stretches)
-    valid = stretches[1]
-    if count > 1:
-        valid = valid[1:]
-        _, _, grown = turn(v[:-1], u[:-1], jax.tree.map(lambda leaf: leaf[1:], stretches))
+    if len(v) > 1:  # each stretch again, with the perturbation that the one before it has turned
+        valid, later = valid[1:], jax.tree.map(lambda leaf: leaf[1:], stretches)
+        _, _, grown = turn(v[:-1], u[:-1], later)
     steps = jnp.sum(valid, dtype=jnp.int32)
     mean = jnp.sum(grown) / jnp.maximum(steps, 1).astype(grown.dtype)
     return mean.astype(jnp.float32)
 
 
-def _stretches(inputs: At, time: int, hop: int, count: int) -> At:
-    """The inputs in `count` stretches of `hop` steps, held at the end."""
+def _stretches(inputs: At, time: int, hop: int) -> tuple[At, Array]:
+    """The inputs in stretches of `hop` steps, leaves (stretches, hop, ...), held after the end; and which are valid."""
     x, valid, restart, noise = inputs
     valid = jnp.ones(time, bool) if valid is None else valid
+    count = -(-time // hop)
 
     def cut(leaf: Array) -> Array:
         more = jnp.broadcast_to(leaf[-1:], (count * hop - time, *leaf.shape[1:]))
         return jnp.concatenate([leaf, more]).reshape(count, hop, *leaf.shape[1:])
 
-    x, noise, restart = jax.tree.map(cut, (x, noise, restart))
-    held = jnp.arange(count * hop).reshape(count, hop) >= time
-    return x, cut(valid) & ~held, None if restart is None else restart & ~held, noise
+    x, noise, restart, valid = jax.tree.map(cut, (x, noise, restart, valid))
+    here = jnp.arange(count * hop).reshape(count, hop) < time
+    valid = valid & here
+    return (x, valid, None if restart is None else restart & here, noise), valid
 
 
 def _pushed(flat: FlatCell, params: Params, v: Array, u: Array, inputs: At) -> tuple[Array, Array, Array]:

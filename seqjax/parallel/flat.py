@@ -111,6 +111,32 @@ def flat_cell(cell: Any, states: State) -> FlatCell:
     return FlatCell(cell, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), states))
 
 
+def check_differentiable(flat: FlatCell, method: str, params: Params, first: Array, inputs: At) -> None:
+    """Refuses a step that has no derivative in forward mode, naming the method that needs one.
+
+    Raises:
+        TypeError: JAX cannot push a perturbation through the step.
+    """
+
+    def push(params: Params, first: Array, inputs: At) -> Array:
+        at = jax.tree.map(lambda leaf: leaf[0, 0], inputs)
+        return jax.jacfwd(lambda v: flat.step(params, v, at))(first[0])
+
+    def step(params: Params, first: Array, inputs: At) -> Array:
+        return flat.step(params, first[0], jax.tree.map(lambda leaf: leaf[0, 0], inputs))
+
+    jax.eval_shape(step, params, first, inputs)  # an error of the step itself is the cell's
+    try:
+        jax.eval_shape(push, params, first, inputs)
+    except Exception as error:
+        name = type(flat.cell).__name__
+        raise TypeError(
+            f"expected a step with a derivative in forward mode for {method}, which needs ds_t/ds_(t-1), got "
+            f"{name}.step, of which JAX says: {next(iter(str(error).splitlines()), type(error).__name__)}; give the "
+            f"part that lacks one a jax.custom_jvp rule, or use sj.unroll"
+        ) from error
+
+
 def closed_form_of(cell: Any) -> Callable[..., Array] | None:
     """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
     for kind in type(cell).__mro__:

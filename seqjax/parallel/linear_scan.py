@@ -1,19 +1,19 @@
-"""The linear recurrence d_t = A_t d_{t-1} + b_t for all t in log T sweeps, by an associative scan.
+"""The linear recurrence d_t = A_t d_{t-1} + b_t for all t in few sweeps over the sequence.
 
 Two steps are one step of the same kind,
 
     (A_2, b_2) after (A_1, b_1)  =  (A_2 A_1, A_2 b_1 + b_2),
 
-so that halves of a sequence can be joined in any order.
+so that stretches of a sequence can be joined in any order.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqjax.parallel.algebra import Algebra
+from seqjax.parallel.prefixes import running_joins
 
 Affine = tuple[Array, Array]
 
@@ -44,7 +44,10 @@ def linear_scan(algebra: Algebra, A: Array, b: Array, reverse: bool = False) -> 
         (A_1, b_1), (A_2, b_2) = first, second
         return algebra.product(A_2, A_1), algebra.apply(A_2, b_1) + b_2
 
-    return jax.lax.associative_scan(jax.vmap(join), (A, b), reverse=reverse)[1]
+    def finish(first: Affine, second: Affine) -> Array:
+        return algebra.apply(second[0], first[1]) + second[1]
+
+    return running_joins(join, finish, (A, b), reverse)
 
 
 def delayed(first: Array, states: Array) -> Array:

@@ -9,14 +9,14 @@ All look for the root of r_t = f(s_{t-1}) - s_t. With J_t = df/ds_{t-1}, Newton'
 | ELK       | whole     | damped       | T n^2   | T n^3, some ten times that of DEER |
 | QuasiELK  | diagonal  | damped       | T n     | T n, and the diagonals |
 
-DEER and QuasiDEER are exact after at most T iterations, since each makes at least one more step exact.
+All are exact after at most T iterations, since each iteration makes at least one more step exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array
@@ -26,6 +26,7 @@ from seqjax.parallel.linear_scan import linear_scan
 from seqjax.parallel.smoother import smoothed_step
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way to step: the Jacobians that it keeps, its first damping (0 for none), and the change of the trajectory."""
 
@@ -55,7 +56,7 @@ class _Newton:
 
 
 class _Damped:
-    """The step of Levenberg and Marquardt. Taken only where it makes sum_t |r_t|^2 smaller; mu follows."""
+    """The step of Levenberg and Marquardt. Taken only where it makes sum_t |r_t|^2 smaller, which sets mu."""
 
     def __post_init__(self: Any) -> None:
         mu = self.damping
@@ -120,8 +121,9 @@ class QuasiDEER(_Newton):
 class ELK(_Damped):
     """Levenberg-Marquardt with whole Jacobians: the d that minimises sum_t |d_t - J_t d_{t-1} - r_t|^2 + mu |d_t|^2.
 
-    For trajectories on whose way DEER overflows. A step is taken only where it makes the residual smaller, and then mu
-    falls; otherwise mu grows.
+    For recurrences that contract, but not where Newton's first steps lead: far from the trajectory of a polynomial
+    cell, say, where DEER overflows. A step is taken only where it makes sum_t |r_t|^2 smaller, and then mu falls;
+    otherwise mu grows.
 
     Args:
         damping: mu of the first iteration.

@@ -3,8 +3,8 @@
 Three things keep it honest where products of many Jacobians leave the range of the dtype.
 
 - The steps up to the first one whose residual is more than rounding are settled: they are not moved again, and the scan
-  starts after them. The first step that is not settled then becomes f(s_{t-1}) to the last bit, so that every iteration
-  of Newton's step settles at least one more and T of them are enough, in floating point too.
+  starts after them. The first step that is not settled becomes f(s_{t-1}) to the last bit, so that every iteration
+  settles at least one more, and T of them are enough for any method, in floating point too.
 - A state that is not finite is replaced by f(s_{t-1}), or else left as it was.
 - A residual that is not finite counts as infinite, so that nothing with NaN has converged.
 """
@@ -23,7 +23,7 @@ from seqjax.parallel.linear_scan import delayed
 from seqjax.parallel.methods import Method
 
 ROUNDING = 4  # rounding errors of the state's scale within which a step is settled
-SHRINK, GROW, LARGEST = 0.2, 4.0, 1e12  # of the damping, after a step that was taken or refused
+SHRINK, GROW, LARGEST = 0.2, 4.0, 1e3  # of the damping, after a step that was taken or refused
 
 
 class Iterate(NamedTuple):
@@ -80,35 +80,43 @@ def newton(
 
 
 def _iterate(flat: FlatCell, method: Method, params: Params, first: Array, inputs: At, at: Iterate) -> Iterate:
-    candidate = _candidate(flat, method, params, first, inputs, at)
-    stepped = flat.steps(params, delayed(first, candidate), inputs)
-    residuals = _residuals(first, candidate, stepped)
-    stuck = jnp.all(candidate == at.states)
-    if method.damping == 0:
-        return Iterate(candidate, stepped, residuals, at.damping, at.iterations + 1, stuck)
-    better = _merit(candidate, stepped) < _merit(at.states, at.stepped)
-    damping = at.damping * jnp.where(better, SHRINK, GROW).astype(at.damping.dtype)
-    damping = jnp.maximum(damping, flat.epsilon)
-    kept = jnp.where(better, candidate, at.states), jnp.where(better, stepped, at.stepped)
-    return Iterate(
-        *kept,
-        jnp.where(better, residuals, at.residuals),
-        damping,
-        at.iterations + 1,
-        (damping > LARGEST) | (better & stuck),
-    )
+    def stepped_of(states: Array) -> Array:
+        return flat.steps(params, delayed(first, states), inputs)
+
+    states, marched = _candidates(flat, method, params, first, inputs, at)
+    stepped, damping = stepped_of(states), at.damping
+    if method.damping:
+        better = _merit(states, stepped) < _merit(at.states, at.stepped)
+        damping = damping * jnp.where(better, SHRINK, GROW).astype(damping.dtype)
+        damping = jnp.clip(damping, flat.epsilon, LARGEST)
+        states = jnp.where(better, states, marched)
+        stepped = stepped_of(states)
+    residuals = _residuals(first, states, stepped)
+    return Iterate(states, stepped, residuals, damping, at.iterations + 1, jnp.all(states == at.states))
 
 
-def _candidate(flat: FlatCell, method: Method, params: Params, first: Array, inputs: At, at: Iterate) -> Array:
-    settled = jnp.cumsum(at.residuals > ROUNDING * flat.epsilon, dtype=jnp.int32) == 0
+def _candidates(
+    flat: FlatCell, method: Method, params: Params, first: Array, inputs: At, at: Iterate
+) -> tuple[Array, Array]:
+    """The method's next trajectory, and the one that only settles one more step, for where that is no better."""
+    loose = at.residuals > ROUNDING * flat.epsilon
+    order, head = jnp.arange(len(loose)), jnp.argmax(loose)
+    settled, head = (order < head) | ~jnp.any(loose), (order == head) & loose
     J = flat.jacobians(method.algebra, params, delayed(first, at.states), inputs)
-    J = jax.vmap(lambda done, J: jnp.where(done, jnp.zeros_like(J), J))(settled, J)
-    r = jax.vmap(lambda done, r: jnp.where(done, jnp.zeros_like(r), r))(settled, at.stepped - at.states)
-    d = method.change(J, r, at.damping)
+    J = _select(settled, jnp.zeros_like(J), J)
+    d = method.change(J, _select(settled, jnp.zeros_like(at.states), at.stepped - at.states), at.damping)
     moved = at.states + d
-    if method.damping == 0:  # the same, and exactly f(s_{t-1}) where the step before is settled
+    if not method.damping:  # the same in exact arithmetic; here with the rounding error of d and not of the states
         moved = at.stepped + jax.vmap(method.algebra.apply)(J, delayed(jnp.zeros_like(first), d))
-    return jax.vmap(_finite)(settled, moved, at.stepped, at.states)
+    marched = _select(head, at.stepped, at.states)
+    moved = _select(head, at.stepped, moved)
+    moved, marched = (jax.vmap(_finite)(settled, s, at.stepped, at.states) for s in (moved, marched))
+    return moved, marched
+
+
+def _select(steps: Array, yes: Array, no: Array) -> Array:
+    """`yes` at the steps that are True, `no` at the others."""
+    return jax.vmap(jnp.where)(steps, yes, no)
 
 
 def _finite(settled: Array, moved: Array, stepped: Array, before: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The damped Newton step of ELK as a Kalman smoother, in log T sweeps.
+"""The damped Newton step of ELK as a Kalman smoother, in few sweeps over the sequence.
 
 Levenberg-Marquardt asks for the change d of the trajectory that minimises
 
@@ -11,6 +11,7 @@ so is the way back, of which the means alone are wanted.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array
 
 from seqjax.parallel.algebra import Algebra
 from seqjax.parallel.linear_scan import advanced, linear_scan
+from seqjax.parallel.prefixes import running_joins
 
 
 class Segment(NamedTuple):
@@ -55,8 +57,8 @@ def smoothed_step(algebra: Algebra, J: Array, r: Array, mu: Array) -> Array:
         [0.8, 0.8, 0.8]
     """
     J = J.at[0].set(jnp.zeros_like(J[0]))  # the state before the first step is known
-    parts = jax.lax.associative_scan(jax.vmap(lambda i, j: _join(algebra, i, j)), _segments(algebra, J, r, mu))
-    mean, covariance = parts.b, parts.C
+    join, finish = partial(_join, algebra), partial(_filtered, algebra)
+    mean, covariance = running_joins(join, finish, _segments(algebra, J, r, mu))
 
     def way_back(mean: Array, P: Array, J_next: Array, r_next: Array) -> tuple[Array, Array]:
         to_next = algebra.product(P, algebra.transpose(J_next))
@@ -88,14 +90,24 @@ def _segments(algebra: Algebra, J: Array, r: Array, mu: Array) -> Segment:
 def _join(algebra: Algebra, i: Segment, j: Segment) -> Segment:
     """Segment i and then segment j. With C and Omega symmetric, (I + Omega C)^-1 = I - Omega (I + C Omega)^-1 C."""
     product, apply, transpose = algebra.product, algebra.apply, algebra.transpose
-    between = algebra.inverse(algebra.identity(len(i.b), i.b.dtype) + product(i.C, j.Omega))
-    A, C = product(between, i.A), product(between, i.C)
-    onward, back = product(j.A, C), transpose(i.A)
+    between = _between(algebra, i, j)
+    A, C, back = product(between, i.A), product(between, i.C), transpose(i.A)
     news = j.eta - apply(j.Omega, i.b)
     return Segment(
         A=product(j.A, A),
         b=apply(j.A, apply(between, i.b + apply(i.C, j.eta))) + j.b,
-        C=product(onward, transpose(j.A)) + j.C,
+        C=product(product(j.A, C), transpose(j.A)) + j.C,
         eta=apply(back, news - apply(j.Omega, apply(C, news))) + i.eta,
         Omega=product(back, product(j.Omega, A)) + i.Omega,
     )
+
+
+def _filtered(algebra: Algebra, i: Segment, j: Segment) -> tuple[Array, Array]:
+    """b and C of both: the mean and the covariance of the state at the end, from a known one at the start."""
+    between = _between(algebra, i, j)
+    C = algebra.product(j.A, algebra.product(algebra.product(between, i.C), algebra.transpose(j.A)))
+    return algebra.apply(j.A, algebra.apply(between, i.b + algebra.apply(i.C, j.eta))) + j.b, C + j.C
+
+
+def _between(algebra: Algebra, i: Segment, j: Segment) -> Array:
+    return algebra.inverse(algebra.identity(len(i.b), i.b.dtype) + algebra.product(i.C, j.Omega))

@@ -19,11 +19,12 @@ from seqjax.checks import batch_of_states, check_flags, check_inputs
 from seqjax.compiled import compiled
 from seqjax.guarded import guarded_step, new_state
 from seqjax.parallel.contraction import largest_exponent, warn_of_growth
-from seqjax.parallel.flat import At, FlatCell, flat_cell
+from seqjax.parallel.flat import At, FlatCell, check_differentiable, flat_cell
 from seqjax.parallel.implicit import implicit
 from seqjax.parallel.linear_scan import delayed
 from seqjax.parallel.methods import DEER, Method
 from seqjax.parallel.newton import newton
+from seqjax.unroll import trajectory
 
 
 class Convergence(NamedTuple):
@@ -73,7 +74,7 @@ def unroll_parallel(
         method: how to iterate: `DEER()`, `QuasiDEER()`, `ELK()` or `QuasiELK()`.
         tolerance: a row has converged where its residual, relative to its states, is no larger; by default eps^(3/4)
             of the state's dtype, 6e-6 in float32 and 2e-12 in float64.
-        max_iterations: at most so many. DEER and QuasiDEER need no more than there are steps, on any cell.
+        max_iterations: at most so many. None needs more than there are steps, on any cell.
         fallback: give a row that does not converge the values and gradients of the sequential scan, which then runs
             for the whole batch, and only then. Otherwise the row holds its last iterate.
 
@@ -106,7 +107,7 @@ def unroll_parallel(
     state = batch_of_states(cell, params, state, batch)
     _check_state(cell, method, state)
     run = compiled(_run, cell, method, bool(reverse), bool(fallback))
-    limits = None if tolerance is None else float(tolerance), int(max_iterations)
+    limits = float(tolerance or 0), int(max_iterations)  # 0 for the default, so that either compiles once
     result, found = run(params, state, (xs, mask, reset), key, limits)
     warn_of_growth(method, found.exponent, found.converged, time)
     return result, found
@@ -169,12 +170,13 @@ def _batch(
 ) -> tuple[tuple[State, Output], Convergence]:
     """One cell that is no stack: the states, with their derivatives, and then every step once more for its output."""
     flat = flat_cell(cell, state)
-    first = jax.vmap(flat.ravel)(state)
+    batch, time = jax.tree.leaves(inputs)[0].shape[:2]
+    first = jax.vmap(flat.ravel, axis_size=batch)(state)
     arguments = (params, first, inputs)
-    time = jax.tree.leaves(inputs)[0].shape[1]
-    if not time or not flat.size:
-        states, found = _nothing_to_find(flat, len(first), time)
+    if not (batch and time and flat.size):
+        states, found = _nothing_to_find(flat, batch, time)
     else:
+        check_differentiable(flat, type(method).__name__, params, first, inputs)
         states, found = _search(flat, method, fallback, limits, *_constant(arguments))
         rows = jax.vmap(partial(_implicit_row, flat, method), ((None, 0, 0), 0, None))
         states = rows(arguments, states, jnp.any(found.fell_back))
@@ -208,7 +210,7 @@ def _search(
 ) -> tuple[Array, Convergence]:
     """The states (batch, time, n), by Newton's method and, where asked for and needed, by the scan."""
     tolerance, most = limits
-    tolerance = jnp.asarray(flat.epsilon**0.75 if tolerance is None else tolerance, first.dtype)
+    tolerance = jnp.where(tolerance > 0, tolerance, flat.epsilon**0.75).astype(first.dtype)
     search = partial(newton, flat, method, params, tolerance=tolerance, most=jnp.asarray(most, jnp.int32))
     states, residual, iterations = jax.vmap(lambda *row: search(*row))(first, inputs)
     converged = residual <= tolerance
@@ -224,17 +226,24 @@ def _search(
 
 
 def _scanned(flat: FlatCell, params: Params, first: Array, inputs: At) -> Array:
-    """The states (batch, time, n), one step after another."""
+    """The states (batch, time, n), one step after another: by what `unroll` itself runs, where it need not draw noise.
+
+    A chaotic recurrence tells two programs of the same steps apart.
+    """
+    xs, mask, reset, noise = inputs
+    start = jax.vmap(flat.unravel)(first)
+    if noise is None:
+        states = trajectory(flat.cell, params, xs, state=start, mask=mask, reset=reset)
+        return jax.vmap(jax.vmap(flat.ravel))(states)[:, 1:]
 
     def one(state: State, inputs: At) -> State:
         return jax.lax.scan(lambda s, at: guarded_step(flat.cell, params, s, *at, new_state), state, inputs)[1]
 
-    states = jax.vmap(one)(jax.vmap(flat.unravel)(first), inputs)
-    return jax.vmap(jax.vmap(flat.ravel))(states)
+    return jax.vmap(jax.vmap(flat.ravel))(jax.vmap(one)(start, inputs))
 
 
 def _check_options(method: Any, tolerance: Any, max_iterations: Any) -> None:
-    if isinstance(method, type) or not all(hasattr(method, name) for name in ("algebra", "damping", "change")):
+    if isinstance(method, type) or not isinstance(method, Method):
         got = f"the class {method.__name__}: {method.__name__}()" if isinstance(method, type) else f"{method!r}: DEER()"
         raise TypeError(f"expected method, one of DEER(), QuasiDEER(), ELK(), QuasiELK(), got {got} is one")
     if tolerance is not None and not 0 < tolerance < math.inf:
@@ -245,7 +254,7 @@ def _check_options(method: Any, tolerance: Any, max_iterations: Any) -> None:
     if not whole or max_iterations < 1:
         raise ValueError(
             f"expected max_iterations to be a whole number of at least 1, got {max_iterations!r}: "
-            f"DEER needs at most one for each step"
+            f"no method needs more than one for each step"
         )
 
 

@@ -1,0 +1,209 @@
+"""Parallel-in-time evaluation: its iterations, its work and its time beside the sequential scan.
+
+    python -m benchmarks.parallel_in_time              everything, some eight minutes on two cores
+    python -m benchmarks.parallel_in_time --seconds 60 stops starting new rows after a minute
+
+Tanh networks of H units in float32, one sequence, T steps, W_hh random with a gain of 0.7 (contracting) and of 3
+(chaotic for H of some tens; a network of one or two units only flips or turns). At most 100 iterations.
+
+- iterations, converged, residual and exponent are those of the record; they do not depend on the machine.
+- work is by a model, in floating-point operations an iteration: DEER T (2 H^2 + 4 H^3), two products of matrices for
+  each step in an associative scan; QuasiDEER T (2 H^2 + 6 H); ELK T (2 H^2 + 52 H^3), two joins of eight products and
+  an inverse, and the way back. The scan has T * 2 H^2.
+- time is the minimum of two calls after a first one, in turns with `sj.unroll` in the same run.
+- the break-even on a GPU is a prediction from a model, not a measurement.
+
+Rows whose Jacobians or whose time would not fit are left out, with the number. Writes parallel_in_time.json and
+parallel_in_time.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from benchmarks.machine import machine
+
+TIMES, UNITS, GAINS = (1_000, 10_000, 100_000), (1, 2, 8, 32, 64), {"contracting": 0.7, "chaotic": 3.0}
+METHODS = ("DEER", "QuasiDEER", "ELK")
+MOST = 100  # iterations
+MEMORY = 6e9  # bytes of matrices that a row may hold
+SPEED = 4e9  # operations a second that small products reach on this kind of machine, to leave out what takes too long
+ROW = 20.0  # seconds that one call of a row may be expected to take
+
+# A GPU, for the prediction: an H100 as published, and the step of a scan as XLA runs it, one loop turn from the host.
+STEP, LAUNCH, BANDWIDTH, FLOPS = 8e-6, 4e-6, 3.0e12, 2.5e13
+KERNELS, OTHERS = 6, 20  # launched for one level of an associative scan, up and down, and besides in an iteration
+
+
+def matrices(method: str, T: int, H: int) -> float:
+    """Bytes that are held at once: Jacobians, the levels of the scan and its results; ELK has three matrices a step."""
+    return {"DEER": 16.0 * T * H * H, "QuasiDEER": 16.0 * T * H, "ELK": 48.0 * T * H * H}[method]
+
+
+def work(method: str, T: int, H: int) -> float:
+    """Floating-point operations of one iteration."""
+    return T * {"DEER": 2.0 * H**2 + 4 * H**3, "QuasiDEER": 2.0 * H**2 + 6 * H, "ELK": 52.0 * H**3 + 2 * H**2}[method]
+
+
+def problem(kind: str, T: int, H: int):
+    import jax
+    import jax.numpy as jnp
+
+    import seqjax as sj
+
+    W = GAINS[kind] * jax.random.normal(jax.random.key(H), (H, H)) / math.sqrt(H)
+    U = 0.5 * jax.random.normal(jax.random.key(1), (H, 1))
+    return sj.VanillaRNN(1, H), sj.VanillaParams(U, W, jnp.zeros(H)), jax.random.normal(jax.random.key(2), (1, T, 1))
+
+
+def called(function, *given) -> tuple[object, float]:
+    import jax
+
+    began = time.perf_counter()
+    result = jax.block_until_ready(function(*given))
+    return result, time.perf_counter() - began
+
+
+def row(kind: str, name: str, T: int, H: int, per_iteration: dict) -> dict:
+    """One line of the table."""
+    import jax
+    import numpy as np
+
+    import seqjax as sj
+
+    found = {"kind": kind, "method": name, "T": T, "H": H, "work": work(name, T, H), "bytes": matrices(name, T, H)}
+    if found["bytes"] > MEMORY:
+        return found | {"left out": f"{found['bytes'] / 1e9:.1f} GB of matrices"}
+    known = per_iteration.get((name, H))  # seconds an iteration at the last length, which grow with T
+    expected = known[1] * T / known[0] if known else found["work"] / SPEED
+    most = int(min(MOST, ROW / expected))
+    if most < 10:
+        return found | {"left out": f"{expected:.1f} s an iteration"}
+    cell, params, xs = problem(kind, T, H)
+    method = getattr(sj, name)()
+    parallel = jax.jit(lambda p, x: sj.unroll_parallel(cell, p, x, method=method, max_iterations=most))
+    scan = jax.jit(lambda p, x: sj.unroll(cell, p, x))
+    (result, record), _ = called(parallel, params, xs)
+    expected, _ = called(scan, params, xs)
+    seconds = {"parallel": math.inf, "scan": math.inf}
+    for _ in range(2):
+        for way, function in (("parallel", parallel), ("scan", scan)):
+            seconds[way] = min(seconds[way], called(function, params, xs)[1])
+        if seconds["parallel"] > ROW / 4:
+            break
+    iterations = int(record.iterations[0])
+    per_iteration[name, H] = T, seconds["parallel"] / max(iterations, 1)
+    return found | {
+        "most": most,
+        "iterations": iterations,
+        "converged": bool(record.converged[0]),
+        "residual": float(record.residual[0]),
+        "exponent": float(record.exponent[0]),
+        "difference": float(np.abs(np.asarray(result[1]) - np.asarray(expected[1])).max()),
+        "seconds": seconds,
+        "work of all over the scan's": found["work"] * iterations / (2.0 * T * H * H),
+    }
+
+
+def predicted(method: str, T: int, H: int, iterations: float) -> float:
+    """Seconds on a GPU: launches of log2 T levels, and the larger of the matrices' traffic and their products."""
+    launches = (KERNELS * math.log2(T) * (4 if method == "ELK" else 1) + OTHERS) * LAUNCH
+    traffic = 2.5 * matrices(method, T, H) / BANDWIDTH  # read and written by each level, which halve
+    return iterations * (launches + max(traffic, work(method, T, H) / FLOPS))
+
+
+def break_even(rows: list[dict]) -> list[dict]:
+    """For each method and H, the iterations that contracting rows took, and from which T on the model says it pays."""
+    found = []
+    for method in METHODS:
+        for H in UNITS:
+            some = [
+                r for r in rows if (r["method"], r["H"], r["kind"]) == (method, H, "contracting") and r.get("converged")
+            ]
+            if not some:
+                continue
+            k = max(r["iterations"] for r in some)
+            lengths = [int(10 ** (e / 20)) for e in range(20, 121)]
+            pays = [T for T in lengths if predicted(method, T, H, k) < T * STEP]
+            gains = {str(T): T * STEP / predicted(method, T, H, k) for T in TIMES}
+            found.append({"method": method, "H": H, "iterations": k, "from": pays[0] if pays else None, "gains": gains})
+    return found
+
+
+def table(found: dict, versions: str) -> str:
+    lines = ["# Parallel in time against the scan", "", f"{versions}, float32, one sequence.", ""]
+    lines += [
+        "Tanh networks of H units with W_hh of gain 0.7 (contracting) and 3 (chaotic where the exponent is positive). "
+        f"At most {MOST} iterations, fewer where `of` says so, to keep a row within {ROW:.0f} s; what did not converge "
+        "within them is not converged. Residuals are relative to the states. `work` is that of all iterations over the "
+        "scan's, by the model in the script. Times are minima of calls in turns on a CPU, where the scan should win; "
+        " the ratio is parallel over scan. In chaotic rows that converged, the error, to the scan, is that "
+        "between any two programs which round differently.",
+        "",
+        "| cell | method | T | H | iterations of | converged | residual | exponent | error | work | ms | scan | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        head = f"| {r['kind']} | {r['method']} | {r['T']} | {r['H']} | "
+        if "left out" in r:
+            lines.append(head + f"left out: {r['left out']} |  |  |  |  |  |  |  |  |")
+            continue
+        ms, scan = 1e3 * r["seconds"]["parallel"], 1e3 * r["seconds"]["scan"]
+        lines.append(
+            head + f"{r['iterations']} of {r['most']} | {'yes' if r['converged'] else 'no'} | {r['residual']:.1e} | "
+            f"{r['exponent']:+.2f} | {r['difference']:.1e} | {r['work of all over the scan' + chr(39) + 's']:.0f} | "
+            f"{ms:.1f} | {scan:.1f} | {ms / scan:.1f} |"
+        )
+    lines += [
+        "",
+        "## Break-even on a GPU: a prediction, not a measurement",
+        "",
+        f"The scan: {1e6 * STEP:.0f} us a step, one turn of a loop that the host drives, for any H up to 64. An "
+        f"iteration: {KERNELS} launches of {1e6 * LAUNCH:.0f} us for each of log2 T levels, four times as many for "
+        f"ELK, and {OTHERS} more; and the larger of 2.5 passes over the matrices at {BANDWIDTH / 1e12:.0f} TB/s and "
+        f"their products at {FLOPS / 1e12:.0f} Tflop/s. The iterations are the most that a contracting row above took. A "
+        "sequential kernel that keeps its weights in registers takes 2 us a step; against it every gain is a quarter.",
+        "",
+        "| method | H | iterations | pays from T | gain at 1 000 | at 10 000 | at 100 000 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in found["break-even"]:
+        gains = " | ".join(f"{r['gains'][str(T)]:.1f}" for T in TIMES)
+        lines.append(f"| {r['method']} | {r['H']} | {r['iterations']} | {r['from'] or 'never'} | {gains} |")
+    lines += [
+        "",
+        "Where the recurrence is chaotic the iterations approach T, and no length pays.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=420.0, help="start no new row after so long")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    began, rows, per_iteration = time.perf_counter(), [], {}
+    order = [(T, H, kind, name) for T in TIMES for H in UNITS for kind in GAINS for name in METHODS]
+    for T, H, kind, name in order:
+        if time.perf_counter() - began > arguments.seconds:
+            rows.append({"kind": kind, "method": name, "T": T, "H": H, "left out": "the script's time was up"})
+        else:
+            rows.append(row(kind, name, T, H, per_iteration))
+        print(f"{time.perf_counter() - began:.0f} s", json.dumps(rows[-1]), flush=True)
+    found = {"rows": rows, "break-even": break_even(rows)}
+    versions = f"One process on {len(os.sched_getaffinity(0))} of {machine('jax', 'jaxlib')}"
+    here = Path(__file__).with_suffix("")
+    here.with_suffix(".json").write_text(json.dumps({"machine": versions, "found": found}, indent=1) + "\n")
+    here.with_suffix(".md").write_text(table(found, versions))
+    print("\n" + table(found, versions))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,6 +76,13 @@ from .model import head_log_probs as head_log_probs
 from .model import log_probs as log_probs
 from .objectives import ManyToOne as ManyToOne
 from .objectives import every_step as every_step
+from .parallel.contraction import NotContractingWarning as NotContractingWarning
+from .parallel.methods import DEER as DEER
+from .parallel.methods import ELK as ELK
+from .parallel.methods import QuasiDEER as QuasiDEER
+from .parallel.methods import QuasiELK as QuasiELK
+from .parallel.unroll import Convergence as Convergence
+from .parallel.unroll import unroll_parallel as unroll_parallel
 from .pooling import last_valid as last_valid
 from .pooling import masked_max as masked_max
 from .pooling import masked_mean as masked_mean

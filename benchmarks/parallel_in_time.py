@@ -1,7 +1,7 @@
 """Parallel-in-time evaluation: its iterations, its work and its time beside the sequential scan.
 
-    python -m benchmarks.parallel_in_time              everything, some eight minutes on two cores
-    python -m benchmarks.parallel_in_time --seconds 60 stops starting new rows after a minute
+    python -m benchmarks.parallel_in_time              everything, some seven minutes on one core
+    python -m benchmarks.parallel_in_time --only chaos one part anew, beside the rows of the last run
 
 Tanh networks of H units in float32, one sequence, T steps, W_hh random with a gain of 0.7 (contracting) and of 3
 (chaotic for H of some tens; a network of one or two units only flips or turns). At most 100 iterations.
@@ -20,6 +20,7 @@ parallel_in_time.md beside this file.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -35,11 +36,12 @@ METHODS = ("DEER", "QuasiDEER", "ELK")
 MOST = 100  # iterations
 MEMORY = 6e9  # bytes of matrices that a row may hold
 SPEED = 4e9  # operations a second that small products reach on this kind of machine, to leave out what takes too long
-ROW = 20.0  # seconds that one call of a row may be expected to take
+ROW = 6.0  # seconds that one call of a row may be expected to take
 
 # A GPU, for the prediction: an H100 as published, and the step of a scan as XLA runs it, one loop turn from the host.
-STEP, LAUNCH, BANDWIDTH, FLOPS = 8e-6, 4e-6, 3.0e12, 2.5e13
-KERNELS, OTHERS = 6, 20  # launched for one level of an associative scan, up and down, and besides in an iteration
+BLOCK, STEP, LAUNCH, BANDWIDTH, FLOPS = 16, 8e-6, 4e-6, 3.0e12, 2.5e13
+TURN = {"DEER": 0, "QuasiDEER": 0, "ELK": 10}  # launches in a turn of the scan's loops beyond the first few
+OTHERS = 20  # launches of an iteration outside the scan
 
 
 def matrices(method: str, T: int, H: int) -> float:
@@ -73,7 +75,6 @@ def called(function, *given) -> tuple[object, float]:
 
 def row(kind: str, name: str, T: int, H: int, per_iteration: dict) -> dict:
     """One line of the table."""
-    import jax
     import numpy as np
 
     import seqjax as sj
@@ -88,8 +89,13 @@ def row(kind: str, name: str, T: int, H: int, per_iteration: dict) -> dict:
         return found | {"left out": f"{expected:.1f} s an iteration"}
     cell, params, xs = problem(kind, T, H)
     method = getattr(sj, name)()
-    parallel = jax.jit(lambda p, x: sj.unroll_parallel(cell, p, x, method=method, max_iterations=most))
-    scan = jax.jit(lambda p, x: sj.unroll(cell, p, x))
+
+    def parallel(params, xs):  # not jitted again: both kinds of cells then share what is compiled
+        return sj.unroll_parallel(cell, params, xs, method=method, max_iterations=most)
+
+    def scan(params, xs):
+        return sj.unroll(cell, params, xs)
+
     (result, record), _ = called(parallel, params, xs)
     expected, _ = called(scan, params, xs)
     seconds = {"parallel": math.inf, "scan": math.inf}
@@ -113,10 +119,25 @@ def row(kind: str, name: str, T: int, H: int, per_iteration: dict) -> dict:
 
 
 def predicted(method: str, T: int, H: int, iterations: float) -> float:
-    """Seconds on a GPU: launches of log2 T levels, and the larger of the matrices' traffic and their products."""
-    launches = (KERNELS * math.log2(T) * (4 if method == "ELK" else 1) + OTHERS) * LAUNCH
-    traffic = 2.5 * matrices(method, T, H) / BANDWIDTH  # read and written by each level, which halve
+    """Seconds on a GPU: turns and launches, and the larger of the matrices' traffic and their products."""
+    turns = BLOCK + math.log2(max(2.0, T / BLOCK))
+    launches = turns * (STEP + TURN[method] * LAUNCH) + OTHERS * LAUNCH
+    traffic = 2.5 * matrices(method, T, H) / BANDWIDTH
     return iterations * (launches + max(traffic, work(method, T, H) / FLOPS))
+
+
+def chaos() -> list[dict]:
+    """Iterations until convergence against T, where perturbations grow: as many as it takes."""
+    import seqjax as sj
+
+    found = []
+    for T in (125, 250, 500, 1000):
+        cell, params, xs = problem("chaotic", T, 32)
+        for name in ("DEER", "QuasiDEER"):
+            _, record = sj.unroll_parallel(cell, params, xs, method=getattr(sj, name)(), max_iterations=T)
+            numbers = {"iterations": int(record.iterations[0]), "exponent": float(record.exponent[0])}
+            found.append({"T": T, "method": name, "converged": bool(record.converged[0])} | numbers)
+    return found
 
 
 def break_even(rows: list[dict]) -> list[dict]:
@@ -144,10 +165,10 @@ def table(found: dict, versions: str) -> str:
         f"At most {MOST} iterations, fewer where `of` says so, to keep a row within {ROW:.0f} s; what did not converge "
         "within them is not converged. Residuals are relative to the states. `work` is that of all iterations over the "
         "scan's, by the model in the script. Times are minima of calls in turns on a CPU, where the scan should win; "
-        " the ratio is parallel over scan. In chaotic rows that converged, the error, to the scan, is that "
+        "the last column is parallel over scan. In chaotic rows that converged, the error, to the scan, is that "
         "between any two programs which round differently.",
         "",
-        "| cell | method | T | H | iterations of | converged | residual | exponent | error | work | ms | scan | |",
+        "| cell | method | T | H | iterations of | converged | residual | exponent | error | work | ms | scan | x |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found["rows"]:
@@ -166,10 +187,11 @@ def table(found: dict, versions: str) -> str:
         "## Break-even on a GPU: a prediction, not a measurement",
         "",
         f"The scan: {1e6 * STEP:.0f} us a step, one turn of a loop that the host drives, for any H up to 64. An "
-        f"iteration: {KERNELS} launches of {1e6 * LAUNCH:.0f} us for each of log2 T levels, four times as many for "
-        f"ELK, and {OTHERS} more; and the larger of 2.5 passes over the matrices at {BANDWIDTH / 1e12:.0f} TB/s and "
-        f"their products at {FLOPS / 1e12:.0f} Tflop/s. The iterations are the most that a contracting row above took. A "
-        "sequential kernel that keeps its weights in registers takes 2 us a step; against it every gain is a quarter.",
+        f"iteration: {BLOCK} + log2(T / {BLOCK}) such turns, with {TURN['ELK']} launches of {1e6 * LAUNCH:.0f} us more "
+        f"in each for ELK, and {OTHERS} launches besides; and the larger of 2.5 passes over the matrices at "
+        f"{BANDWIDTH / 1e12:.0f} TB/s and their products at {FLOPS / 1e12:.0f} Tflop/s. The iterations are the most "
+        "that a contracting row took. A sequential kernel that keeps its weights in registers takes 2 us a step; against "
+        "it every gain is a quarter.",
         "",
         "| method | H | iterations | pays from T | gain at 1 000 | at 10 000 | at 100 000 |",
         "|---|---|---|---|---|---|---|",
@@ -179,27 +201,45 @@ def table(found: dict, versions: str) -> str:
         lines.append(f"| {r['method']} | {r['H']} | {r['iterations']} | {r['from'] or 'never'} | {gains} |")
     lines += [
         "",
-        "Where the recurrence is chaotic the iterations approach T, and no length pays.",
+        "## Where perturbations grow: iterations until convergence",
+        "",
+        "H = 32, gain 3, as many iterations as it takes. They grow with T, and no length pays.",
+        "",
+        "| method | T | iterations | converged | exponent |",
+        "|---|---|---|---|---|",
     ]
+    for r in sorted(found["chaos"], key=lambda r: r["method"]):
+        converged = "yes" if r["converged"] else "no"
+        lines.append(f"| {r['method']} | {r['T']} | {r['iterations']} | {converged} | {r['exponent']:+.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def rows(seconds: float) -> list[dict]:
+    """The table, until the time is up."""
+    began, found, per_iteration = time.perf_counter(), [], {}
+    for T, H, kind, name in itertools.product(TIMES, UNITS, GAINS, METHODS):
+        if time.perf_counter() - began > seconds:
+            found.append({"kind": kind, "method": name, "T": T, "H": H, "left out": "the script's time was up"})
+        else:
+            found.append(row(kind, name, T, H, per_iteration))
+        print(f"{time.perf_counter() - began:.0f} s", json.dumps(found[-1]), flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=420.0, help="start no new row after so long")
+    parser.add_argument("--seconds", type=float, default=400.0, help="start no new row of the table after so long")
+    parser.add_argument("--only", choices=["rows", "chaos"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    began, rows, per_iteration = time.perf_counter(), [], {}
-    order = [(T, H, kind, name) for T in TIMES for H in UNITS for kind in GAINS for name in METHODS]
-    for T, H, kind, name in order:
-        if time.perf_counter() - began > arguments.seconds:
-            rows.append({"kind": kind, "method": name, "T": T, "H": H, "left out": "the script's time was up"})
-        else:
-            rows.append(row(kind, name, T, H, per_iteration))
-        print(f"{time.perf_counter() - began:.0f} s", json.dumps(rows[-1]), flush=True)
-    found = {"rows": rows, "break-even": break_even(rows)}
-    versions = f"One process on {len(os.sched_getaffinity(0))} of {machine('jax', 'jaxlib')}"
     here = Path(__file__).with_suffix("")
+    found = json.loads(here.with_suffix(".json").read_text())["found"] if arguments.only else {}
+    if arguments.only != "rows":
+        found["chaos"] = chaos()
+    if arguments.only != "chaos":
+        found["rows"] = rows(arguments.seconds)
+    found["break-even"] = break_even(found["rows"])
+    versions = f"One process on {len(os.sched_getaffinity(0))} of {machine('jax', 'jaxlib')}"
     here.with_suffix(".json").write_text(json.dumps({"machine": versions, "found": found}, indent=1) + "\n")
     here.with_suffix(".md").write_text(table(found, versions))
     print("\n" + table(found, versions))

@@ -62,6 +62,8 @@ def running_joins(
 
 def _joined_totals(join: Callable[[PyTree, PyTree], PyTree], totals: PyTree) -> PyTree:
     count = len(jax.tree.leaves(totals)[0])
+    if count == 1:
+        return totals
 
     def sweep(level: Array, totals: PyTree) -> PyTree:
         distance = jnp.left_shift(1, level)

@@ -190,8 +190,8 @@ def table(found: dict, versions: str) -> str:
         f"iteration: {BLOCK} + log2(T / {BLOCK}) such turns, with {TURN['ELK']} launches of {1e6 * LAUNCH:.0f} us more "
         f"in each for ELK, and {OTHERS} launches besides; and the larger of 2.5 passes over the matrices at "
         f"{BANDWIDTH / 1e12:.0f} TB/s and their products at {FLOPS / 1e12:.0f} Tflop/s. The iterations are the most "
-        "that a contracting row took. A sequential kernel that keeps its weights in registers takes 2 us a step; against "
-        "it every gain is a quarter.",
+        "that a contracting row took. A sequential kernel that keeps its weights in registers takes 2 us a step; "
+        "against it every gain is a quarter.",
         "",
         "| method | H | iterations | pays from T | gain at 1 000 | at 10 000 | at 100 000 |",
         "|---|---|---|---|---|---|---|",

@@ -81,7 +81,7 @@ from .parallel.methods import DEER as DEER
 from .parallel.methods import ELK as ELK
 from .parallel.methods import QuasiDEER as QuasiDEER
 from .parallel.methods import QuasiELK as QuasiELK
-from .parallel.unroll import Convergence as Convergence
+from .parallel.search import Convergence as Convergence
 from .parallel.unroll import unroll_parallel as unroll_parallel
 from .pooling import last_valid as last_valid
 from .pooling import masked_max as masked_max

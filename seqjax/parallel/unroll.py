@@ -7,42 +7,22 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Output, Params, State
 from seqjax.cells.stack import Stack
 from seqjax.checks import batch_of_states, check_flags, check_inputs
 from seqjax.compiled import compiled
-from seqjax.guarded import guarded_step, new_state
-from seqjax.parallel.contraction import largest_exponent, warn_of_growth
+from seqjax.parallel.contraction import warn_of_growth
 from seqjax.parallel.flat import At, FlatCell, check_differentiable, flat_cell
 from seqjax.parallel.implicit import implicit
 from seqjax.parallel.linear_scan import delayed
 from seqjax.parallel.methods import DEER, Method
-from seqjax.parallel.newton import newton
-from seqjax.unroll import trajectory
-
-
-class Convergence(NamedTuple):
-    """What the search found, for each sequence of the batch. A stack is searched layer by layer.
-
-    Attributes:
-        converged: whether the residual is within the tolerance; of a stack, in all layers.
-        iterations: of Newton's method; of a stack, of all layers together.
-        residual: max_t |s_t - f(s_{t-1}, x_t)| over the largest state up to t; infinite where it is not a number.
-        exponent: the largest Lyapunov exponent in nats a step, estimated; minus infinity where nothing recurs.
-        fell_back: whether the values are those of the sequential scan.
-    """
-
-    converged: Bool[Array, " batch"]
-    iterations: Int[Array, " batch"]
-    residual: Float[Array, " batch"]
-    exponent: Float[Array, " batch"]
-    fell_back: Bool[Array, " batch"]
+from seqjax.parallel.search import Convergence, nothing_to_find, search, together
 
 
 def unroll_parallel(
@@ -64,7 +44,7 @@ def unroll_parallel(
 
         s_t = f(s_{t-1}, x_t) for all t    <=    d_t = J_t d_{t-1} + (f(s_{t-1}, x_t) - s_t),    s_t <- s_t + d_t
 
-    Each iteration is a few sweeps over the sequence, of depth log T. It pays on an accelerator, for long sequences and
+    Each iteration is a linear scan of depth 16 + log T. It pays on an accelerator, for long sequences and
     small states, and where the recurrence contracts. On a CPU `unroll` is faster. The derivatives, of first and second
     order, are those of the trajectory, by one linear scan, and do not pass through the iterations; where a row has not
     converged they mean as little as its values.
@@ -151,18 +131,7 @@ def _layers(
         (s, xs), found = _layers(layer, method, fallback, p, s, (xs, mask, reset, drawn), limits)
         final.append(s)
         records.append(found)
-    return (tuple(final), xs), _together(records)
-
-
-def _together(records: list[Convergence]) -> Convergence:
-    converged, iterations, residual, exponent, fell_back = (jnp.stack(each) for each in zip(*records, strict=True))
-    return Convergence(
-        converged=jnp.all(converged, axis=0),
-        iterations=jnp.sum(iterations, axis=0, dtype=jnp.int32),
-        residual=jnp.max(residual, axis=0),
-        exponent=jnp.max(exponent, axis=0),
-        fell_back=jnp.any(fell_back, axis=0),
-    )
+    return (tuple(final), xs), together(records)
 
 
 def _batch(
@@ -174,10 +143,10 @@ def _batch(
     first = jax.vmap(flat.ravel, axis_size=batch)(state)
     arguments = (params, first, inputs)
     if not (batch and time and flat.size):
-        states, found = _nothing_to_find(flat, batch, time)
+        states, found = nothing_to_find(flat, batch, time)
     else:
         check_differentiable(flat, type(method).__name__, params, first, inputs)
-        states, found = _search(flat, method, fallback, limits, *_constant(arguments))
+        states, found = search(flat, method, fallback, limits, *_constant(arguments))
         rows = jax.vmap(partial(_implicit_row, flat, method), ((None, 0, 0), 0, None))
         states = rows(arguments, states, jnp.any(found.fell_back))
     before = jax.vmap(delayed)(first, states)
@@ -196,50 +165,6 @@ def _constant(tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf: jax.lax.stop_gradient(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf, tree
     )
-
-
-def _nothing_to_find(flat: FlatCell, batch: int, time: int) -> tuple[Array, Convergence]:
-    exponent = jnp.full(batch, 0.0 if flat.size else -jnp.inf, jnp.float32)
-    done, none = jnp.ones(batch, bool), jnp.zeros(batch, jnp.float32)
-    found = Convergence(done, jnp.zeros(batch, jnp.int32), none, exponent, ~done)
-    return jnp.zeros((batch, time, flat.size), flat.dtype), found
-
-
-def _search(
-    flat: FlatCell, method: Method, fallback: bool, limits: Any, params: Params, first: Array, inputs: At
-) -> tuple[Array, Convergence]:
-    """The states (batch, time, n), by Newton's method and, where asked for and needed, by the scan."""
-    tolerance, most = limits
-    tolerance = jnp.where(tolerance > 0, tolerance, flat.epsilon**0.75).astype(first.dtype)
-    search = partial(newton, flat, method, params, tolerance=tolerance, most=jnp.asarray(most, jnp.int32))
-    states, residual, iterations = jax.vmap(lambda *row: search(*row))(first, inputs)
-    converged = residual <= tolerance
-    fell_back = ~converged if fallback else jnp.zeros_like(converged)
-    if fallback:
-        scanned = jax.lax.cond(
-            jnp.any(fell_back), lambda states: _scanned(flat, params, first, inputs), lambda states: states, states
-        )
-        states = jax.vmap(jnp.where)(fell_back, scanned, states)
-    measure = jax.vmap(partial(largest_exponent, flat, params))
-    exponent = measure(first, states, inputs)
-    return states, Convergence(converged, iterations, residual.astype(jnp.float32), exponent, fell_back)
-
-
-def _scanned(flat: FlatCell, params: Params, first: Array, inputs: At) -> Array:
-    """The states (batch, time, n), one step after another: by what `unroll` itself runs, where it need not draw noise.
-
-    A chaotic recurrence tells two programs of the same steps apart.
-    """
-    xs, mask, reset, noise = inputs
-    start = jax.vmap(flat.unravel)(first)
-    if noise is None:
-        states = trajectory(flat.cell, params, xs, state=start, mask=mask, reset=reset)
-        return jax.vmap(jax.vmap(flat.ravel))(states)[:, 1:]
-
-    def one(state: State, inputs: At) -> State:
-        return jax.lax.scan(lambda s, at: guarded_step(flat.cell, params, s, *at, new_state), state, inputs)[1]
-
-    return jax.vmap(jax.vmap(flat.ravel))(jax.vmap(one)(start, inputs))
 
 
 def _check_options(method: Any, tolerance: Any, max_iterations: Any) -> None:

@@ -68,8 +68,10 @@ def guarded_step(
 
 
 def choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    """One tree or the other, for one example."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def zeros_like(tree: PyTree) -> PyTree:
+    """A tree of zeros."""
     return jax.tree.map(jnp.zeros_like, tree)

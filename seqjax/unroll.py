@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from seqjax.cell import Output, Params, State, is_value
 from seqjax.cells.stack import Stack
+from seqjax.checkpointed import run_checkpointed
 from seqjax.checks import batch_of_states, check_flags, check_inputs
 from seqjax.guarded import Emit, guarded_step, last_output, new_state
 from seqjax.split.chunks import Recurrence
@@ -34,6 +35,7 @@ def unroll(
     reset: Bool[Any, "batch time"] | None = None,
     reverse: bool = False,
     key: Array | None = None,
+    checkpoint_every: int | None = None,
 ) -> tuple[State, Output]:
     """Runs a cell over a batch of sequences: s_t, o_t = step(theta, s_{t-1}, x_t).
 
@@ -47,12 +49,15 @@ def unroll(
         reset: where True, the state is replaced by the initial one before the step, also where the mask is False.
         reverse: right to left; outputs stay at their own time index.
         key: a random key for cells that draw noise, such as `Dropout`; without one every cell is deterministic.
+        checkpoint_every: for gradients in little memory: keep the state only before every so many steps, and run
+            these steps once more in the backward pass. About sqrt(time) of them keep memory at sqrt(time) states, for
+            a third more time. None keeps what is quickest. Values and gradients are the same.
 
     Returns:
         The final state, leaves (batch, ...), and the outputs, leaves (batch, time, ...).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or `checkpoint_every` is not a positive number of steps.
         TypeError: a dtype does not fit, or the cell's step changes the type of its state.
 
     Example:
@@ -64,7 +69,11 @@ def unroll(
         >>> round(float(state.h[0, 0]), 6)  # 0.8^20
         0.011529
     """
-    return _run(last_output, cell, params, xs, state, mask, reset, reverse, key)
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(
+            f"expected checkpoint_every of at least one step, got {checkpoint_every}: about sqrt(time), or None"
+        )
+    return _run(last_output, cell, params, xs, state, mask, reset, reverse, key, checkpoint_every)
 
 
 def trajectory(
@@ -199,25 +208,39 @@ def _run(
     reset: Any,
     reverse: bool,
     key: Array | None = None,
+    every: int | None = None,
 ) -> tuple[State, PyTree]:
     xs, batch, time = check_inputs(cell, xs)
     mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
     state = batch_of_states(cell, params, state, batch)
     run = _run_compiled if is_value(cell) else _run_batch
-    return run(emit, cell, reverse, params, state, xs, mask, reset, key)
+    return run(emit, cell, reverse, None if every is None else int(every), params, state, xs, mask, reset, key)
 
 
 def _run_batch(
-    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any, key: Any
+    emit: Emit,
+    cell: Any,
+    reverse: bool,
+    every: int | None,
+    params: Params,
+    state: State,
+    xs: PyTree,
+    mask: Any,
+    reset: Any,
+    key: Any,
 ) -> tuple[State, PyTree]:
     noise = None
     if key is not None and hasattr(cell, "noise"):
         keys = jax.random.split(key, jax.tree.leaves(xs)[0].shape[:2])
         noise = jax.vmap(jax.vmap(cell.noise))(keys)
-    return _run_layers(emit, cell, reverse, params, state, xs, mask, reset, noise)
+    if every is None:
+        return _run_layers(emit, cell, reverse, params, state, xs, mask, reset, noise)
+    return run_checkpointed(
+        partial(_run_layers, emit, cell, reverse, params), every, reverse, state, (xs, mask, reset, noise)
+    )
 
 
-_run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2))
+_run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2, 3))
 
 
 def _run_layers(

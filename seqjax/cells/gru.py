@@ -90,11 +90,12 @@ def gru_gates(params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: 
 
 def _drive(params: GRUParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
     W_xh = params.W_xh
-    return W_xh @ as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU") + params.b_h
+    # x W^T and not W x: over a batch its rows are then those of the result, and nothing is transposed.
+    return as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU") @ W_xh.T + params.b_h
 
 
 def _recur_after(params: GRUParams, state: GRUState) -> Float[Array, " gates"]:
-    product = params.W_hh @ state.h
+    product = state.h @ params.W_hh.T
     return product if params.b_hn is None else product + jnp.pad(params.b_hn, (2 * state.h.size, 0))
 
 
@@ -270,6 +271,18 @@ class GRU:
     ) -> tuple[GRUState, Float[Array, " n"]]:
         """The rest of the step, with the reset after the product: the gates of both, then h_t."""
         return _mix(state, _gates_after(drive, recurrent), self.update or "keeps")
+
+    @property
+    def native_loop(self) -> Callable[[GRUParams], tuple[int, Array, Array | None]] | None:
+        """What `seqjax.native` runs, for torch's kind of GRU: three gates, their recurrent weights, and b_hn."""
+        if (self.reset, self.update) != ("after", "keeps"):
+            return None
+
+        def loop(params: GRUParams) -> tuple[int, Array, Array | None]:
+            b_hn = params.b_hn
+            return 3, params.W_hh, None if b_hn is None else jnp.pad(b_hn, (2 * b_hn.size, 0))
+
+        return loop
 
     def jacobian(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
         """`gru_jacobian` with this cell's conventions."""

@@ -84,6 +84,12 @@ class LearnedState:
         return self.cell.advance
 
     @property
+    def native_loop(self) -> Callable[[Any], tuple[int, Array, Array | None]] | None:
+        """What `seqjax.native` runs of the cell, where it does."""
+        loop = getattr(self.cell, "native_loop", None)
+        return None if loop is None else lambda params: loop(params.cell)
+
+    @property
     def noise(self) -> Callable[[Array], PyTree]:
         """The cell's noise, where it draws some."""
         return self.cell.noise

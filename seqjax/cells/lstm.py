@@ -69,7 +69,7 @@ def lstm_gates(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> L
         >>> round(float(gates.forget[0]), 4)  # sigma(1)
         0.7311
     """
-    return _gates(_drive(params, x) + params.W_hh @ state.h)
+    return _gates(_drive(params, x) + state.h @ params.W_hh.T)
 
 
 def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tuple[LSTMState, Float[Array, " n"]]:
@@ -97,12 +97,13 @@ def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tu
         >>> float(state.c[0]), round(float(output[0]), 4)  # every gate is 1/2
         (0.5, 0.2311)
     """
-    return _advance(state, _drive(params, x), params.W_hh @ state.h)
+    return _advance(state, _drive(params, x), state.h @ params.W_hh.T)
 
 
 def _drive(params: LSTMParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
     W_xh, _, b_h = params
-    return W_xh @ as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM") + b_h
+    # x W^T and not W x: over a batch its rows are then those of the result, and nothing is transposed.
+    return as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM") @ W_xh.T + b_h
 
 
 def _gates(a: Float[Array, " gates"]) -> LSTMGates:
@@ -229,13 +230,17 @@ class LSTM:
 
     def recur(self, params: LSTMParams, state: LSTMState) -> Float[Array, " gates"]:
         """The recurrent product, W_hh h_{t-1}."""
-        return params.W_hh @ state.h
+        return state.h @ params.W_hh.T
 
     def advance(
         self, state: LSTMState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
     ) -> tuple[LSTMState, Float[Array, " n"]]:
         """The rest of the step: the gates of drive + recurrent, then c_t and h_t."""
         return _advance(state, drive, recurrent)
+
+    def native_loop(self, params: LSTMParams) -> tuple[int, Array, None]:
+        """What `seqjax.native` runs: four gates, their recurrent weights, and no bias beside them."""
+        return 4, params.W_hh, None
 
     def jacobian(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "m m"]:
         """`lstm_jacobian`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -58,12 +59,13 @@ def vanilla_step(
         >>> round(float(output[0]), 4)  # tanh(0.2 + 0.5 * 0.4 + 0.1)
         0.4621
     """
-    return _advance(_drive(params, x), params.W_hh @ state.h, activation)
+    return _advance(_drive(params, x), state.h @ params.W_hh.T, activation)
 
 
 def _drive(params: VanillaParams, x: Float[Array, " d"]) -> Float[Array, " n"]:
     W_xh, _, b_h = params
-    return W_xh @ as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN") + b_h
+    # x W^T and not W x: over a batch its rows are then those of the result, and nothing is transposed.
+    return as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN") @ W_xh.T + b_h
 
 
 def _advance(
@@ -94,7 +96,7 @@ def vanilla_jacobian(
         >>> round(float(J[0, 0]), 4)  # 2 (1 - h^2) at the fixed point h = tanh(2 h)
         0.1664
     """
-    slope = jax.vmap(jax.grad(ACTIVATIONS[activation]))(_drive(params, x) + params.W_hh @ state.h)
+    slope = jax.vmap(jax.grad(ACTIVATIONS[activation]))(_drive(params, x) + state.h @ params.W_hh.T)
     return slope[:, None] * params.W_hh
 
 
@@ -163,13 +165,18 @@ class VanillaRNN:
 
     def recur(self, params: VanillaParams, state: VanillaState) -> Float[Array, " n"]:
         """The recurrent product, W_hh h_{t-1}."""
-        return params.W_hh @ state.h
+        return state.h @ params.W_hh.T
 
     def advance(
         self, state: VanillaState, drive: Float[Array, " n"], recurrent: Float[Array, " n"]
     ) -> tuple[VanillaState, Float[Array, " n"]]:
         """The rest of the step, h_t = phi(drive + recurrent)."""
         return _advance(drive, recurrent, self.activation)
+
+    @property
+    def native_loop(self) -> Callable[[VanillaParams], tuple[int, Array, None]] | None:
+        """What `seqjax.native` runs, for tanh: one gate, its recurrent weights, and no bias beside them."""
+        return None if self.activation != "tanh" else lambda params: (1, params.W_hh, None)
 
     def jacobian(self, params: VanillaParams, state: VanillaState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
         """`vanilla_jacobian` with this cell's activation."""

@@ -17,9 +17,10 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params, State
-from seqjax.guarded import zeros_like
+from seqjax.guarded import last_output, zeros_like
+from seqjax.native import run_backward, takes
 from seqjax.split.chunks import Recurrence, choose_rows, cut, cut_inputs, over_chunk, scan_once
-from seqjax.split.forward import initial_states, run_chunk
+from seqjax.split.forward import initial_states
 
 
 def pick(tree: PyTree, wanted: PyTree) -> list[Any]:
@@ -33,46 +34,39 @@ def put(tree: PyTree, wanted: PyTree, values: Sequence[Any]) -> PyTree:
     return jax.tree.map(lambda leaf, is_wanted: next(those) if is_wanted else leaf, tree, wanted)
 
 
-def backward(how: Recurrence, inputs: Any, saved: State, cotangents: Any, wanted: PyTree) -> list[Array]:
+def backward(how: Recurrence, inputs: Any, states: State, cotangents: Any, wanted: PyTree) -> list[Array]:
     """The cotangents of the inputs that are wanted, in their order.
 
     Args:
         inputs: (params, state, xs, mask, reset), batched.
-        saved: what `forward` saved of them.
+        states: every state, (time, batch, ...), as `forward` gave them.
         cotangents: of the final state and of what was kept, (batch, time, ...).
         wanted: a tree like the inputs, of True and False.
     """
     params, state, xs, mask, reset = inputs
     wanted_params, wanted_state, wanted_xs = wanted[:3]
-    last, kept_cotangents = cotangents
+    of_last, of_kept = cotangents
     initial = initial_states(how.cell, params, state)
 
     def chunk(carry: Any, start: Array, length: int) -> tuple[Any, Any]:
         chain, of_params = carry
         x, valid, restart = cut_inputs(xs, mask, reset, start, length)
-        drives = over_chunk(how.cell.drive)(params, x)
-        first = _state_before(how, state, saved, xs, start, length)
-        if how.every:
-            states = run_chunk(how, params, initial, first, drives, valid, restart)[1][0]
-        else:
-            states = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, length), saved)
-        before = _shift(how, first, states)
+        before = _states_before(how, state, states, start, length)
         if restart is not None:
             before = choose_rows(restart, jax.tree.map(lambda leaf: leaf[None], initial), before)
-        kept = cut(kept_cotangents, start, length)
-        chain, of_products = _chain(how, params, chain, before, drives, (valid, restart, kept))
 
         def products(some_params: list[Array], some_x: list[Array]) -> tuple[PyTree, PyTree]:
             p = put(params, wanted_params, some_params)
             return over_chunk(how.cell.drive)(p, put(x, wanted_xs, some_x)), over_chunk(how.cell.recur)(p, before)
 
-        pull = jax.vjp(products, pick(params, wanted_params), pick(x, wanted_xs))[1]
-        of_p, of_x = pull(of_products)
+        made, pull = jax.vjp(products, pick(params, wanted_params), pick(x, wanted_xs))
+        chain, of_made = _chain(how, params, chain, before, made, (valid, restart, cut(of_kept, start, length)))
+        of_p, of_x = pull(of_made)
         of_x = of_x if valid is None else choose_rows(valid, of_x, zeros_like(of_x))
         return (chain, jax.tree.map(jnp.add, of_params, of_p)), of_x
 
     of_params = zeros_like(pick(params, wanted_params))
-    carry = ((last, None if reset is None else zeros_like(state)), of_params)
+    carry = ((of_last, None if reset is None else zeros_like(state)), of_params)
     ((of_state, of_initial), of_params), of_xs = how.chunks(xs).scan(chunk, carry, back=True)
     if reset is not None:
 
@@ -84,42 +78,44 @@ def backward(how: Recurrence, inputs: Any, saved: State, cotangents: Any, wanted
     return [*of_params, *pick(of_state, wanted_state), *(jnp.swapaxes(leaf, 0, 1) for leaf in of_xs)]
 
 
-def _state_before(how: Recurrence, state: State, saved: State, xs: PyTree, start: Array, length: int) -> State:
-    """The state that the chunk began with, from what was saved."""
-    chunks = how.chunks(xs)
-    if how.every:
-        return jax.tree.map(lambda leaf: leaf[start // chunks.length], saved)
-    at, outside = (start + length, start + length >= chunks.time) if how.reverse else (start - 1, start <= 0)
-    inside = jax.tree.map(lambda leaf: leaf[jnp.clip(at, 0, chunks.time - 1)], saved)
-    return jax.tree.map(lambda a, b: jnp.where(outside, a, b), state, inside)
+def _states_before(how: Recurrence, state: State, states: State, start: Array, length: int) -> State:
+    """s_{t-1} for every t of a chunk, (time, batch, ...); the first of the sequence is `state`."""
+
+    def before(first: Array, every: Array) -> Array:
+        time = every.shape[0]
+        at, outside = (start + length, start + length >= time) if how.reverse else (start - 1, start <= 0)
+        neighbour = jnp.where(outside, first, every[jnp.clip(at, 0, time - 1)])[None]
+        inside = lax.dynamic_slice_in_dim(every, start, length)
+        return jnp.concatenate([inside[1:], neighbour] if how.reverse else [neighbour, inside[:-1]])
+
+    return jax.tree.map(before, state, states)
 
 
-def _shift(how: Recurrence, first: State, states: State) -> State:
-    """s_{t-1} for every s_t of a chunk, (time, batch, ...)."""
+def _chain(how: Recurrence, params: Params, carry: Any, before: State, made: Any, flags: Any) -> tuple[Any, Any]:
+    """lambda through one chunk; and the cotangents of its drives and recurrent products, (time, batch, ...).
 
-    def shift(before: Array, inside: Array) -> Array:
-        return jnp.concatenate([inside[1:], before[None]] if how.reverse else [before[None], inside[:-1]])
-
-    return jax.tree.map(shift, first, states)
-
-
-def _chain(how: Recurrence, params: Params, carry: Any, before: State, drives: PyTree, flags: Any) -> tuple[Any, Any]:
-    """lambda through one chunk; and the cotangents of its drives and recurrent products, (time, batch, ...)."""
+    Args:
+        carry: lambda of the states after the chunk, and the cotangent that the initial state has gathered.
+        before: s_{t-1} for every t.
+        made: the drives and the recurrent products.
+        flags: the mask and the reset of the chunk, and the cotangents of what was kept.
+    """
+    if takes(how.cell, before, flags[:2]) and how.emit is last_output:
+        of_state, of_made = run_backward(how.cell, params, carry[0], before, made, flags[2], how.reverse)
+        return (of_state, carry[1]), of_made
     recur = jax.vmap(how.cell.recur, (None, 0))
-    recurrents = over_chunk(how.cell.recur)(params, before)
 
     def step(carry: Any, at: Any) -> tuple[Any, Any]:
-        after, of_initial = carry
-        state, drive, recurrent, (valid, restart, kept) = at
-        advance = jax.vmap(how.guarded_advance)
-        _, pull = jax.vjp(lambda s, d, r: advance(s, d, r, valid), state, drive, recurrent)
-        of_state, of_drive, of_recurrent = pull((after, kept))
-        through = jax.vjp(lambda s: recur(params, s), state)[1](of_recurrent)[0]
+        of_after, of_initial = carry
+        state, made, (valid, restart, of_kept) = at
+        _, pull = jax.vjp(lambda s, m: jax.vmap(how.guarded_advance)(s, m[0], m[1], valid), state, made)
+        of_state, of_made = pull((of_after, of_kept))
+        through = jax.vjp(lambda s: recur(params, s), state)[1](of_made[1])[0]
         of_state = jax.tree.map(jnp.add, of_state, through)
         if restart is not None:
             nothing = zeros_like(of_state)
             of_initial = jax.tree.map(jnp.add, of_initial, choose_rows(restart, of_state, nothing))
             of_state = choose_rows(restart, nothing, of_state)
-        return (of_state, of_initial), (of_drive, of_recurrent)
+        return (of_state, of_initial), of_made
 
-    return scan_once(step, carry, (before, drives, recurrents, flags), not how.reverse)
+    return scan_once(step, carry, (before, made, flags), not how.reverse)

@@ -27,18 +27,16 @@ class Recurrence:
         cell: a split cell.
         emit: what is kept of a step: `last_output` or `new_state`.
         reverse: right to left.
-        every: save the state only before every so many steps, and run these once more going back; None for all states.
     """
 
     cell: Any
     emit: Emit
     reverse: bool = False
-    every: int | None = None
 
     def chunks(self, xs: PyTree) -> Chunks:
         """How the time of `xs` is cut."""
         batch, time = jax.tree.leaves(xs)[0].shape[:2]
-        return Chunks(time, min(self.every, time) if self.every else chunk_length(batch, time), self.reverse)
+        return Chunks(time, chunk_length(batch, time), self.reverse)
 
     def guarded_advance(self, state: State, drive: PyTree, recurrent: PyTree, valid: Any) -> tuple[State, PyTree]:
         """`cell.advance` for one example and what is kept of it, as `seqjax.guarded` means a mask."""

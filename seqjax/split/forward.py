@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params, State, strong_type
+from seqjax.guarded import last_output
+from seqjax.native import run_forward, takes
 from seqjax.split.chunks import Recurrence, choose_rows, cut_inputs, over_chunk, scan_once
 
 
@@ -18,25 +20,28 @@ def forward(
     """Runs the sequence.
 
     Returns:
-        (final state, what is kept (batch, time, ...)); and the states that the way back needs: all of them,
-        (time, batch, ...), or with `how.every` the one before each chunk, (chunks, batch, ...).
+        (final state, what is kept (batch, time, ...)); and every state, (time, batch, ...), for the way back.
     """
     initial = initial_states(how.cell, params, state)
 
     def chunk(state: State, start: Array, length: int) -> tuple[State, Any]:
         x, valid, restart = cut_inputs(xs, mask, reset, start, length)
         drives = over_chunk(how.cell.drive)(params, x)
-        after, (states, kept) = run_chunk(how, params, initial, state, drives, valid, restart)
-        return after, (jax.tree.map(lambda leaf: leaf[None], state) if how.every else states, kept)
+        return run_chunk(how, params, initial, state, drives, valid, restart)
 
-    final, (saved, kept) = how.chunks(xs).scan(chunk, state)
-    return (final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), kept)), saved
+    final, (states, kept) = how.chunks(xs).scan(chunk, state)
+    return (final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), kept)), states
 
 
 def run_chunk(
     how: Recurrence, params: Params, initial: State, state: State, drives: PyTree, valid: Any, restart: Any
 ) -> tuple[State, tuple[State, PyTree]]:
     """The loop over one chunk: the state after it; and every state with what is kept of it, (time, batch, ...)."""
+
+    if takes(how.cell, state, (valid, restart)):
+        states = run_forward(how.cell, params, state, drives, how.reverse)
+        last = jax.tree.map(lambda leaf: leaf[0 if how.reverse else -1], states)
+        return last, (states, jax.tree.leaves(states)[0] if how.emit is last_output else states)
 
     def step(state: State, at: tuple[PyTree, Any, Any]) -> tuple[State, Any]:
         drive, valid, restart = at

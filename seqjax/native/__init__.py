@@ -1,0 +1,142 @@
+"""An optional kernel in C++ for the two loops of the built-in cells on a CPU; without it, XLA runs the same loops.
+
+    python -m seqjax.native        compiles it with the C++ compiler that is there, once for each machine
+
+It is found by itself from then on. `SEQJAX_NATIVE=0` in the environment leaves it alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+SOURCE = Path(__file__).with_name("loops.cpp")
+TARGETS = ("seqjax_pack_forward", "seqjax_pack_backward", "seqjax_forward", "seqjax_backward")
+LANES = 8  # floats of one vector in the source
+
+
+def library() -> Path:
+    """Where the kernel of this source, this jaxlib and this processor lies, or would lie."""
+    about = SOURCE.read_bytes() + version("jaxlib").encode() + _processor().encode()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqjax"
+    return folder / f"loops-{hashlib.sha256(about).hexdigest()[:16]}.so"
+
+
+def _processor() -> str:
+    """What the compiler may use of this processor: the same cache may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def build(compiler: str | None = None) -> Path:
+    """Compiles the kernel for this machine.
+
+    Args:
+        compiler: the C++17 compiler, g++ or clang++; by default $CXX, or g++.
+
+    Returns:
+        The library, where `available` finds it.
+
+    Raises:
+        RuntimeError: there is no such compiler, or it does not take the source.
+    """
+    compiler = compiler or os.environ.get("CXX", "g++")
+    target = library()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = target.with_suffix(f".{os.getpid()}")
+    # Neither -ffast-math, which would make the whole process flush small numbers to zero, nor errno and traps.
+    options = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    command = [compiler, *options, "-w", "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(half)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(
+            f"expected a C++17 compiler, found no {compiler!r}: install g++, or name one in CXX; "
+            f"without it XLA runs the same loops"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{compiler} did not take {SOURCE.name}:\n{error.stderr}") from None
+    half.replace(target)
+    available.cache_clear()
+    return target
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernel is there and wanted; registers it with JAX when first asked."""
+    if os.environ.get("SEQJAX_NATIVE") == "0" or jax.default_backend() != "cpu" or not library().exists():
+        return False
+    loaded = ctypes.CDLL(str(library()))
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    return True
+
+
+def takes(cell: Any, state: PyTree, flags: Any) -> bool:
+    """Whether the kernel can run this cell: one of ours, in float32, without mask and reset."""
+    if getattr(cell, "native_loop", None) is None or any(flag is not None for flag in flags):
+        return False
+    return all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state)) and available()
+
+
+def run_forward(cell: Any, params: PyTree, state: PyTree, drives: Array, reverse: bool) -> PyTree:
+    """Every state of a chunk, (time, batch, n) each."""
+    gates, W_hh, bias = cell.native_loop(params)
+    n = W_hh.shape[1]
+    wide = LANES * (2 if gates == 1 else 1)  # the units of one panel
+    panels = _call("seqjax_pack_forward", [_like(W_hh, -(-n // wide), n, gates * wide)], W_hh, gates=gates)[0]
+    leaves, tree = jax.tree.flatten(state)
+    h_0, c_0 = _pair(leaves)
+    shape = (drives.shape[0], *h_0.shape)
+    kinds = [_like(h_0, *shape), _like(h_0, *(shape if len(leaves) == 2 else (0,)))]
+    bias = jnp.zeros(0, W_hh.dtype) if bias is None else bias
+    states = _call("seqjax_forward", kinds, drives, panels, bias, h_0, c_0, gates=gates, reverse=reverse)
+    return jax.tree.unflatten(tree, states[: len(leaves)])
+
+
+def run_backward(
+    cell: Any, params: PyTree, of_state: PyTree, before: PyTree, made: Any, of_kept: Array, reverse: bool
+) -> tuple[PyTree, tuple[Array, Array]]:
+    """lambda before the chunk, and the cotangents of `made`, its drives and recurrent products."""
+    drives, recurrents = made
+    gates, W_hh, _ = cell.native_loop(params)
+    rows, n = W_hh.shape
+    panels = _call("seqjax_pack_backward", [_like(W_hh, -(-n // (2 * LANES)), rows, 2 * LANES)], W_hh)[0]
+    leaves, tree = jax.tree.flatten(of_state)
+    of_h, of_c = _pair(leaves)
+    h, c = _pair(jax.tree.leaves(before))
+    apart = gates == 3  # the GRU's candidate reads its drive and its recurrent product apart
+    kinds = [_like(of_h, *of_h.shape), _like(of_c, *of_c.shape), _like(drives, *drives.shape)]
+    kinds.append(_like(drives, *(drives.shape if apart else (0,))))
+    *of_state, of_drives, of_recurrents = _call(
+        "seqjax_backward", kinds, drives, recurrents, panels, h, c, of_kept, of_h, of_c, gates=gates, reverse=reverse
+    )
+    return jax.tree.unflatten(tree, of_state[: len(leaves)]), (of_drives, of_recurrents if apart else of_drives)
+
+
+def _pair(leaves: list[Array]) -> tuple[Array, Array]:
+    """h and c; a state without c gets an empty one."""
+    return leaves[0], leaves[1] if len(leaves) == 2 else jnp.zeros(0, leaves[0].dtype)
+
+
+def _like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, array.dtype)
+
+
+def _call(name: str, kinds: list[jax.ShapeDtypeStruct], *arrays: Array, **attributes: Any) -> list[Array]:
+    numbers = {key: value if isinstance(value, bool) else np.int64(value) for key, value in attributes.items()}
+    return list(jax.ffi.ffi_call(name, kinds, vmap_method="sequential")(*arrays, **numbers))

@@ -70,6 +70,8 @@ from .losses import bits_per_character as bits_per_character
 from .losses import perplexity as perplexity
 from .losses import sequence_log_prob as sequence_log_prob
 from .losses import sequence_loss as sequence_loss
+from .memory import MemoryEstimate as MemoryEstimate
+from .memory import memory_estimate as memory_estimate
 from .model import Model as Model
 from .model import ModelParams as ModelParams
 from .model import head_log_probs as head_log_probs

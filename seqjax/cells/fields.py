@@ -11,12 +11,12 @@ import jax.numpy as jnp
 def check_fields(cell: Any, sizes: tuple[str, ...], **choices: tuple[str, ...]) -> None:
     """Refuses sizes that are not positive whole numbers and options that are not among their choices.
 
-    Sizes are kept as plain integers and the dtype as its name, so that equal cells are equal however they were spelled:
+    Sizes are kept as plain integers and dtypes as their names, so that equal cells are equal however they were spelled:
     `LSTM(2, 3, dtype=jnp.float32) == LSTM(2, 3)`.
 
     Raises:
         ValueError: a size or an option is wrong.
-        TypeError: the dtype is not a floating-point one.
+        TypeError: a dtype is not a floating-point one.
     """
     kind = type(cell).__name__
     check_sizes(cell, *sizes)
@@ -24,12 +24,15 @@ def check_fields(cell: Any, sizes: tuple[str, ...], **choices: tuple[str, ...]) 
         value = getattr(cell, name)
         if value not in allowed:
             raise ValueError(f"expected {kind} {name} to be one of {', '.join(allowed)}, got {value!r}")
-    dtype = jnp.dtype(cell.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"expected {kind} dtype to be floating-point, got {dtype.name}: use float32, float64 or bfloat16"
-        )
-    object.__setattr__(cell, "dtype", dtype.name)
+    for name in ("dtype", "compute_dtype"):
+        if getattr(cell, name, None) is None:
+            continue
+        dtype = jnp.dtype(getattr(cell, name))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"expected {kind} {name} to be floating-point, got {dtype.name}: use float32, float64 or bfloat16"
+            )
+        object.__setattr__(cell, name, dtype.name)
 
 
 def check_sizes(cell: Any, *sizes: str) -> None:

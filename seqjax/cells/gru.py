@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_chrono, check_fields
+from seqjax.cells.product import product, rounded
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
 
 Reset = Literal["after", "before"]
@@ -53,7 +55,13 @@ class GRUGates(NamedTuple):
     candidate: Float[Array, " n"]
 
 
-def gru_gates(params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: Reset = "after") -> GRUGates:
+def gru_gates(
+    params: GRUParams,
+    state: GRUState,
+    x: Float[Array, " d"],
+    reset: Reset = "after",
+    compute_dtype: DTypeLike | None = None,
+) -> GRUGates:
     """The gates of one step.
 
         r = sigma(W_r [x, h] + b_r)    z = sigma(W_z [x, h] + b_z)
@@ -65,6 +73,7 @@ def gru_gates(params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: 
         state: h_{t-1} (n,).
         x: x_t (d,).
         reset: "after" or "before".
+        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
 
     Returns:
         `GRUGates`, (n,) each.
@@ -80,23 +89,22 @@ def gru_gates(params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: 
         >>> round(float(sj.gru_gates(params, sj.GRUState(jnp.ones(1)), jnp.ones(1)).update[0]), 4)  # sigma(2)
         0.8808
     """
-    drive = _drive(params, x)
+    drive = _drive(params, x, compute_dtype)
     if reset == "after":
-        return _gates_after(drive, _recur_after(params, state))
-    W_hh, n = params.W_hh, state.h.size
-    r, z = jnp.split(jax.nn.sigmoid(drive[: 2 * n] + W_hh[: 2 * n] @ state.h), 2)
-    return GRUGates(r, z, jnp.tanh(drive[2 * n :] + W_hh[2 * n :] @ (r * state.h)))
+        return _gates_after(drive, _recur_after(params, state, compute_dtype))
+    W_rz, U = jnp.split(params.W_hh, [2 * state.h.size])
+    r, z = jnp.split(jax.nn.sigmoid(drive[: 2 * state.h.size] + product(W_rz, state.h, compute_dtype)), 2)
+    return GRUGates(r, z, jnp.tanh(drive[2 * state.h.size :] + product(U, r * state.h, compute_dtype)))
 
 
-def _drive(params: GRUParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
+def _drive(params: GRUParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
     W_xh = params.W_xh
-    # x W^T and not W x: over a batch its rows are then those of the result, and nothing is transposed.
-    return as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU") @ W_xh.T + params.b_h
+    return product(W_xh, as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU"), compute_dtype) + params.b_h
 
 
-def _recur_after(params: GRUParams, state: GRUState) -> Float[Array, " gates"]:
-    product = state.h @ params.W_hh.T
-    return product if params.b_hn is None else product + jnp.pad(params.b_hn, (2 * state.h.size, 0))
+def _recur_after(params: GRUParams, state: GRUState, compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
+    from_h = product(params.W_hh, state.h, compute_dtype)
+    return from_h if params.b_hn is None else from_h + jnp.pad(params.b_hn, (2 * state.h.size, 0))
 
 
 def _gates_after(drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]) -> GRUGates:
@@ -113,7 +121,12 @@ def _mix(state: GRUState, gates: GRUGates, update: Update) -> tuple[GRUState, Fl
 
 
 def gru_step(
-    params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: Reset = "after", update: Update = "keeps"
+    params: GRUParams,
+    state: GRUState,
+    x: Float[Array, " d"],
+    reset: Reset = "after",
+    update: Update = "keeps",
+    compute_dtype: DTypeLike | None = None,
 ) -> tuple[GRUState, Float[Array, " n"]]:
     """One step of the GRU.
 
@@ -126,6 +139,7 @@ def gru_step(
         x: x_t (d,).
         reset: "after" or "before" the recurrent matrix product.
         update: whether z "keeps" the old state or "writes" the new one.
+        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
 
     Returns:
         The new state and the output, which is h_t (n,).
@@ -142,11 +156,16 @@ def gru_step(
         >>> round(float(output[0]), 4)  # sigma(2) of the old state, and h~ = 0
         0.8808
     """
-    return _mix(state, gru_gates(params, state, x, reset), update)
+    return _mix(state, gru_gates(params, state, x, reset, compute_dtype), update)
 
 
 def gru_jacobian(
-    params: GRUParams, state: GRUState, x: Float[Array, " d"], reset: Reset = "after", update: Update = "keeps"
+    params: GRUParams,
+    state: GRUState,
+    x: Float[Array, " d"],
+    reset: Reset = "after",
+    update: Update = "keeps",
+    compute_dtype: DTypeLike | None = None,
 ) -> Float[Array, "n n"]:
     """dh_t/dh_{t-1} in closed form, for z that keeps; z that writes exchanges z and 1 - z.
 
@@ -155,7 +174,7 @@ def gru_jacobian(
         dh~/dh = diag(h~') U (diag(r) + diag(h) dr/dh)            (reset before)
 
     Args:
-        params, state, x, reset, update: as for `gru_step`.
+        params, state, x, reset, update, compute_dtype: as for `gru_step`.
 
     Returns:
         The matrix (n, n).
@@ -170,15 +189,15 @@ def gru_jacobian(
         >>> round(float(J[0, 0]), 4)  # sigma(2): nothing reads h
         0.8808
     """
-    r, z, candidate = gru_gates(params, state, x, reset)
-    W_r, W_z, U = jnp.split(params.W_hh, 3)
+    r, z, candidate = gru_gates(params, state, x, reset, compute_dtype)
+    W_r, W_z, U = jnp.split(rounded(params.W_hh, compute_dtype), 3)
     r_by_h = (r * (1 - r))[:, None] * W_r
     z_by_h = (z * (1 - z))[:, None] * W_z
     if reset == "after":
-        inner = U @ state.h if params.b_hn is None else U @ state.h + params.b_hn
+        inner = _recur_after(params, state, compute_dtype)[-state.h.size :]
         inside = r[:, None] * U + inner[:, None] * r_by_h
     else:
-        inside = U * r[None] + U @ (state.h[:, None] * r_by_h)
+        inside = U @ rounded(jnp.diag(r) + state.h[:, None] * r_by_h, compute_dtype)
     candidate_by_h = (1 - candidate**2)[:, None] * inside
     old, new, sign = (z, 1 - z, 1) if update == "keeps" else (1 - z, z, -1)
     return jnp.diag(old) + sign * (state.h - candidate)[:, None] * z_by_h + new[:, None] * candidate_by_h
@@ -200,6 +219,8 @@ class GRU:
         input_init: draws the input matrix of each gate.
         recurrent_init: draws the recurrent matrix of each gate.
         dtype: of the parameters, and so of the state.
+        compute_dtype: of the operands of the matrix products, such as "bfloat16"; their sums, and so the state, keep
+            `dtype`. None computes in `dtype` throughout.
 
     Raises:
         ValueError: a size is not positive, an option is unknown, or `chrono` is below 3.
@@ -221,6 +242,7 @@ class GRU:
     input_init: Initializer = Glorot()
     recurrent_init: Initializer = Orthogonal()
     dtype: DTypeLike = "float32"
+    compute_dtype: DTypeLike | None = None
 
     def __post_init__(self) -> None:
         if self.update is None:
@@ -253,18 +275,18 @@ class GRU:
 
     def step(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> tuple[GRUState, Float[Array, " n"]]:
         """`gru_step` with this cell's conventions."""
-        return gru_step(params, state, x, self.reset, self.update or "keeps")
+        return gru_step(params, state, x, self.reset, self.update or "keeps", self.compute_dtype)
 
     def drive(self, params: GRUParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
         """The input half of the step, W_xh x_t + b_h."""
-        return _drive(params, x)
+        return _drive(params, x, self.compute_dtype)
 
     @property
     def recur(self) -> Callable[[GRUParams, GRUState], Float[Array, " gates"]]:
         """The recurrent product, W_hh h_{t-1} with b_hn. With the reset before it there are two, so there is none."""
         if self.reset == "before":
             raise AttributeError("the reset gate stands before a second product, so the step has no split in three")
-        return _recur_after
+        return partial(_recur_after, compute_dtype=self.compute_dtype)
 
     def advance(
         self, state: GRUState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
@@ -275,7 +297,7 @@ class GRU:
     @property
     def native_loop(self) -> Callable[[GRUParams], tuple[int, Array, Array | None]] | None:
         """What `seqjax.native` runs, for torch's kind of GRU: three gates, their recurrent weights, and b_hn."""
-        if (self.reset, self.update) != ("after", "keeps"):
+        if (self.reset, self.update, self.compute_dtype) != ("after", "keeps", None):
             return None
 
         def loop(params: GRUParams) -> tuple[int, Array, Array | None]:
@@ -286,8 +308,8 @@ class GRU:
 
     def jacobian(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
         """`gru_jacobian` with this cell's conventions."""
-        return gru_jacobian(params, state, x, self.reset, self.update or "keeps")
+        return gru_jacobian(params, state, x, self.reset, self.update or "keeps", self.compute_dtype)
 
     def gates(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> dict[str, Array]:
         """The activations by name: reset, update, candidate."""
-        return gru_gates(params, state, x, self.reset)._asdict()
+        return gru_gates(params, state, x, self.reset, self.compute_dtype)._asdict()

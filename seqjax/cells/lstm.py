@@ -7,6 +7,7 @@ passes through many steps without a product of weight matrices.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_chrono, check_fields
+from seqjax.cells.product import product, rounded
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
 
 
@@ -43,7 +45,9 @@ class LSTMGates(NamedTuple):
     output: Float[Array, " n"]
 
 
-def lstm_gates(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> LSTMGates:
+def lstm_gates(
+    params: LSTMParams, state: LSTMState, x: Float[Array, " d"], compute_dtype: DTypeLike | None = None
+) -> LSTMGates:
     """The gates of one step.
 
         i = sigma(W_i [x, h] + b_i)    f = sigma(W_f [x, h] + b_f)
@@ -53,6 +57,7 @@ def lstm_gates(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> L
         params: W_xh (4n, d), W_hh (4n, n), b_h (4n,), rows in the order i, f, c~, o.
         state: h_{t-1} and c_{t-1}, (n,) each.
         x: x_t (d,).
+        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
 
     Returns:
         `LSTMGates`, (n,) each.
@@ -69,10 +74,12 @@ def lstm_gates(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> L
         >>> round(float(gates.forget[0]), 4)  # sigma(1)
         0.7311
     """
-    return _gates(_drive(params, x) + state.h @ params.W_hh.T)
+    return _gates(_drive(params, x, compute_dtype) + product(params.W_hh, state.h, compute_dtype))
 
 
-def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tuple[LSTMState, Float[Array, " n"]]:
+def lstm_step(
+    params: LSTMParams, state: LSTMState, x: Float[Array, " d"], compute_dtype: DTypeLike | None = None
+) -> tuple[LSTMState, Float[Array, " n"]]:
     """One step of the LSTM.
 
         c_t = f * c_{t-1} + i * c~    h_t = o * tanh(c_t)
@@ -81,6 +88,7 @@ def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tu
         params: W_xh (4n, d), W_hh (4n, n), b_h (4n,), rows in the order i, f, c~, o.
         state: h_{t-1} and c_{t-1}, (n,) each.
         x: x_t (d,).
+        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
 
     Returns:
         The new state (h_t, c_t) and the output, which is h_t (n,).
@@ -97,13 +105,12 @@ def lstm_step(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tu
         >>> float(state.c[0]), round(float(output[0]), 4)  # every gate is 1/2
         (0.5, 0.2311)
     """
-    return _advance(state, _drive(params, x), state.h @ params.W_hh.T)
+    return _advance(state, _drive(params, x, compute_dtype), product(params.W_hh, state.h, compute_dtype))
 
 
-def _drive(params: LSTMParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
+def _drive(params: LSTMParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
     W_xh, _, b_h = params
-    # x W^T and not W x: over a batch its rows are then those of the result, and nothing is transposed.
-    return as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM") @ W_xh.T + b_h
+    return product(W_xh, as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM"), compute_dtype) + b_h
 
 
 def _gates(a: Float[Array, " gates"]) -> LSTMGates:
@@ -121,14 +128,16 @@ def _advance(
     return LSTMState(h, c), h
 
 
-def lstm_jacobian(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "m m"]:
+def lstm_jacobian(
+    params: LSTMParams, state: LSTMState, x: Float[Array, " d"], compute_dtype: DTypeLike | None = None
+) -> Float[Array, "m m"]:
     """d(h_t, c_t)/d(h_{t-1}, c_{t-1}) in closed form.
 
         dc_t/dc = diag(f)    dc_t/dh = diag(c~ i') W_i + diag(c f') W_f + diag(i c~') W_c
         dh_t/dc = diag(o tanh'(c_t) f)    dh_t/dh = diag(o tanh'(c_t)) dc_t/dh + diag(tanh(c_t) o') W_o
 
     Args:
-        params, state, x: as for `lstm_step`.
+        params, state, x, compute_dtype: as for `lstm_step`.
 
     Returns:
         The matrix (m, m) over (h, c), m = 2n, without the product of matrices that automatic differentiation would do.
@@ -143,11 +152,11 @@ def lstm_jacobian(params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -
         >>> J.tolist()  # every gate is 1/2, and nothing reads h
         [[0.0, 0.25], [0.0, 0.5]]
     """
-    i, f, g, o = lstm_gates(params, state, x)
+    i, f, g, o = lstm_gates(params, state, x, compute_dtype)
     c_tanh = jnp.tanh(f * state.c + i * g)
     # Each term over the columns (h, c) at once, so that the matrix is written in one pass and not put together.
     n = f.size
-    W_i, W_f, W_c, W_o = (jnp.pad(W, ((0, 0), (0, n))) for W in jnp.split(params.W_hh, 4))
+    W_i, W_f, W_c, W_o = (jnp.pad(W, ((0, 0), (0, n))) for W in jnp.split(rounded(params.W_hh, compute_dtype), 4))
     by_c = jnp.eye(n, 2 * n, n, dtype=f.dtype)
     by_i, by_f, by_g, by_o = g * i * (1 - i), state.c * f * (1 - f), i * (1 - g**2), c_tanh * o * (1 - o)
     of_c = by_i[:, None] * W_i + by_f[:, None] * W_f + by_g[:, None] * W_c + f[:, None] * by_c
@@ -171,6 +180,8 @@ class LSTM:
         input_init: draws the input matrix of each gate.
         recurrent_init: draws the recurrent matrix of each gate.
         dtype: of the parameters, and so of the state.
+        compute_dtype: of the operands of the matrix products, such as "bfloat16"; their sums, and so the state, keep
+            `dtype`. None computes in `dtype` throughout.
 
     Raises:
         ValueError: a size is not positive, or `chrono` is below 3.
@@ -190,6 +201,7 @@ class LSTM:
     input_init: Initializer = Glorot()
     recurrent_init: Initializer = Orthogonal()
     dtype: DTypeLike = "float32"
+    compute_dtype: DTypeLike | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, ("input_size", "hidden_size"))
@@ -222,15 +234,15 @@ class LSTM:
 
     def step(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tuple[LSTMState, Float[Array, " n"]]:
         """`lstm_step`."""
-        return lstm_step(params, state, x)
+        return lstm_step(params, state, x, self.compute_dtype)
 
     def drive(self, params: LSTMParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
         """The input half of the step, W_xh x_t + b_h."""
-        return _drive(params, x)
+        return _drive(params, x, self.compute_dtype)
 
     def recur(self, params: LSTMParams, state: LSTMState) -> Float[Array, " gates"]:
         """The recurrent product, W_hh h_{t-1}."""
-        return state.h @ params.W_hh.T
+        return product(params.W_hh, state.h, self.compute_dtype)
 
     def advance(
         self, state: LSTMState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
@@ -238,14 +250,15 @@ class LSTM:
         """The rest of the step: the gates of drive + recurrent, then c_t and h_t."""
         return _advance(state, drive, recurrent)
 
-    def native_loop(self, params: LSTMParams) -> tuple[int, Array, None]:
+    @property
+    def native_loop(self) -> Callable[[LSTMParams], tuple[int, Array, None]] | None:
         """What `seqjax.native` runs: four gates, their recurrent weights, and no bias beside them."""
-        return 4, params.W_hh, None
+        return None if self.compute_dtype is not None else lambda params: (4, params.W_hh, None)
 
     def jacobian(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "m m"]:
         """`lstm_jacobian`."""
-        return lstm_jacobian(params, state, x)
+        return lstm_jacobian(params, state, x, self.compute_dtype)
 
     def gates(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> dict[str, Array]:
         """The activations by name: input, forget, candidate, output."""
-        return lstm_gates(params, state, x)._asdict()
+        return lstm_gates(params, state, x, self.compute_dtype)._asdict()

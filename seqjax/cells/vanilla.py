@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_fields
+from seqjax.cells.product import product, rounded
 from seqjax.initializers import Glorot, Initializer, Orthogonal
 
 Activation = Literal["tanh", "relu", "identity"]
@@ -34,7 +35,11 @@ class VanillaState(NamedTuple):
 
 
 def vanilla_step(
-    params: VanillaParams, state: VanillaState, x: Float[Array, " d"], activation: Activation = "tanh"
+    params: VanillaParams,
+    state: VanillaState,
+    x: Float[Array, " d"],
+    activation: Activation = "tanh",
+    compute_dtype: DTypeLike | None = None,
 ) -> tuple[VanillaState, Float[Array, " n"]]:
     """One step of the vanilla network, h_t = phi(W_xh x_t + W_hh h_{t-1} + b_h).
 
@@ -43,6 +48,7 @@ def vanilla_step(
         state: h_{t-1} (n,).
         x: x_t (d,).
         activation: phi, one of "tanh", "relu", "identity".
+        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
 
     Returns:
         The new state and the output, which is h_t (n,).
@@ -59,13 +65,12 @@ def vanilla_step(
         >>> round(float(output[0]), 4)  # tanh(0.2 + 0.5 * 0.4 + 0.1)
         0.4621
     """
-    return _advance(_drive(params, x), state.h @ params.W_hh.T, activation)
+    return _advance(_drive(params, x, compute_dtype), product(params.W_hh, state.h, compute_dtype), activation)
 
 
-def _drive(params: VanillaParams, x: Float[Array, " d"]) -> Float[Array, " n"]:
+def _drive(params: VanillaParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " n"]:
     W_xh, _, b_h = params
-    # x W^T and not W x: over a batch its rows are then those of the result, and nothing is transposed.
-    return as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN") @ W_xh.T + b_h
+    return product(W_xh, as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN"), compute_dtype) + b_h
 
 
 def _advance(
@@ -76,12 +81,16 @@ def _advance(
 
 
 def vanilla_jacobian(
-    params: VanillaParams, state: VanillaState, x: Float[Array, " d"], activation: Activation = "tanh"
+    params: VanillaParams,
+    state: VanillaState,
+    x: Float[Array, " d"],
+    activation: Activation = "tanh",
+    compute_dtype: DTypeLike | None = None,
 ) -> Float[Array, "n n"]:
     """dh_t/dh_{t-1} = diag(phi'(W_xh x_t + W_hh h_{t-1} + b_h)) W_hh.
 
     Args:
-        params, state, x, activation: as for `vanilla_step`.
+        params, state, x, activation, compute_dtype: as for `vanilla_step`.
 
     Returns:
         The matrix (n, n).
@@ -96,8 +105,8 @@ def vanilla_jacobian(
         >>> round(float(J[0, 0]), 4)  # 2 (1 - h^2) at the fixed point h = tanh(2 h)
         0.1664
     """
-    slope = jax.vmap(jax.grad(ACTIVATIONS[activation]))(_drive(params, x) + state.h @ params.W_hh.T)
-    return slope[:, None] * params.W_hh
+    a = _drive(params, x, compute_dtype) + product(params.W_hh, state.h, compute_dtype)
+    return jax.vmap(jax.grad(ACTIVATIONS[activation]))(a)[:, None] * rounded(params.W_hh, compute_dtype)
 
 
 @jax.tree_util.register_static
@@ -112,6 +121,8 @@ class VanillaRNN:
         input_init: draws W_xh.
         recurrent_init: draws W_hh; `sj.SpectralRadius(0.9)` sets its largest eigenvalue.
         dtype: of the parameters, and so of the state.
+        compute_dtype: of the operands of the matrix products, such as "bfloat16"; their sums, and so the state, keep
+            `dtype`. None computes in `dtype` throughout.
 
     Raises:
         ValueError: a size is not positive, or a name is unknown.
@@ -130,6 +141,7 @@ class VanillaRNN:
     input_init: Initializer = Glorot()
     recurrent_init: Initializer = Orthogonal()
     dtype: DTypeLike = "float32"
+    compute_dtype: DTypeLike | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, ("input_size", "hidden_size"), activation=tuple(ACTIVATIONS))
@@ -157,15 +169,15 @@ class VanillaRNN:
         self, params: VanillaParams, state: VanillaState, x: Float[Array, " d"]
     ) -> tuple[VanillaState, Float[Array, " n"]]:
         """`vanilla_step` with this cell's activation."""
-        return vanilla_step(params, state, x, self.activation)
+        return vanilla_step(params, state, x, self.activation, self.compute_dtype)
 
     def drive(self, params: VanillaParams, x: Float[Array, " d"]) -> Float[Array, " n"]:
         """The input half of the step, W_xh x_t + b_h."""
-        return _drive(params, x)
+        return _drive(params, x, self.compute_dtype)
 
     def recur(self, params: VanillaParams, state: VanillaState) -> Float[Array, " n"]:
         """The recurrent product, W_hh h_{t-1}."""
-        return state.h @ params.W_hh.T
+        return product(params.W_hh, state.h, self.compute_dtype)
 
     def advance(
         self, state: VanillaState, drive: Float[Array, " n"], recurrent: Float[Array, " n"]
@@ -176,8 +188,9 @@ class VanillaRNN:
     @property
     def native_loop(self) -> Callable[[VanillaParams], tuple[int, Array, None]] | None:
         """What `seqjax.native` runs, for tanh: one gate, its recurrent weights, and no bias beside them."""
-        return None if self.activation != "tanh" else lambda params: (1, params.W_hh, None)
+        ours = self.activation == "tanh" and self.compute_dtype is None
+        return (lambda params: (1, params.W_hh, None)) if ours else None
 
     def jacobian(self, params: VanillaParams, state: VanillaState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
         """`vanilla_jacobian` with this cell's activation."""
-        return vanilla_jacobian(params, state, x, self.activation)
+        return vanilla_jacobian(params, state, x, self.activation, self.compute_dtype)

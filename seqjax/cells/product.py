@@ -1,0 +1,39 @@
+"""The matrix products of the cells, in the parameters' dtype or in a shorter one."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def product(
+    W: Float[Array, "m n"], v: Float[Array, " n"], compute_dtype: DTypeLike | None = None
+) -> Float[Array, " m"]:
+    """W v.
+
+    Args:
+        W: the weights (m, n).
+        v: the vector (n,).
+        compute_dtype: both are rounded to it before the product, such as "bfloat16", which tensor cores multiply many
+            times faster. Sums, and so the result, keep the dtype of v. None rounds nothing.
+
+    Returns:
+        The product (m,). A gradient is that of the rounded product, and is rounded once itself.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from seqjax.cells.product import product
+        >>> W, v = jnp.ones((1, 3)), jnp.array([1.0, 2**-7, 2**-9])
+        >>> product(W, v, "bfloat16").tolist()  # each term has 8 bits, their sum has 24
+        [1.009765625]
+    """
+    # v W^T and not W v: over a batch, its rows are then those of the result, and nothing is transposed.
+    if compute_dtype is None:
+        return v @ W.T
+    return jnp.matmul(v.astype(compute_dtype), W.astype(compute_dtype).T, preferred_element_type=v.dtype)
+
+
+def rounded(W: Float[Array, "m n"], compute_dtype: DTypeLike | None) -> Float[Array, "m n"]:
+    """The weights as `product` sees them."""
+    return W if compute_dtype is None else W.astype(compute_dtype).astype(W.dtype)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import strong_type
@@ -66,6 +68,24 @@ def check_flags(name: str, flags: Any, batch: int, time: int) -> Array | None:
     if flags.dtype != jnp.bool_:
         raise TypeError(f"expected a boolean {name}, got {flags.dtype}: {name} != 0, or sj.length_mask(lengths, time)")
     return flags
+
+
+def check_steps(name: str, steps: Any) -> int:
+    """Returns a number of steps as a plain integer.
+
+    Raises:
+        TypeError: it is not a whole number.
+        ValueError: it is less than one.
+    """
+    try:
+        whole = None if isinstance(steps, bool | np.bool_) else operator.index(steps)
+    except TypeError:
+        whole = None
+    if whole is None:
+        raise TypeError(f"expected {name} as a whole number of steps, got {steps!r}: about sqrt(time), or None")
+    if whole < 1:
+        raise ValueError(f"expected {name} of at least one step, got {steps}: about sqrt(time), or None")
+    return whole
 
 
 def batch_of_states(cell: Any, params: PyTree, state: PyTree | None, batch: int) -> PyTree:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from seqjax.cell import Output, Params, State, is_value
 from seqjax.cells.stack import Stack
 from seqjax.checkpointed import run_checkpointed
-from seqjax.checks import batch_of_states, check_flags, check_inputs
+from seqjax.checks import batch_of_states, check_flags, check_inputs, check_steps
 from seqjax.guarded import Emit, guarded_step, last_output, new_state
 from seqjax.split.chunks import Recurrence
 from seqjax.split.run import is_split, run_split
@@ -69,10 +69,8 @@ def unroll(
         >>> round(float(state.h[0, 0]), 6)  # 0.8^20
         0.011529
     """
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(
-            f"expected checkpoint_every of at least one step, got {checkpoint_every}: about sqrt(time), or None"
-        )
+    if checkpoint_every is not None:
+        checkpoint_every = check_steps("checkpoint_every", checkpoint_every)
     return _run(last_output, cell, params, xs, state, mask, reset, reverse, key, checkpoint_every)
 
 

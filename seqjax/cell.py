@@ -25,6 +25,12 @@ What a cell may offer besides, and what is then done with it:
 - `gates(params, state, x)`: the gate activations of this step by name, for `seqjax.gates`.
 - `jacobian(params, state, x)`: ds_t/ds_{t-1} in closed form, (n, n) over the flat state in the order of its leaves, for
   `seqjax.analysis.step_jacobians`; without it, `jax.jacfwd` of the step.
+- `drive(params, x)`, `recur(params, state)` and `advance(state, drive, recurrent)`: the step in three parts, so that
+  `step(params, state, x)` is `advance(state, drive(params, x), recur(params, state))`: the input half, which needs no
+  state; the recurrent product; the rest, without parameters. `unroll` and `trajectory` then take the input half of many
+  steps in one product, and the gradients of the weights likewise (`seqjax.split`). Trees of floating-point arrays may
+  pass between them. A cell whose step has no such parts leaves one out or lets it raise AttributeError; a subclass
+  with a step of its own offers a part of its own, or is run step by step.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
   `step(params, state, x, noise)`; without a key it calls `step(params, state, x)`, which is deterministic. So
   randomness is an input and never hidden in the state.
@@ -126,6 +132,20 @@ def as_feature(x: Any, size: int, dtype: Any, cell: str) -> Array:
             f"convert with x.astype(float), or look tokens up with sj.Embedding"
         )
     return x.astype(dtype)
+
+
+def as_derived(cell: Any, part: str, whole: str) -> bool:
+    """Whether a cell has `part` from itself, from the class that `whole` comes from, or from one derived from that.
+
+    Where a subclass, or a wrapper that passes attributes on, has a `whole` of its own, an older `part` does not belong
+    to it.
+    """
+    places = [getattr(cell, "__dict__", {}), *map(vars, type(cell).__mro__)]
+
+    def place(name: str) -> int:
+        return next((i for i, names in enumerate(places) if name in names), len(places))
+
+    return place(part) <= place(whole)
 
 
 def is_value(part: Any) -> bool:

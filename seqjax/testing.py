@@ -51,6 +51,8 @@ def check_cell(
     passed = ["has the methods"]
     checks = [_is_pure, _keeps_the_type_of_its_state, _follows_the_dtype_of_its_parameters, _takes_wrong_dtypes]
     checks += [_traces_once, _scans_as_it_loops, _holds_its_state_under_a_mask]
+    if all(hasattr(cell, part) for part in ("drive", "recur", "advance")):
+        checks.append(_is_what_its_parts_make)
     if differentiable:
         checks.append(_has_finite_gradients)
         if hasattr(cell, "jacobian"):
@@ -186,6 +188,26 @@ def _scans_as_it_loops(cell: Any, params: PyTree, x: PyTree) -> None:
             same = _close(output, expected)
             _holds(same, f"expected the loop's output at row {row}, time {t} from unroll: is step pure?")
         _holds(_close(state, _pick(final, row)), f"expected the loop's final state in row {row}: is step pure?")
+
+
+def _is_what_its_parts_make(cell: Any, params: PyTree, x: PyTree) -> None:
+    state = jax.tree.map(jnp.asarray, cell.initial_state(params))
+    for _ in range(2):  # the second state is not the one that the cell begins with
+        expected = cell.step(params, state, x)
+        got = cell.advance(state, cell.drive(params, x), cell.recur(params, state))
+        fix = "a step of your own needs parts of its own, or none"
+        same_type = _type(got) == _type(expected)
+        _holds(
+            same_type,
+            f"expected advance(state, drive(params, x), recur(params, state)) to return what step returns, "
+            f"{_type(expected)}, got {_type(got)}: {fix}",
+        )
+        _holds(
+            _close(got, expected),
+            f"expected advance(state, drive(params, x), recur(params, state)) to be step(params, state, x), "
+            f"{expected}, got {got}: {fix}",
+        )
+        state = expected[0]
 
 
 def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:

@@ -2,7 +2,8 @@
 
     python -m seqjax.native        compiles it with the C++ compiler that is there, once for each machine
 
-It is found by itself from then on. `SEQJAX_NATIVE=0` in the environment leaves it alone.
+It is found by itself from then on. `SEQJAX_NATIVE=0` in the environment leaves it alone, which `jax.export` needs: a
+program with the kernel runs on this machine only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
+import threading
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,15 +25,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from seqjax.cell import as_derived
+
 SOURCE = Path(__file__).with_name("loops.cpp")
 TARGETS = ("seqjax_pack_forward", "seqjax_pack_backward", "seqjax_forward", "seqjax_backward")
 LANES = 8  # floats of one vector in the source
+# Neither -ffast-math, which would make the whole process flush small numbers to zero, nor errno and traps.
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+
+_loaded: list[ctypes.CDLL] = []  # JAX takes a name once in a process, also where the library was built anew
+_loading = threading.Lock()
 
 
 def library() -> Path:
     """Where the kernel of this source, this jaxlib and this processor lies, or would lie."""
-    about = SOURCE.read_bytes() + version("jaxlib").encode() + _processor().encode()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqjax"
+    about = SOURCE.read_bytes() + " ".join([version("jaxlib"), *OPTIONS, _processor()]).encode()
+    # Not Path.home(), which raises where a user has none.
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "seqjax"
     return folder / f"loops-{hashlib.sha256(about).hexdigest()[:16]}.so"
 
 
@@ -46,31 +58,38 @@ def build(compiler: str | None = None) -> Path:
     """Compiles the kernel for this machine.
 
     Args:
-        compiler: the C++17 compiler, g++ or clang++; by default $CXX, or g++.
+        compiler: the C++17 compiler, g++ or clang++, with options of its own where it needs some; by default $CXX, or
+            g++.
 
     Returns:
         The library, where `available` finds it.
 
     Raises:
-        RuntimeError: there is no such compiler, or it does not take the source.
+        RuntimeError: there is no such compiler, it does not take the source, or there is no place for the library.
     """
-    compiler = compiler or os.environ.get("CXX", "g++")
+    compiler = compiler or os.environ.get("CXX") or "g++"
     target = library()
-    target.parent.mkdir(parents=True, exist_ok=True)
     half = target.with_suffix(f".{os.getpid()}")
-    # Neither -ffast-math, which would make the whole process flush small numbers to zero, nor errno and traps.
-    options = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-    command = [compiler, *options, "-w", "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(half)]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        half.touch()
+    except OSError as error:
+        raise RuntimeError(
+            f"expected a folder to keep the kernel in, got {error}: name one that can be written in XDG_CACHE_HOME"
+        ) from None
+    where = ["-w", "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(half)]
+    try:
+        subprocess.run([*shlex.split(compiler), *OPTIONS, *where], check=True, capture_output=True, text=True)
+        half.replace(target)
+    except OSError:
         raise RuntimeError(
             f"expected a C++17 compiler, found no {compiler!r}: install g++, or name one in CXX; "
             f"without it XLA runs the same loops"
         ) from None
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{compiler} did not take {SOURCE.name}:\n{error.stderr}") from None
-    half.replace(target)
+    finally:
+        half.unlink(missing_ok=True)
     available.cache_clear()
     return target
 
@@ -78,19 +97,39 @@ def build(compiler: str | None = None) -> Path:
 @functools.cache
 def available() -> bool:
     """Whether the kernel is there and wanted; registers it with JAX when first asked."""
-    if os.environ.get("SEQJAX_NATIVE") == "0" or jax.default_backend() != "cpu" or not library().exists():
+    # Not Path.exists(), which raises where a folder on the way may not be read.
+    if os.environ.get("SEQJAX_NATIVE") == "0" or jax.default_backend() != "cpu" or not os.path.exists(library()):
         return False
-    loaded = ctypes.CDLL(str(library()))
+    with _loading:
+        return bool(_loaded) or _load(library())
+
+
+def _load(path: Path) -> bool:
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        warnings.warn(
+            f"the kernel does not load, so XLA runs the loops: {error}; python -m seqjax.native builds it anew",
+            stacklevel=2,
+        )
+        return False
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    _loaded.append(loaded)
     return True
 
 
-def takes(cell: Any, state: PyTree, flags: Any) -> bool:
-    """Whether the kernel can run this cell: one of ours, in float32, without mask and reset."""
+def takes(cell: Any, params: PyTree, arrays: PyTree, flags: Any) -> bool:
+    """Whether the kernel can run this cell: one of ours, all that it reads in float32, without mask and reset.
+
+    A subclass that changes a part of the step leaves the kernel behind.
+    """
     if getattr(cell, "native_loop", None) is None or any(flag is not None for flag in flags):
         return False
-    return all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state)) and available()
+    if not all(as_derived(cell, "native_loop", part) for part in ("step", "drive", "recur", "advance")):
+        return False
+    read = jax.tree.leaves((arrays, cell.native_loop(params)[1:]))
+    return all(leaf.dtype == jnp.float32 for leaf in read) and available()
 
 
 def run_forward(cell: Any, params: PyTree, state: PyTree, drives: Array, reverse: bool) -> PyTree:

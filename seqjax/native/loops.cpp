@@ -47,9 +47,9 @@ inline V exponential(V x) {
   const V high = splat(88.0f), low = splat(-87.0f);
   x = x > high ? high : x;
   x = x < low ? low : x;
-  const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const V shift = splat(12583039.0f);  // 1.5 * 2^23, which rounds to a whole number, and the bias of an exponent
   V k = x * splat(1.44269504088896341f) + shift;
-  I exponent = reinterpret_cast<I>(k) << 23;
+  const I power = reinterpret_cast<I>(k) << 23;
   k -= shift;
   V r = x - k * splat(0.693359375f) + k * splat(2.12194440e-4f);
   V p = splat(1.9875691500e-4f);
@@ -59,7 +59,7 @@ inline V exponential(V x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   p = p * r * r + r + splat(1.0f);
-  return reinterpret_cast<V>(reinterpret_cast<I>(p) + exponent);
+  return p * reinterpret_cast<V>(power);
 }
 
 inline V sigmoid(V x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }

@@ -100,7 +100,7 @@ def _chain(how: Recurrence, params: Params, carry: Any, before: State, made: Any
         made: the drives and the recurrent products.
         flags: the mask and the reset of the chunk, and the cotangents of what was kept.
     """
-    if takes(how.cell, before, flags[:2]) and how.emit is last_output:
+    if how.emit is last_output and takes(how.cell, params, (carry[0], before, made, flags[2]), flags[:2]):
         of_state, of_made = run_backward(how.cell, params, carry[0], before, made, flags[2], how.reverse)
         return (of_state, carry[1]), of_made
     recur = jax.vmap(how.cell.recur, (None, 0))

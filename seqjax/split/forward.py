@@ -38,7 +38,7 @@ def run_chunk(
 ) -> tuple[State, tuple[State, PyTree]]:
     """The loop over one chunk: the state after it; and every state with what is kept of it, (time, batch, ...)."""
 
-    if takes(how.cell, state, (valid, restart)):
+    if takes(how.cell, params, (state, drives), (valid, restart)):
         states = run_forward(how.cell, params, state, drives, how.reverse)
         last = jax.tree.map(lambda leaf: leaf[0 if how.reverse else -1], states)
         return last, (states, jax.tree.leaves(states)[0] if how.emit is last_output else states)

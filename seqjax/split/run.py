@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Params, State
+from seqjax.cell import Params, State, as_derived
 from seqjax.linear_map import Direction, linear_map
 from seqjax.split.backward import backward, pick, put
 from seqjax.split.chunks import Recurrence
@@ -32,14 +33,26 @@ Inputs = tuple[Params, State, PyTree, Any, Any]  # params, state, xs, mask, rese
 
 
 def is_split(cell: Any, params: Params, state: State, xs: PyTree) -> bool:
-    """Whether a cell offers the three parts of its step, and all that passes between them is differentiable."""
-    if not all(hasattr(cell, part) for part in ("drive", "recur", "advance")):
+    """Whether a cell offers the three parts of its step, and all that passes between them is differentiable.
+
+    Of a cell that holds a value which is being traced, such as a time constant to be learned, `custom_jvp` would not
+    see the derivative.
+    """
+    parts = ("drive", "recur", "advance")
+    if not all(hasattr(cell, part) for part in parts) or not any(as_derived(cell, part, "step") for part in parts):
         return False
     if 0 in jax.tree.leaves(xs)[0].shape[:2]:  # there is no step to take apart
         return False
     x = jax.tree.map(lambda leaf: leaf[0, 0], xs)
     s = jax.tree.map(lambda leaf: leaf[0], state)
-    passed = jax.eval_shape(lambda p, s, x: (s, cell.drive(p, x), cell.recur(p, s)), params, s, x)
+
+    def run(params: Params, state: State, x: PyTree) -> Any:
+        passed = state, cell.drive(params, x), cell.recur(params, state)
+        return passed, cell.advance(*passed), cell.initial_state(params)
+
+    program, (passed, *_) = jax.make_jaxpr(run, return_shape=True)(params, s, x)
+    if any(isinstance(const, Tracer) for const in program.consts):
+        return False
     return all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(passed))
 
 

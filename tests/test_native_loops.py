@@ -1,0 +1,290 @@
+"""The kernel in C++ computes what XLA's own loops do, and leaves alone what it cannot run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import drawn, drawn_states, like, weighted
+
+import seqjax as sj
+from seqjax import native
+
+pytestmark = pytest.mark.skipif(
+    shutil.which((os.environ.get("CXX") or "g++").split()[0]) is None, reason="there is no C++ compiler"
+)
+KINDS = {
+    "lstm": sj.LSTM,
+    "gru": sj.GRU,
+    "vanilla": sj.VanillaRNN,
+    "learned": lambda d, n: sj.LearnedState(sj.GRU(d, n)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel(tmp_path_factory):
+    """The kernel, compiled into a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("SEQJAX_NATIVE", raising=False)
+        path = native.build()
+        jax.clear_caches()
+        assert native.available()
+        yield path
+    native.available.cache_clear()
+    jax.clear_caches()
+
+
+def switched(patch, on):
+    """Runs the loops in the kernel, or not at all; returns what was asked and answered."""
+    asked = []
+    for module in ("forward", "backward"):
+
+        def takes(*arguments):
+            asked.append(on and native.takes(*arguments))
+            return asked[-1]
+
+        patch.setattr(f"seqjax.split.{module}.takes", takes)
+    jax.clear_caches()
+    return asked
+
+
+def both(patch, function, *arguments):
+    """The results by the kernel and by XLA, with a compilation of each."""
+    results = []
+    for on in (True, False):
+        asked = switched(patch, on)
+        results.append(jax.block_until_ready(jax.jit(function)(*arguments)))
+        assert asked
+        assert all(answer is on for answer in asked)
+    switched(patch, True)
+    return results
+
+
+def value_and_gradient(cell, params, xs, state, reverse=False):
+    def value(params, xs, state):
+        result = sj.unroll(cell, params, xs, state=state, reverse=reverse)
+        return weighted(result), result
+
+    return jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(params, xs, state)
+
+
+def assert_near(got, expected, tolerance=1e-4):
+    """Within a share of the largest entry of each array: sums are taken in another order."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.max(jnp.abs(b), initial=0.0)) if np.all(np.isfinite(b)) else 1.0
+        np.testing.assert_allclose(a, b, tolerance, tolerance * scale + 1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def case(kind, n, batch, time, d=3):
+    cell = KINDS[kind](d, n)
+    params, xs = drawn(cell, "float32", batch, time)
+    params = jax.tree.map(lambda leaf: leaf / np.sqrt(n) if leaf.ndim == 2 else leaf, params)
+    return cell, params, xs, drawn_states(cell, params, batch)
+
+
+# Units that do not fill a vector or a panel, rows that do not fill a block, both ways to share the work among threads.
+@pytest.mark.parametrize(
+    ("kind", "n", "batch", "time", "reverse"),
+    [
+        ("lstm", 1, 1, 1, False),
+        ("lstm", 5, 7, 40, True),
+        ("lstm", 33, 20, 300, False),
+        ("lstm", 130, 2, 40, False),
+        ("gru", 1, 2, 7, True),
+        ("gru", 33, 7, 40, False),
+        ("gru", 96, 33, 40, True),
+        ("gru", 130, 1, 7, False),
+        ("vanilla", 1, 33, 7, False),
+        ("vanilla", 8, 1, 40, True),
+        ("vanilla", 96, 20, 300, False),
+        ("vanilla", 130, 7, 7, True),
+        ("learned", 5, 2, 7, False),
+        ("lstm", 264, 9, 40, False),  # many rows, and too many weights for every thread to read them all
+    ],
+)
+def test_values_and_gradients_are_those_of_xla(kind, n, batch, time, reverse, monkeypatch):
+    cell, params, xs, state = case(kind, n, batch, time)
+    assert_near(*both(monkeypatch, partial(value_and_gradient, cell, reverse=reverse), params, xs, state))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "vanilla"])
+def test_no_input_is_too_large_and_nan_and_infinity_pass(kind, monkeypatch):
+    cell, params, xs, state = case(kind, 9, 6, 5)
+    payload = np.array(0x7FC00001, np.uint32).view(np.float32)
+    bad = np.array([1e4, -1e4, np.inf, -np.inf, np.nan, payload], np.float32)
+    xs = jnp.asarray(np.where(np.arange(5)[:, None] == 2, bad[:, None, None], xs))
+    run = partial(sj.unroll, cell)
+    got, expected = both(monkeypatch, lambda params, xs, state: run(params, xs, state=state), params, xs, state)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+    assert np.all(np.isfinite(got[1][:2]))
+    assert np.all(np.isnan(got[1][4:, 2:]))
+    # A NaN whose bits are not the usual ones, in one gate and one unit alone.
+    for row in range(params.b_h.size):
+        one = params._replace(b_h=params.b_h.at[row].set(payload))
+        (_, outputs), unit = run(one, xs[:2, :1], state=jax.tree.map(lambda leaf: leaf[:2], state)), row % 9
+        assert np.all(np.isnan(outputs[..., unit]))
+
+
+def test_small_numbers_are_not_flushed_to_zero(monkeypatch):
+    asked = switched(monkeypatch, True)
+    cell, params, xs, state = case("lstm", 5, 2, 7)
+    jax.block_until_ready(value_and_gradient(cell, params, xs, state))
+    assert all(asked)
+    assert np.float32(1e-40) * np.float32(1) != 0
+    assert np.full(100, 1e-40, np.float32).sum() != 0
+
+
+def test_other_types_masks_resets_and_conventions_are_left_to_xla(monkeypatch):
+    def answers(cell, dtype="float32", change=lambda params: params, **options):
+        asked = switched(monkeypatch, True)
+        with jax.enable_x64(dtype == "float64"):
+            params, xs = drawn(cell, dtype, 2, 5)
+            jax.make_jaxpr(jax.grad(lambda p: weighted(sj.unroll(cell, p, xs, **options))))(change(params))
+        return set(asked)
+
+    flags = np.ones((2, 5), bool)
+    cell = sj.LSTM(3, 4)
+    assert answers(cell) == {True}
+    for dtype in ("float64", "bfloat16"):
+        assert answers(cell, dtype) == {False}
+    assert answers(cell, mask=flags) == answers(cell, reset=flags) == {False}
+    assert answers(sj.GRU(3, 4, update="writes")) == answers(sj.VanillaRNN(3, 4, activation="relu")) == {False}
+    assert answers(sj.GRU(3, 4, reset="before")) == set()
+    with jax.numpy_dtype_promotion("standard"):
+        short = lambda p: p._replace(W_xh=p.W_xh.astype("bfloat16"), b_h=p.b_h.astype("bfloat16"))  # noqa: E731
+        assert answers(cell, change=short) == {False}
+
+
+def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
+    class Doubled(sj.LSTM):
+        def advance(self, state, drive, recurrent):
+            state, output = super().advance(state, drive, recurrent)
+            return state, 2 * output
+
+        def step(self, params, state, x):
+            return self.advance(state, self.drive(params, x), self.recur(params, state))
+
+    class Silent(sj.LSTM):
+        def step(self, params, state, x):
+            state, output = super().step(params, state, x)
+            return state, 0 * output
+
+    cell, params, xs, _ = case("lstm", 5, 2, 7)
+    _, plain = sj.unroll(cell, params, xs)
+    asked = switched(monkeypatch, True)
+    assert_near(sj.unroll(Doubled(3, 5), params, xs)[1], 2 * plain)
+    assert not np.any(sj.unroll(Silent(3, 5), params, xs)[1])
+    assert asked == [False]
+
+
+def test_it_runs_under_vmap_in_scans_and_to_the_second_derivative(monkeypatch):
+    cell, params, xs, _ = case("lstm", 5, 2, 7)
+    loss = lambda p, xs: weighted(sj.unroll(cell, p, xs))  # noqa: E731
+    direction = like(params, "float32", 7)
+
+    def everything(params, xs):
+        many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+        pair = jnp.stack([xs, -xs, xs + 1])
+        gradient = jax.grad(loss)
+        return (
+            jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(many, pair),
+            jax.jvp(partial(gradient, xs=xs), (params,), (direction,))[1],
+            jax.grad(lambda p: weighted(gradient(p, xs)))(params),
+            jax.lax.scan(lambda p, x: (jax.tree.map(lambda a, g: a - 0.01 * g, p, gradient(p, x)), ()), params, pair)[
+                0
+            ],
+        )
+
+    assert_near(*both(monkeypatch, everything, params, xs), tolerance=1e-3)
+
+
+def test_calls_from_many_threads_agree(monkeypatch):
+    """Calls share XLA's threads, and none waits for a thread that another one holds."""
+    switched(monkeypatch, True)
+    runs = []
+    for n, batch in ((130, 2), (64, 16)):  # sharing units, and sharing rows
+        cell, params, xs, state = case("lstm", n, batch, 200)
+        runs.append(partial(jax.jit(partial(value_and_gradient, cell)), params, xs, state))
+    alone = [run() for run in runs]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: runs[i % 2](), range(24)))
+    for i, result in enumerate(results):
+        assert_near(result, alone[i % 2])
+
+
+def command(**environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "seqjax.native"],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_says_where_the_kernel_lies_and_a_running_process_keeps_its_own(kernel, monkeypatch):
+    result = command()
+    assert (result.stdout, result.stderr, result.returncode) == (f"compiled {kernel}\n", "", 0)
+    native.available.cache_clear()
+    assert native.available()
+    asked = switched(monkeypatch, True)
+    cell, params, xs, _ = case("gru", 5, 2, 6)
+    assert np.all(np.isfinite(sj.unroll(cell, params, xs)[1]))
+    assert asked == [True]
+
+
+def test_what_hinders_the_command_is_said_in_one_line(kernel, tmp_path):
+    (tmp_path / "file").touch()
+    for environment, parts in (
+        ({"CXX": "nonexistent"}, ("expected a C++17 compiler", "'nonexistent'", "XLA runs the same loops")),
+        ({"CXX": str(tmp_path)}, ("expected a C++17 compiler", "XLA runs the same loops")),
+        ({"XDG_CACHE_HOME": str(tmp_path / "file")}, ("expected a folder", "XDG_CACHE_HOME")),
+    ):
+        result = command(**environment)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert result.stderr.count("\n") == 1, result.stderr
+        for part in parts:
+            assert part in result.stderr
+    assert [path.name for path in kernel.parent.iterdir()] == [kernel.name]
+
+
+def test_without_a_library_a_home_or_a_wish_xla_runs_the_loops(tmp_path, monkeypatch):
+    native.available.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not native.available()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    native.available.cache_clear()
+    assert not native.available()
+    monkeypatch.setattr("pathlib.Path.home", lambda: pytest.fail("raises where a user has no home"))
+    assert native.library().name.startswith("loops-")
+    monkeypatch.undo()
+    monkeypatch.setenv("SEQJAX_NATIVE", "0")
+    native.available.cache_clear()
+    assert not native.available()
+    monkeypatch.undo()
+    native.available.cache_clear()
+    assert native.available()
+
+
+def test_a_library_that_does_not_load_is_named_in_a_warning(tmp_path, monkeypatch):
+    native.available.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_loaded", [])
+    native.library().parent.mkdir()
+    native.library().write_text("not a library")
+    with pytest.warns(UserWarning, match="python -m seqjax.native builds it anew"):
+        assert not native.available()
+    monkeypatch.undo()
+    native.available.cache_clear()
+    assert native.available()

@@ -84,6 +84,11 @@ class LearnedState:
         return self.cell.advance
 
     @property
+    def recalled(self) -> Callable[[Any], PyTree]:
+        """The cell's output as a state, where that is enough for its recurrent product."""
+        return self.cell.recalled
+
+    @property
     def native_loop(self) -> Callable[[Any], tuple[int, Array, Array | None]] | None:
         """What `seqjax.native` runs of the cell, where it does."""
         loop = getattr(self.cell, "native_loop", None)

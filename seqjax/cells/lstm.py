@@ -250,6 +250,10 @@ class LSTM:
         """The rest of the step: the gates of drive + recurrent, then c_t and h_t."""
         return _advance(state, drive, recurrent)
 
+    def recalled(self, output: Float[Array, " n"]) -> LSTMState:
+        """The output as a state: as good as the state for `recur`, which reads no c."""
+        return LSTMState(output, jnp.zeros_like(output))
+
     @property
     def native_loop(self) -> Callable[[LSTMParams], tuple[int, Array, None]] | None:
         """What `seqjax.native` runs: four gates, their recurrent weights, and no bias beside them."""

@@ -28,7 +28,7 @@ from jaxtyping import Array, PyTree
 from seqjax.cell import as_derived
 
 SOURCE = Path(__file__).with_name("loops.cpp")
-TARGETS = ("seqjax_pack_forward", "seqjax_pack_backward", "seqjax_forward", "seqjax_backward")
+TARGETS = ("seqjax_pack_forward", "seqjax_pack_backward", "seqjax_forward", "seqjax_backward", "seqjax_replay")
 LANES = 8  # floats of one vector in the source
 # Neither -ffast-math, which would make the whole process flush small numbers to zero, nor errno and traps.
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -165,6 +165,13 @@ def run_backward(
         "seqjax_backward", kinds, drives, recurrents, panels, h, c, of_kept, of_h, of_c, gates=gates, reverse=reverse
     )
     return jax.tree.unflatten(tree, of_state[: len(leaves)]), (of_drives, of_recurrents if apart else of_drives)
+
+
+def run_replay(first: PyTree, seen: PyTree, made: Any, reverse: bool) -> PyTree:
+    """s_{t-1} for every t of an LSTM's chunk, where `seen` knows h alone and `first` is the first of them."""
+    (h, _), tree = jax.tree.flatten(seen)
+    c = _call("seqjax_replay", [_like(h, *h.shape)], *made, jax.tree.leaves(first)[1], reverse=reverse)[0]
+    return jax.tree.unflatten(tree, [h, c])
 
 
 def _pair(leaves: list[Array]) -> tuple[Array, Array]:

@@ -369,6 +369,28 @@ void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const floa
   });
 }
 
+// c_{t-1} of every step of an LSTM's chunk from the one before it, all products being known.
+void run_replay(Sizes s, ffi::ThreadPool& pool, const float* drive, const float* recurrent, const float* c_0,
+                float* c_before) {
+  const int64_t n = s.n, state = s.batch * n;
+  in_parallel(pool, s.time * state > 100000 ? s.batch : 1, [&](int part, int parts, Barrier&) {
+    const Range rows = share(s.batch, part, parts);
+    for (int64_t i = 0; i < s.time; ++i) {
+      const int64_t t = s.step(i), next = s.step(i + 1);
+      for (int64_t row = rows.first; row < rows.last; ++row)
+        for (int64_t u = 0; u < n; u += W) {
+          const int64_t left = n - u, at = row * n + u, gate = (t * s.batch + row) * 4 * n + u;
+          if (i == 0) store(c_before + t * state + at, load(c_0 + at, left), left);
+          if (i + 1 == s.time) continue;
+          V a[4];
+          for (int g = 0; g < 3; ++g) a[g] = load(drive + gate + g * n, left) + load(recurrent + gate + g * n, left);
+          const V c = sigmoid(a[1]) * load(c_before + t * state + at, left) + sigmoid(a[0]) * tangent(a[2]);
+          store(c_before + next * state + at, c, left);
+        }
+    }
+  });
+}
+
 using F32 = ffi::Buffer<ffi::F32>;
 using Out = ffi::ResultBuffer<ffi::F32>;
 
@@ -444,8 +466,23 @@ ffi::Error backward(ffi::ThreadPool pool, int64_t gates, bool reverse, F32 drive
   return ffi::Error::Success();
 }
 
+ffi::Error replay(ffi::ThreadPool pool, bool reverse, F32 drive, F32 recurrent, F32 c_0, Out c_before) {
+  const auto d = c_before->dimensions();
+  run_replay({d[0], d[1], d[2], reverse}, pool, drive.typed_data(), recurrent.typed_data(), c_0.typed_data(),
+             c_before->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_replay, replay,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("reverse")
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack_forward, pack_forward,
                               ffi::Ffi::Bind().Attr<int64_t>("gates").Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack_backward, pack_backward, ffi::Ffi::Bind().Arg<F32>().Ret<F32>());

@@ -9,6 +9,7 @@ one product a step remains in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params, State
 from seqjax.guarded import last_output, zeros_like
-from seqjax.native import run_backward, takes
+from seqjax.native import run_backward, run_replay, takes
 from seqjax.split.chunks import Recurrence, choose_rows, cut, cut_inputs, over_chunk, scan_once
 from seqjax.split.forward import initial_states
 
@@ -34,12 +35,12 @@ def put(tree: PyTree, wanted: PyTree, values: Sequence[Any]) -> PyTree:
     return jax.tree.map(lambda leaf, is_wanted: next(those) if is_wanted else leaf, tree, wanted)
 
 
-def backward(how: Recurrence, inputs: Any, states: State, cotangents: Any, wanted: PyTree) -> list[Array]:
+def backward(how: Recurrence, inputs: Any, saved: Any, cotangents: Any, wanted: PyTree) -> list[Array]:
     """The cotangents of the inputs that are wanted, in their order.
 
     Args:
         inputs: (params, state, xs, mask, reset), batched.
-        states: every state, (time, batch, ...), as `forward` gave them.
+        saved: what `forward` saved of them.
         cotangents: of the final state and of what was kept, (batch, time, ...).
         wanted: a tree like the inputs, of True and False.
     """
@@ -51,7 +52,7 @@ def backward(how: Recurrence, inputs: Any, states: State, cotangents: Any, wante
     def chunk(carry: Any, start: Array, length: int) -> tuple[Any, Any]:
         chain, of_params = carry
         x, valid, restart = cut_inputs(xs, mask, reset, start, length)
-        before = _states_before(how, state, states, start, length)
+        before = _states_before(how, state, saved, xs, start, length)
         if restart is not None:
             before = choose_rows(restart, jax.tree.map(lambda leaf: leaf[None], initial), before)
 
@@ -60,6 +61,8 @@ def backward(how: Recurrence, inputs: Any, states: State, cotangents: Any, wante
             return over_chunk(how.cell.drive)(p, put(x, wanted_xs, some_x)), over_chunk(how.cell.recur)(p, before)
 
         made, pull = jax.vjp(products, pick(params, wanted_params), pick(x, wanted_xs))
+        if how.recalls(mask):
+            before = _replay(how, params, initial, before, made, restart)
         chain, of_made = _chain(how, params, chain, before, made, (valid, restart, cut(of_kept, start, length)))
         of_p, of_x = pull(of_made)
         of_x = of_x if valid is None else choose_rows(valid, of_x, zeros_like(of_x))
@@ -78,17 +81,40 @@ def backward(how: Recurrence, inputs: Any, states: State, cotangents: Any, wante
     return [*of_params, *pick(of_state, wanted_state), *(jnp.swapaxes(leaf, 0, 1) for leaf in of_xs)]
 
 
-def _states_before(how: Recurrence, state: State, states: State, start: Array, length: int) -> State:
-    """s_{t-1} for every t of a chunk, (time, batch, ...); the first of the sequence is `state`."""
+def _states_before(how: Recurrence, state: State, saved: Any, xs: PyTree, start: Array, length: int) -> State:
+    """s_{t-1} for every t of a chunk, (time, batch, ...), as far as `recur` reads it; the first is right in full."""
+    states, outputs = saved
+    if outputs is not None:
+        first = jax.tree.map(lambda leaf: leaf[start // how.chunks(xs).length], states)
+        part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, length), outputs)
+        return jax.tree.map(partial(_shift, how), first, jax.vmap(jax.vmap(how.cell.recalled))(part))
 
     def before(first: Array, every: Array) -> Array:
         time = every.shape[0]
         at, outside = (start + length, start + length >= time) if how.reverse else (start - 1, start <= 0)
-        neighbour = jnp.where(outside, first, every[jnp.clip(at, 0, time - 1)])[None]
-        inside = lax.dynamic_slice_in_dim(every, start, length)
-        return jnp.concatenate([inside[1:], neighbour] if how.reverse else [neighbour, inside[:-1]])
+        neighbour = jnp.where(outside, first, every[jnp.clip(at, 0, time - 1)])
+        return _shift(how, neighbour, lax.dynamic_slice_in_dim(every, start, length))
 
     return jax.tree.map(before, state, states)
+
+
+def _shift(how: Recurrence, first: Array, inside: Array) -> Array:
+    return jnp.concatenate([inside[1:], first[None]] if how.reverse else [first[None], inside[:-1]])
+
+
+def _replay(how: Recurrence, params: Params, initial: State, seen: State, made: Any, restart: Any) -> State:
+    """s_{t-1} for every t of a chunk in full, by the steps without their products, which are known."""
+    first = jax.tree.map(lambda leaf: leaf[-1 if how.reverse else 0], seen)
+    if takes(how.cell, params, (seen, made), (None, restart)):
+        return run_replay(first, seen, made, how.reverse)
+
+    def step(state: State, at: Any) -> tuple[State, State]:
+        (drive, recurrent), restart = at
+        if restart is not None:
+            state = choose_rows(restart, initial, state)
+        return jax.vmap(how.guarded_advance)(state, drive, recurrent, None)[0], state
+
+    return scan_once(step, first, (made, restart), how.reverse)[1]
 
 
 def _chain(how: Recurrence, params: Params, carry: Any, before: State, made: Any, flags: Any) -> tuple[Any, Any]:

@@ -38,6 +38,14 @@ class Recurrence:
         batch, time = jax.tree.leaves(xs)[0].shape[:2]
         return Chunks(time, chunk_length(batch, time), self.reverse)
 
+    def recalls(self, mask: Any) -> bool:
+        """Whether outputs are saved instead of states, which come again from them without a product.
+
+        So it is where the recurrent product reads no more of a state than the output; and where no mask makes the
+        output zero.
+        """
+        return hasattr(self.cell, "recalled") and mask is None and self.emit is not new_state
+
     def guarded_advance(self, state: State, drive: PyTree, recurrent: PyTree, valid: Any) -> tuple[State, PyTree]:
         """`cell.advance` for one example and what is kept of it, as `seqjax.guarded` means a mask."""
         after, output = self.cell.advance(state, drive, recurrent)

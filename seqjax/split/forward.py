@@ -20,17 +20,20 @@ def forward(
     """Runs the sequence.
 
     Returns:
-        (final state, what is kept (batch, time, ...)); and every state, (time, batch, ...), for the way back.
+        (final state, what is kept (batch, time, ...)); and for the way back every state, (time, batch, ...), or where
+        `how.recalls` the state before each chunk, (chunks, batch, ...), and the outputs, (time, batch, ...).
     """
     initial = initial_states(how.cell, params, state)
 
     def chunk(state: State, start: Array, length: int) -> tuple[State, Any]:
         x, valid, restart = cut_inputs(xs, mask, reset, start, length)
         drives = over_chunk(how.cell.drive)(params, x)
-        return run_chunk(how, params, initial, state, drives, valid, restart)
+        after, (states, kept) = run_chunk(how, params, initial, state, drives, valid, restart)
+        return after, (jax.tree.map(lambda leaf: leaf[None], state) if how.recalls(mask) else states, kept)
 
     final, (states, kept) = how.chunks(xs).scan(chunk, state)
-    return (final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), kept)), states
+    saved = (states, kept if how.recalls(mask) else None)
+    return (final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), kept)), saved
 
 
 def run_chunk(

@@ -21,7 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-Leaves = Sequence[Array]
+Leaves = Sequence[Any]  # of arrays; what is not traced may be one of numpy's
 Map = Callable[[list[Array], list[Array]], Leaves]  # (residuals, what it is linear in) -> what comes out
 
 

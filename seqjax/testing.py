@@ -50,9 +50,9 @@ def check_cell(
     x = _example_input(cell, key) if x is None else jax.tree.map(jnp.asarray, x)
     passed = ["has the methods"]
     checks = [_is_pure, _keeps_the_type_of_its_state, _follows_the_dtype_of_its_parameters, _takes_wrong_dtypes]
-    checks += [_traces_once, _scans_as_it_loops, _holds_its_state_under_a_mask]
     if all(hasattr(cell, part) for part in ("drive", "recur", "advance")):
         checks.append(_is_what_its_parts_make)
+    checks += [_traces_once, _scans_as_it_loops, _holds_its_state_under_a_mask]
     if differentiable:
         checks.append(_has_finite_gradients)
         if hasattr(cell, "jacobian"):

@@ -18,6 +18,16 @@ def optimised(compile_quickly):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def xlas_own_loops(optimised, monkeypatch):
+    """Without the kernel in C++, inside of which there would be nothing to see."""
+    for module in ("forward", "backward"):
+        monkeypatch.setattr(f"seqjax.split.{module}.takes", lambda *_: False)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def compiled_loops(function, *arguments):
     return loops(jax.jit(function).lower(*arguments).compile().as_text())
 
@@ -54,6 +64,38 @@ def test_the_gradient_of_a_plain_scan_sums_up_the_weights_gradients_in_its_loop(
     assert len(summing) == 1
     assert len(summing[0].products) == 3  # back through the state, and the gradients of W_hh and W_xh
     assert {params.W_hh.shape, params.W_xh.shape} <= set(summing[0].changed)
+
+
+def ours(name, time):
+    cell = CELLS[name](FEATURES, HIDDEN)
+    params, xs = cell.init(jax.random.key(0)), jnp.ones((BATCH, time, FEATURES))
+    return lambda params, xs: sj.unroll(cell, params, xs)[1], params, xs
+
+
+# 23 steps are one chunk; 203 are two and a remainder.
+@pytest.mark.parametrize("time", [23, 203])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_step_forward_has_the_recurrent_product_alone(name, time, xlas_own_loops):
+    unroll, params, xs = ours(name, time)
+    innermost = [loop for loop in compiled_loops(unroll, params, xs) if loop.innermost]
+    assert innermost
+    for loop in innermost:
+        assert len(loop.products) == 1, loop
+        assert sorted(loop.products[0]) == sorted((BATCH, params.W_hh.shape[0])), loop
+        assert not loop.makes(weight_shapes(jax.tree.leaves(params))), loop
+
+
+@pytest.mark.parametrize("time", [23, 203])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_step_backward_has_one_product_and_sums_up_no_weights_gradient(name, time, xlas_own_loops):
+    unroll, params, xs = ours(name, time)
+    found = compiled_loops(jax.grad(lambda params, xs: unroll(params, xs).sum()), params, xs)
+    innermost = [loop for loop in found if loop.innermost]
+    assert len(innermost) >= 2  # forward and backward
+    assert any(sorted(p) == sorted((BATCH, HIDDEN)) for loop in innermost for p in loop.products)
+    for loop in innermost:
+        assert len(loop.products) <= 1, loop
+        assert not loop.makes(weight_shapes(jax.tree.leaves(params))), loop
 
 
 def test_a_loop_in_a_loop_is_counted_for_itself():

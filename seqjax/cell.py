@@ -29,8 +29,12 @@ What a cell may offer besides, and what is then done with it:
   `step(params, state, x)` is `advance(state, drive(params, x), recur(params, state))`: the input half, which needs no
   state; the recurrent product; the rest, without parameters. `unroll` and `trajectory` then take the input half of many
   steps in one product, and the gradients of the weights likewise (`seqjax.split`). Trees of floating-point arrays may
-  pass between them. A cell whose step has no such parts leaves one out or lets it raise AttributeError; a subclass
-  with a step of its own offers a part of its own, or is run step by step.
+  pass between them. A step with a second product inside, as the GRU with the reset gate before it, offers two parts
+  more: `inner(state, drive, recurrent)` is what that product takes, `recur_inner(params, inner)` the product, and
+  `advance` gets the pair of both products for `recurrent`. A cell whose step has no such parts leaves one out or lets
+  it raise AttributeError; a subclass with a step of its own offers a part of its own, or is run step by step.
+- `recalled(output)`: the output as a state that is as good as the state for `recur`. Then outputs are saved for the way
+  back instead of states; for the LSTM that is h without c.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
   `step(params, state, x, noise)`; without a key it calls `step(params, state, x)`, which is deterministic. So
   randomness is an input and never hidden in the state.

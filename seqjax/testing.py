@@ -14,6 +14,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell
+from seqjax.guarded import last_output
+from seqjax.split.chunks import Recurrence
 from seqjax.unroll import length_mask, trajectory, unroll
 
 BATCH, TIME = 3, 5
@@ -194,7 +196,8 @@ def _is_what_its_parts_make(cell: Any, params: PyTree, x: PyTree) -> None:
     state = jax.tree.map(jnp.asarray, cell.initial_state(params))
     for _ in range(2):  # the second state is not the one that the cell begins with
         expected = cell.step(params, state, x)
-        got = cell.advance(state, cell.drive(params, x), cell.recur(params, state))
+        drive = cell.drive(params, x)
+        got = cell.advance(state, drive, Recurrence(cell, last_output).recurrent(params, state, drive))
         fix = "a step of your own needs parts of its own, or none"
         same_type = _type(got) == _type(expected)
         _holds(

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +91,9 @@ def gru_gates(
     drive = _drive(params, x, compute_dtype)
     if reset == "after":
         return _gates_after(drive, _recur_after(params, state, compute_dtype))
-    W_rz, U = jnp.split(params.W_hh, [2 * state.h.size])
-    r, z = jnp.split(jax.nn.sigmoid(drive[: 2 * state.h.size] + product(W_rz, state.h, compute_dtype)), 2)
-    return GRUGates(r, z, jnp.tanh(drive[2 * state.h.size :] + product(U, r * state.h, compute_dtype)))
+    from_h = _recur_before(params, state, compute_dtype)
+    from_rh = _recur_inner(params, _inner(state, drive, from_h), compute_dtype)
+    return _gates_before(drive, from_h, from_rh)
 
 
 def _drive(params: GRUParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
@@ -111,6 +110,24 @@ def _gates_after(drive: Float[Array, " gates"], recurrent: Float[Array, " gates"
     n = drive.size // 3
     r, z = jnp.split(jax.nn.sigmoid(drive[: 2 * n] + recurrent[: 2 * n]), 2)
     return GRUGates(r, z, jnp.tanh(drive[2 * n :] + r * recurrent[2 * n :]))
+
+
+def _recur_before(params: GRUParams, state: GRUState, compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
+    return product(params.W_hh[: 2 * state.h.size], state.h, compute_dtype)
+
+
+def _inner(state: GRUState, drive: Float[Array, " gates"], from_h: Float[Array, " two"]) -> Float[Array, " n"]:
+    n = state.h.size
+    return jax.nn.sigmoid(drive[:n] + from_h[:n]) * state.h
+
+
+def _recur_inner(params: GRUParams, rh: Float[Array, " n"], compute_dtype: DTypeLike | None) -> Float[Array, " n"]:
+    return product(params.W_hh[2 * rh.size :], rh, compute_dtype)
+
+
+def _gates_before(drive: Float[Array, " gates"], from_h: Float[Array, " two"], from_rh: Float[Array, " n"]) -> GRUGates:
+    r, z = jnp.split(jax.nn.sigmoid(drive[: from_h.size] + from_h), 2)
+    return GRUGates(r, z, jnp.tanh(drive[from_h.size :] + from_rh))
 
 
 def _mix(state: GRUState, gates: GRUGates, update: Update) -> tuple[GRUState, Float[Array, " n"]]:
@@ -281,18 +298,28 @@ class GRU:
         """The input half of the step, W_xh x_t + b_h."""
         return _drive(params, x, self.compute_dtype)
 
+    def recur(self, params: GRUParams, state: GRUState) -> Float[Array, " rows"]:
+        """The recurrent product: W_hh h_{t-1} with b_hn, or of the two gates alone where the reset stands before."""
+        recur = _recur_after if self.reset == "after" else _recur_before
+        return recur(params, state, self.compute_dtype)
+
     @property
-    def recur(self) -> Callable[[GRUParams, GRUState], Float[Array, " gates"]]:
-        """The recurrent product, W_hh h_{t-1} with b_hn. With the reset before it there are two, so there is none."""
-        if self.reset == "before":
-            raise AttributeError("the reset gate stands before a second product, so the step has no split in three")
-        return partial(_recur_after, compute_dtype=self.compute_dtype)
+    def inner(self) -> Callable[[GRUState, Array, Array], Float[Array, " n"]]:
+        """What the second product takes where the reset gate stands before it, r * h_{t-1}."""
+        if self.reset == "after":
+            raise AttributeError("with the reset gate after the product there is one product alone")
+        return _inner
+
+    def recur_inner(self, params: GRUParams, rh: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The second product, U (r * h_{t-1})."""
+        return _recur_inner(params, rh, self.compute_dtype)
 
     def advance(
-        self, state: GRUState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
+        self, state: GRUState, drive: Float[Array, " gates"], recurrent: Any
     ) -> tuple[GRUState, Float[Array, " n"]]:
-        """The rest of the step, with the reset after the product: the gates of both, then h_t."""
-        return _mix(state, _gates_after(drive, recurrent), self.update or "keeps")
+        """The rest of the step: the gates of drive and product, or products, then h_t."""
+        gates = _gates_after(drive, recurrent) if self.reset == "after" else _gates_before(drive, *recurrent)
+        return _mix(state, gates, self.update or "keeps")
 
     @property
     def native_loop(self) -> Callable[[GRUParams], tuple[int, Array, Array | None]] | None:

@@ -84,6 +84,17 @@ class LearnedState:
         return self.cell.advance
 
     @property
+    def inner(self) -> Callable[[Any, Any, Any], PyTree]:
+        """What a second product inside the cell's step takes, where there is one."""
+        return self.cell.inner
+
+    @property
+    def recur_inner(self) -> Callable[[Any, Any], PyTree]:
+        """The second product inside the cell's step, where there is one."""
+        recur_inner = self.cell.recur_inner
+        return lambda params, v: recur_inner(params.cell, v)
+
+    @property
     def recalled(self) -> Callable[[Any], PyTree]:
         """The cell's output as a state, where that is enough for its recurrent product."""
         return self.cell.recalled

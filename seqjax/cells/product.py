@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def product(
-    W: Float[Array, "m n"], v: Float[Array, " n"], compute_dtype: DTypeLike | None = None
-) -> Float[Array, " m"]:
+def product(W: Float[Any, "m n"], v: Float[Any, " n"], compute_dtype: DTypeLike | None = None) -> Float[Array, " m"]:
     """W v.
 
     Args:
@@ -34,6 +34,6 @@ def product(
     return jnp.matmul(v.astype(compute_dtype), W.astype(compute_dtype).T, preferred_element_type=v.dtype)
 
 
-def rounded(W: Float[Array, "m n"], compute_dtype: DTypeLike | None) -> Float[Array, "m n"]:
+def rounded(W: Float[Any, "m n"], compute_dtype: DTypeLike | None) -> Float[Any, "m n"]:
     """The weights as `product` sees them."""
     return W if compute_dtype is None else W.astype(compute_dtype).astype(W.dtype)

@@ -58,7 +58,12 @@ def backward(how: Recurrence, inputs: Any, saved: Any, cotangents: Any, wanted: 
 
         def products(some_params: list[Array], some_x: list[Array]) -> tuple[PyTree, PyTree]:
             p = put(params, wanted_params, some_params)
-            return over_chunk(how.cell.drive)(p, put(x, wanted_xs, some_x)), over_chunk(how.cell.recur)(p, before)
+            drives = over_chunk(how.cell.drive)(p, put(x, wanted_xs, some_x))
+            recurrents = over_chunk(how.cell.recur)(p, before)
+            if not how.is_nested:
+                return drives, recurrents
+            v = lax.stop_gradient(jax.vmap(jax.vmap(how.cell.inner))(before, drives, recurrents))
+            return drives, (recurrents, over_chunk(how.cell.recur_inner)(p, v))
 
         made, pull = jax.vjp(products, pick(params, wanted_params), pick(x, wanted_xs))
         if how.recalls(mask):
@@ -129,15 +134,12 @@ def _chain(how: Recurrence, params: Params, carry: Any, before: State, made: Any
     if how.emit is last_output and takes(how.cell, params, (carry[0], before, made, flags[2]), flags[:2]):
         of_state, of_made = run_backward(how.cell, params, carry[0], before, made, flags[2], how.reverse)
         return (of_state, carry[1]), of_made
-    recur = jax.vmap(how.cell.recur, (None, 0))
 
     def step(carry: Any, at: Any) -> tuple[Any, Any]:
         of_after, of_initial = carry
         state, made, (valid, restart, of_kept) = at
         _, pull = jax.vjp(lambda s, m: jax.vmap(how.guarded_advance)(s, m[0], m[1], valid), state, made)
-        of_state, of_made = pull((of_after, of_kept))
-        through = jax.vjp(lambda s: recur(params, s), state)[1](of_made[1])[0]
-        of_state = jax.tree.map(jnp.add, of_state, through)
+        of_state, of_made = _through_products(how, params, state, made, *pull((of_after, of_kept)))
         if restart is not None:
             nothing = zeros_like(of_state)
             of_initial = jax.tree.map(jnp.add, of_initial, choose_rows(restart, of_state, nothing))
@@ -145,3 +147,20 @@ def _chain(how: Recurrence, params: Params, carry: Any, before: State, made: Any
         return (of_state, of_initial), of_made
 
     return scan_once(step, carry, (before, made, flags), not how.reverse)
+
+
+def _through_products(
+    how: Recurrence, params: Params, state: State, made: Any, of_state: State, of_made: Any
+) -> tuple[State, Any]:
+    """Adds to the cotangent of the state what comes through its product, and before that through an inner one."""
+    of_drive, of_recurrent = of_made
+    of_product = of_recurrent
+    if how.is_nested:
+        drive, (product, _) = made
+        of_product, of_second = of_recurrent
+        v, pull = jax.vjp(jax.vmap(how.cell.inner), state, drive, product)
+        of_v = jax.vjp(lambda v: jax.vmap(how.cell.recur_inner, (None, 0))(params, v), v)[1](of_second)[0]
+        of_state, of_drive, of_product = jax.tree.map(jnp.add, (of_state, of_drive, of_product), pull(of_v))
+        of_recurrent = (of_product, of_second)
+    through = jax.vjp(lambda s: jax.vmap(how.cell.recur, (None, 0))(params, s), state)[1](of_product)[0]
+    return jax.tree.map(jnp.add, of_state, through), (of_drive, of_recurrent)

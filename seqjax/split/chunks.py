@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import State, same_state_type
+from seqjax.cell import Params, State, same_state_type
 from seqjax.guarded import Emit, choose, new_state, zeros_like
 
 
@@ -45,6 +45,18 @@ class Recurrence:
         output zero.
         """
         return hasattr(self.cell, "recalled") and mask is None and self.emit is not new_state
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether a second product stands inside the step, v = inner(s, d, r) between the two."""
+        return hasattr(self.cell, "inner")
+
+    def recurrent(self, params: Params, state: State, drive: PyTree) -> PyTree:
+        """What `advance` reads of one example's state: its recurrent product, or both of them."""
+        product = self.cell.recur(params, state)
+        if not self.is_nested:
+            return product
+        return product, self.cell.recur_inner(params, self.cell.inner(state, drive, product))
 
     def guarded_advance(self, state: State, drive: PyTree, recurrent: PyTree, valid: Any) -> tuple[State, PyTree]:
         """`cell.advance` for one example and what is kept of it, as `seqjax.guarded` means a mask."""

@@ -50,7 +50,7 @@ def run_chunk(
         drive, valid, restart = at
         if restart is not None:
             state = choose_rows(restart, initial, state)
-        recurrent = jax.vmap(how.cell.recur, (None, 0))(params, state)
+        recurrent = jax.vmap(how.recurrent, (None, 0, 0))(params, state, drive)
         after, kept = jax.vmap(how.guarded_advance)(state, drive, recurrent, valid)
         return after, (after, kept)
 

@@ -4,6 +4,8 @@
     r_t = recur(params, s_{t-1})            the recurrent product
     s_t, o_t = advance(s_{t-1}, d_t, r_t)    the rest, without parameters
 
+or with a second product inside, v_t = inner(s_{t-1}, d_t, r_t), so that `advance` gets (r_t, recur_inner(params, v_t)).
+
 Forward, d_t comes for a whole chunk of time from one matrix product (`seqjax.split.forward`). Backward, where all
 states are known, so does r_t, and the gradients of all weights are products over a whole chunk
 (`seqjax.split.backward`). Nothing but states is kept of the forward pass.
@@ -24,6 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params, State, as_derived
+from seqjax.guarded import last_output
 from seqjax.linear_map import Direction, linear_map
 from seqjax.split.backward import backward, pick, put
 from seqjax.split.chunks import Recurrence
@@ -47,7 +50,8 @@ def is_split(cell: Any, params: Params, state: State, xs: PyTree) -> bool:
     s = jax.tree.map(lambda leaf: leaf[0], state)
 
     def run(params: Params, state: State, x: PyTree) -> Any:
-        passed = state, cell.drive(params, x), cell.recur(params, state)
+        drive = cell.drive(params, x)
+        passed = state, drive, Recurrence(cell, last_output).recurrent(params, state, drive)
         return passed, cell.advance(*passed), cell.initial_state(params)
 
     program, (passed, *_) = jax.make_jaxpr(run, return_shape=True)(params, s, x)

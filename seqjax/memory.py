@@ -62,7 +62,7 @@ def memory_estimate(
 
     Example:
         >>> import seqjax as sj
-        >>> cell = sj.LSTM(8, 32)
+        >>> cell = sj.stack([sj.GRU(8, 32), sj.GRU(32, 32)])
         >>> all_states = sj.memory_estimate(cell, 4, 4096)
         >>> some = sj.memory_estimate(cell, 4, 4096, checkpoint_every=64)
         >>> some.temporaries < all_states.temporaries / 2

@@ -33,7 +33,7 @@ class Direction:
     plain: Map
 
 
-def linear_map(residuals: Leaves, linear: Leaves, push: Direction, pull: Direction) -> list[Array]:
+def linear_map(residuals: Leaves, linear: Leaves, push: Direction, pull: Direction, like: Sequence[Any]) -> list[Array]:
     """push(residuals, linear), whose transpose with respect to `linear` is `pull(residuals, .)`.
 
     Args:
@@ -41,6 +41,7 @@ def linear_map(residuals: Leaves, linear: Leaves, push: Direction, pull: Directi
         linear: arrays in which the map is linear.
         push: the map.
         pull: its transpose.
+        like: what comes out has their shapes and dtypes; said, so that a direction that never runs is never traced.
 
     Returns:
         The arrays that `push.run` returns.
@@ -50,28 +51,32 @@ def linear_map(residuals: Leaves, linear: Leaves, push: Direction, pull: Directi
         >>> from seqjax.linear_map import Direction, linear_map
         >>> def scale(residuals, linear): return [residuals[0] * linear[0]]
         >>> def marked(residuals, linear): return [residuals[0] * linear[0] + 0.125]  # not the transpose, to be seen
-        >>> double = lambda x: linear_map([jnp.array(2.0)], [x], Direction(scale, scale), Direction(marked, scale))[0]
+        >>> push, pull = Direction(scale, scale), Direction(marked, scale)
+        >>> double = lambda x: linear_map([jnp.array(2.0)], [x], push, pull, like=[x])[0]
         >>> double(jnp.array(3.0)).item(), jax.grad(double)(jnp.array(3.0)).item()
         (6.0, 2.125)
     """
-    return _linear_map.bind(*residuals, *linear, push=push, pull=pull, residuals=len(residuals))
+    kinds = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in like)
+    return _linear_map.bind(*residuals, *linear, push=push, pull=pull, residuals=len(residuals), like=kinds)
 
 
 _linear_map = Primitive("linear_map")
 _linear_map.multiple_results = True
 
 
-def _run(*args: Array, push: Direction, pull: Direction, residuals: int) -> list[Array]:
+def _run(*args: Array, push: Direction, pull: Direction, residuals: int, like: Any) -> list[Array]:
     return list(push.run(list(args[:residuals]), list(args[residuals:])))
 
 
-def _jvp(primals: Leaves, tangents: Sequence[Any], *, push: Direction, pull: Direction, residuals: int) -> Any:
+def _jvp(
+    primals: Leaves, tangents: Sequence[Any], *, push: Direction, pull: Direction, residuals: int, like: Any
+) -> Any:
     """Of a product of both kinds of argument: d(A(r) v) = A(r) dv + (dA(r)) v."""
     fixed, linear = primals[:residuals], primals[residuals:]
-    out = linear_map(fixed, linear, push, pull)
+    out = linear_map(fixed, linear, push, pull, like)
     parts = []
     if any(type(t) is not ad.Zero for t in tangents[residuals:]):
-        parts.append(linear_map(fixed, [ad.instantiate_zeros(t) for t in tangents[residuals:]], push, pull))
+        parts.append(linear_map(fixed, [ad.instantiate_zeros(t) for t in tangents[residuals:]], push, pull, like))
     moving = [i for i, t in enumerate(tangents[:residuals]) if type(t) is not ad.Zero]
     if moving:
 
@@ -85,14 +90,17 @@ def _jvp(primals: Leaves, tangents: Sequence[Any], *, push: Direction, pull: Dir
     return out, [sum(leaves[1:], leaves[0]) for leaves in zip(*parts, strict=True)]
 
 
-def _transpose(cotangents: Sequence[Any], *args: Any, push: Direction, pull: Direction, residuals: int) -> list[Any]:
+def _transpose(
+    cotangents: Sequence[Any], *args: Any, push: Direction, pull: Direction, residuals: int, like: Any
+) -> list[Any]:
     known = [ad.instantiate_zeros(ct) for ct in cotangents]
-    pulled = linear_map(args[:residuals], known, pull, push)
+    inputs = [arg.aval if ad.is_undefined_primal(arg) else arg for arg in args[residuals:]]
+    pulled = linear_map(args[:residuals], known, pull, push, inputs)
     undefined = [ad.is_undefined_primal(arg) for arg in args[residuals:]]
     return [None] * residuals + [ct if wanted else None for ct, wanted in zip(pulled, undefined, strict=True)]
 
 
-def _batch(args: Leaves, axes: Sequence[Any], *, push: Direction, pull: Direction, residuals: int) -> Any:
+def _batch(args: Leaves, axes: Sequence[Any], *, push: Direction, pull: Direction, residuals: int, like: Any) -> Any:
     """What it is linear in is batched throughout, so that no direction has to sum over the batch."""
     size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
     linear = [
@@ -104,14 +112,13 @@ def _batch(args: Leaves, axes: Sequence[Any], *, push: Direction, pull: Directio
     def batched(direction: Direction) -> Direction:
         return Direction(jax.vmap(direction.run, in_axes), jax.vmap(direction.plain, in_axes))
 
-    out = linear_map(args[:residuals], linear, batched(push), batched(pull))
+    kinds = [jax.ShapeDtypeStruct((size, *kind.shape), kind.dtype) for kind in like]
+    out = linear_map(args[:residuals], linear, batched(push), batched(pull), kinds)
     return out, [0] * len(out)
 
 
 _linear_map.def_impl(_run)
-_linear_map.def_abstract_eval(
-    lambda *args, **how: [jax.typeof(leaf) for leaf in jax.eval_shape(lambda *a: _run(*a, **how), *args)]
-)
+_linear_map.def_abstract_eval(lambda *args, like, **how: [jax.typeof(kind) for kind in like])
 ad.primitive_jvps[_linear_map] = _jvp
 ad.primitive_transposes[_linear_map] = _transpose
 batching.primitive_batchers[_linear_map] = _batch

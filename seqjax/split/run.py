@@ -83,7 +83,8 @@ def run_split(how: Recurrence, plain: Callable[..., Any], inputs: Inputs) -> tup
         push, pull = _directions(how, plain, tree, wanted, saved, out)
         residuals = [*primals, *jax.tree.leaves(saved)]
         moving = pick(jax.tree.unflatten(tree, tangents), wanted)
-        moved = linear_map(residuals, moving, push, pull)
+        kinds = [jax.typeof(leaf).to_tangent_aval() for leaf in jax.tree.leaves(out)]
+        moved = linear_map(residuals, moving, push, pull, like=kinds)
         # What is saved is a function of the same inputs, and nothing that reads it needs its tangent.
         still = jax.tree.map(jnp.zeros_like, saved)
         return (out, saved), (jax.tree.unflatten(jax.tree.structure(out), moved), still)

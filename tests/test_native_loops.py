@@ -186,7 +186,7 @@ def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
     asked = switched(monkeypatch, True)
     assert_near(sj.unroll(Doubled(3, 5), params, xs)[1], 2 * plain)
     assert not np.any(sj.unroll(Silent(3, 5), params, xs)[1])
-    assert asked == [False]
+    assert set(asked) == {False}
 
 
 def test_it_runs_under_vmap_in_scans_and_to_the_second_derivative(monkeypatch):
@@ -239,7 +239,7 @@ def test_the_command_says_where_the_kernel_lies_and_a_running_process_keeps_its_
     asked = switched(monkeypatch, True)
     cell, params, xs, _ = case("gru", 5, 2, 6)
     assert np.all(np.isfinite(sj.unroll(cell, params, xs)[1]))
-    assert asked == [True]
+    assert set(asked) == {True}
 
 
 def test_what_hinders_the_command_is_said_in_one_line(kernel, tmp_path):

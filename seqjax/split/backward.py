@@ -49,7 +49,7 @@ def backward(how: Recurrence, inputs: Any, saved: Any, cotangents: Any, wanted: 
     of_last, of_kept = cotangents
     initial = initial_states(how.cell, params, state)
 
-    def chunk(carry: Any, start: Array, length: int) -> tuple[Any, Any]:
+    def chunk(carry: Any, start: Array, length: int) -> tuple[Any, Any, None]:
         chain, of_params = carry
         x, valid, restart = cut_inputs(xs, mask, reset, start, length)
         before = _states_before(how, state, saved, xs, start, length)
@@ -71,11 +71,11 @@ def backward(how: Recurrence, inputs: Any, saved: Any, cotangents: Any, wanted: 
         chain, of_made = _chain(how, params, chain, before, made, (valid, restart, cut(of_kept, start, length)))
         of_p, of_x = pull(of_made)
         of_x = of_x if valid is None else choose_rows(valid, of_x, zeros_like(of_x))
-        return (chain, jax.tree.map(jnp.add, of_params, of_p)), of_x
+        return (chain, jax.tree.map(jnp.add, of_params, of_p)), of_x, None
 
     of_params = zeros_like(pick(params, wanted_params))
     carry = ((of_last, None if reset is None else zeros_like(state)), of_params)
-    ((of_state, of_initial), of_params), of_xs = how.chunks(xs).scan(chunk, carry, back=True)
+    ((of_state, of_initial), of_params), of_xs, _ = how.chunks(xs).scan(chunk, carry, back=True)
     if reset is not None:
 
         def begin(some_params: list[Array]) -> State:
@@ -83,22 +83,22 @@ def backward(how: Recurrence, inputs: Any, saved: Any, cotangents: Any, wanted: 
 
         through = jax.vjp(begin, pick(params, wanted_params))[1](of_initial)[0]
         of_params = jax.tree.map(jnp.add, of_params, through)
-    return [*of_params, *pick(of_state, wanted_state), *(jnp.swapaxes(leaf, 0, 1) for leaf in of_xs)]
+    return [*of_params, *pick(of_state, wanted_state), *of_xs]
 
 
 def _states_before(how: Recurrence, state: State, saved: Any, xs: PyTree, start: Array, length: int) -> State:
     """s_{t-1} for every t of a chunk, (time, batch, ...), as far as `recur` reads it; the first is right in full."""
-    states, outputs = saved
+    (states, outputs), time = saved, how.chunks(xs).time
     if outputs is not None:
         first = jax.tree.map(lambda leaf: leaf[start // how.chunks(xs).length], states)
-        part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, length), outputs)
-        return jax.tree.map(partial(_shift, how), first, jax.vmap(jax.vmap(how.cell.recalled))(part))
+        part = jax.vmap(jax.vmap(how.cell.recalled))(cut(outputs, start, length))
+        return jax.tree.map(partial(_shift, how), first, part)
+
+    at, outside = (start + length, start + length >= time) if how.reverse else (start - 1, start <= 0)
 
     def before(first: Array, every: Array) -> Array:
-        time = every.shape[0]
-        at, outside = (start + length, start + length >= time) if how.reverse else (start - 1, start <= 0)
-        neighbour = jnp.where(outside, first, every[jnp.clip(at, 0, time - 1)])
-        return _shift(how, neighbour, lax.dynamic_slice_in_dim(every, start, length))
+        neighbour = lax.dynamic_index_in_dim(every, jnp.clip(at, 0, time - 1), 1, keepdims=False)
+        return _shift(how, jnp.where(outside, first, neighbour), cut(every, start, length))
 
     return jax.tree.map(before, state, states)
 

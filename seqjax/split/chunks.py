@@ -83,47 +83,71 @@ class Chunks:
     length: int
     reverse: bool
 
-    def scan(self, body: Callable[[Any, Array, int], tuple[Any, PyTree]], carry: Any, back: bool = False) -> Any:
-        """`lax.scan` of `body(carry, start, length)` over the chunks, in the direction of time or back.
+    def scan(
+        self, body: Callable[[Any, Array, int], tuple[Any, PyTree, PyTree]], carry: Any, back: bool = False
+    ) -> Any:
+        """Runs `body(carry, start, length)` over the chunks, in the direction of time or back.
 
-        What it returns beside the carry is joined along the first axis, in the order of time.
+        The body returns the carry, what it makes of every step of its chunk, (length, batch, ...), and what it notes of
+        the chunk. The steps are written to where they belong in one array of the whole time, once where they stand more
+        than once, so that no second copy is ever turned around.
+
+        Returns:
+            The carry, the steps (batch, time, ...), and the notes (chunks, ...) in the order of time.
         """
         reverse = self.reverse != back
         count, rest = divmod(self.time, self.length)
+        steps = _Once()
+        first = jax.eval_shape(lambda c: steps.take(body(c, jnp.asarray(0), self.length)[1]), carry)
+        whole = [jnp.zeros((leaf.shape[1], self.time, *leaf.shape[2:]), leaf.dtype) for leaf in first]
 
-        def whole(carry: Any) -> tuple[Any, Any]:
-            if count == 1:
-                return body(carry, jnp.asarray(0), self.length)
+        def run(state: Any, start: Array, length: int) -> tuple[Any, PyTree]:
+            carry, whole = state
+            carry, made, notes = body(carry, start, length)
+            parts = [jnp.swapaxes(leaf, 0, 1) for leaf in steps.take(made)]
+            return (
+                carry,
+                [lax.dynamic_update_slice_in_dim(w, p, start, 1) for w, p in zip(whole, parts, strict=True)],
+            ), notes
+
+        def loop(state: Any) -> tuple[Any, PyTree]:
             starts = jnp.arange(count) * self.length
-            carry, out = scan_once(lambda c, start: body(c, start, self.length), carry, starts, reverse)
-            return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
+            return lax.scan(lambda state, start: run(state, start, self.length), state, starts, reverse=reverse)
 
-        def tail(carry: Any) -> tuple[Any, Any]:
-            return body(carry, jnp.asarray(count * self.length), rest)
+        def tail(state: Any) -> tuple[Any, PyTree]:
+            state, notes = run(state, jnp.asarray(count * self.length), rest)
+            return state, jax.tree.map(lambda leaf: leaf[None], notes)
 
-        if not rest:
-            return whole(carry)
-        carry, one = (tail if reverse else whole)(carry)
-        carry, other = (whole if reverse else tail)(carry)
-        first, last = (other, one) if reverse else (one, other)
-        return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, last)
+        state, parts = (carry, whole), []
+        for piece in [loop, tail][: 1 + bool(rest)][:: -1 if reverse else 1]:
+            state, notes = piece(state)
+            parts.insert(0 if reverse else len(parts), notes)
+        return state[0], steps.put(state[1]), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+class _Once:
+    """The leaves of a traced tree with each value once, and the tree again from others in their place."""
+
+    def take(self, tree: PyTree) -> list[Array]:
+        leaves, self.structure = jax.tree.flatten(tree)
+        unique = list({id(leaf): leaf for leaf in leaves}.values())
+        self.place = [next(i for i, other in enumerate(unique) if other is leaf) for leaf in leaves]
+        return unique
+
+    def put(self, unique: list[Array]) -> PyTree:
+        return jax.tree.unflatten(self.structure, [unique[i] for i in self.place])
 
 
 def scan_once(body: Callable[[Any, Any], tuple[Any, PyTree]], carry: Any, xs: Any, reverse: bool) -> tuple[Any, PyTree]:
     """`lax.scan` that stacks a value once, however often it stands in the outputs: an output is often the state."""
-    structure: Any = None
-    place: list[int] = []
+    once = _Once()
 
     def distinct(carry: Any, x: Any) -> tuple[Any, list[Array]]:
-        nonlocal structure, place
         carry, out = body(carry, x)
-        leaves, structure = jax.tree.flatten(out)
-        unique = list({id(leaf): leaf for leaf in leaves}.values())
-        place = [next(i for i, other in enumerate(unique) if other is leaf) for leaf in leaves]
-        return carry, unique
+        return carry, once.take(out)
 
     carry, stacked = lax.scan(distinct, carry, xs, reverse=reverse)
-    return carry, jax.tree.unflatten(structure, [stacked[i] for i in place])
+    return carry, once.put(stacked)
 
 
 def cut(tree: PyTree, start: Array, length: int) -> PyTree:

@@ -20,20 +20,20 @@ def forward(
     """Runs the sequence.
 
     Returns:
-        (final state, what is kept (batch, time, ...)); and for the way back every state, (time, batch, ...), or where
-        `how.recalls` the state before each chunk, (chunks, batch, ...), and the outputs, (time, batch, ...).
+        (final state, what is kept (batch, time, ...)); and for the way back every state, (batch, time, ...), or where
+        `how.recalls` the outputs and the state before each chunk, (chunks, batch, ...).
     """
     initial = initial_states(how.cell, params, state)
+    recalls = how.recalls(mask)
 
-    def chunk(state: State, start: Array, length: int) -> tuple[State, Any]:
+    def chunk(state: State, start: Array, length: int) -> tuple[State, Any, Any]:
         x, valid, restart = cut_inputs(xs, mask, reset, start, length)
         drives = over_chunk(how.cell.drive)(params, x)
         after, (states, kept) = run_chunk(how, params, initial, state, drives, valid, restart)
-        return after, (jax.tree.map(lambda leaf: leaf[None], state) if how.recalls(mask) else states, kept)
+        return after, (None if recalls else states, kept), state if recalls else None
 
-    final, (states, kept) = how.chunks(xs).scan(chunk, state)
-    saved = (states, kept if how.recalls(mask) else None)
-    return (final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), kept)), saved
+    final, (states, kept), first = how.chunks(xs).scan(chunk, state)
+    return (final, kept), (first, kept) if recalls else (states, None)
 
 
 def run_chunk(

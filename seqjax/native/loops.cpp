@@ -271,8 +271,11 @@ inline void join(const V* drive, const V* recurrent, V* a) {
 // caches of all threads at every step.
 inline bool by_rows(const Sizes& s, int gates) { return s.batch >= 8 && 4 * gates * s.n * s.n <= (1 << 20); }
 
+// Threads that share rows are worth their start; those that share units meet at every step, which takes a thread as
+// long as some thousands of multiplications.
 inline int64_t threads(const Sizes& s, int gates, int64_t most) {
-  return s.time * s.batch * s.n * s.n * gates > 400000 ? most : 1;
+  const int64_t step = s.batch * s.n * s.n * gates;
+  return s.time * step > 400000 && (by_rows(s, gates) || step > 10000) ? most : 1;
 }
 
 template <class Cell>

@@ -71,6 +71,8 @@ class Recurrence:
 
 def chunk_length(batch: int, time: int) -> int:
     """Enough rows for a good matrix product, few steps beside the whole time, and a divisor of it where one is near."""
+    if batch * time <= 1024:  # so little that a loop over chunks would be felt
+        return time
     wanted = min(time, max(16, -(-256 // max(batch, 1)), time // 64))
     return next((n for n in range(wanted, min(2 * wanted, time) + 1) if time % n == 0), wanted)
 
@@ -97,6 +99,10 @@ class Chunks:
         """
         reverse = self.reverse != back
         count, rest = divmod(self.time, self.length)
+        if self.length == self.time:
+            carry, made, notes = body(carry, jnp.asarray(0), self.length)
+            turned = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), made)
+            return carry, turned, jax.tree.map(lambda leaf: leaf[None], notes)
         steps = _Once()
         first = jax.eval_shape(lambda c: steps.take(body(c, jnp.asarray(0), self.length)[1]), carry)
         whole = [jnp.zeros((leaf.shape[1], self.time, *leaf.shape[2:]), leaf.dtype) for leaf in first]

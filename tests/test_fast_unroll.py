@@ -21,7 +21,7 @@ from seqjax.split.run import is_split
 from seqjax.unroll import _run_plainly
 
 BATCH = 2
-FLAGS = np.random.default_rng(0).random((2, 40, 600)) < 0.7
+FLAGS = np.random.default_rng(0).random((2, 40, 1100)) < 0.7
 
 
 class Peephole:

@@ -43,6 +43,7 @@ What a cell may offer besides, and what is then done with it:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -150,6 +151,11 @@ def as_derived(cell: Any, part: str, whole: str) -> bool:
         return next((i for i, names in enumerate(places) if name in names), len(places))
 
     return place(part) <= place(whole)
+
+
+def closed_form_jacobian(cell: Any) -> Callable[..., Array] | None:
+    """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
+    return getattr(cell, "jacobian", None) if as_derived(cell, "jacobian", "step") else None
 
 
 def is_value(part: Any) -> bool:

@@ -67,6 +67,13 @@ def guarded_step(
     return after, kept
 
 
+def drawn_noise(cell: Any, key: Array | None, batch: int, time: int) -> PyTree:
+    """The noise of every step, (batch, time, ...), where there is a key and the cell draws some; otherwise None."""
+    if key is None or not hasattr(cell, "noise"):
+        return None
+    return jax.vmap(jax.vmap(cell.noise))(jax.random.split(key, (batch, time)))
+
+
 def choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     """One tree or the other, for one example."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

@@ -20,7 +20,7 @@ from seqjax.cell import Output, Params, State, is_value
 from seqjax.cells.stack import Stack
 from seqjax.checkpointed import run_checkpointed
 from seqjax.checks import batch_of_states, check_flags, check_inputs, check_steps
-from seqjax.guarded import Emit, guarded_step, last_output, new_state
+from seqjax.guarded import Emit, drawn_noise, guarded_step, last_output, new_state
 from seqjax.split.chunks import Recurrence
 from seqjax.split.run import is_split, run_split
 
@@ -227,10 +227,7 @@ def _run_batch(
     reset: Any,
     key: Any,
 ) -> tuple[State, PyTree]:
-    noise = None
-    if key is not None and hasattr(cell, "noise"):
-        keys = jax.random.split(key, jax.tree.leaves(xs)[0].shape[:2])
-        noise = jax.vmap(jax.vmap(cell.noise))(keys)
+    noise = drawn_noise(cell, key, *jax.tree.leaves(xs)[0].shape[:2])
     if every is None:
         return _run_layers(emit, cell, reverse, params, state, xs, mask, reset, noise)
     return run_checkpointed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, push, state_parts, unflatten
 from seqjax.analysis.scaled import log_of_power, rescaled
-from seqjax.cell import Params, State
+from seqjax.cell import Params, State, closed_form_jacobian
 from seqjax.compiled import compiled
 
 
@@ -91,7 +90,7 @@ def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[
     """`StepJacobians` of the steps `times`, from 0, alone."""
     before, drive = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, given), given.inputs))
     step, params = flat_step(cell, given.params), given.params
-    closed_form = _closed_form(cell)
+    closed_form = closed_form_jacobian(cell)
 
     def by_state(v: Array, at: PyTree) -> Array:
         if closed_form is None:
@@ -112,16 +111,6 @@ def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[
         return jax.vmap(jax.vmap(derivative))(before, drive)
 
     return everywhere(by_state), everywhere(by_input) if inputs else None
-
-
-def _closed_form(cell: Any) -> Callable[..., Array] | None:
-    """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
-    for kind in type(cell).__mro__:
-        if "jacobian" in vars(kind):
-            break
-        if "step" in vars(kind):
-            return None
-    return getattr(cell, "jacobian", None)
 
 
 class JacobianProduct(NamedTuple):

@@ -6,7 +6,6 @@ A held step (mask False) has the identity as its Jacobian, and a reset step has 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Output, Params, State, strong_type
+from seqjax.cell import Output, Params, State, closed_form_jacobian, strong_type
 from seqjax.guarded import guarded_step
 from seqjax.parallel.algebra import DENSE, Algebra
 
@@ -82,7 +81,7 @@ class FlatCell:
     def jacobian(self, params: Params, v: Array, at: At) -> Array:
         """df/ds_{t-1}, (n, n): the cell's closed form where it has one that fits, otherwise by `jax.jacfwd`."""
         x, valid, restart, noise = at
-        closed_form = closed_form_of(self.cell) if noise is None else None
+        closed_form = closed_form_jacobian(self.cell) if noise is None else None
         if closed_form is None:
             return jax.jacfwd(lambda v: self.step(params, v, at))(v)
         if valid is not None:
@@ -135,13 +134,3 @@ def check_differentiable(flat: FlatCell, method: str, params: Params, first: Arr
             f"{name}.step, of which JAX says: {next(iter(str(error).splitlines()), type(error).__name__)}; give the "
             f"part that lacks one a jax.custom_jvp rule, or use sj.unroll"
         ) from error
-
-
-def closed_form_of(cell: Any) -> Callable[..., Array] | None:
-    """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
-    for kind in type(cell).__mro__:
-        if "jacobian" in vars(kind):
-            break
-        if "step" in vars(kind):
-            return None
-    return getattr(cell, "jacobian", None)

@@ -17,6 +17,7 @@ from seqjax.cell import Output, Params, State
 from seqjax.cells.stack import Stack
 from seqjax.checks import batch_of_states, check_flags, check_inputs
 from seqjax.compiled import compiled
+from seqjax.guarded import drawn_noise
 from seqjax.parallel.contraction import warn_of_growth
 from seqjax.parallel.flat import At, FlatCell, check_differentiable, flat_cell
 from seqjax.parallel.implicit import implicit
@@ -104,11 +105,7 @@ def _run(
     key: Any,
     limits: Any,
 ) -> tuple[tuple[State, Output], Convergence]:
-    noise = None
-    if key is not None and hasattr(cell, "noise"):
-        keys = jax.random.split(key, jax.tree.leaves(inputs)[0].shape[:2])
-        noise = jax.vmap(jax.vmap(cell.noise))(keys)
-    inputs = (*inputs, noise)
+    inputs = (*inputs, drawn_noise(cell, key, *jax.tree.leaves(inputs)[0].shape[:2]))
     if reverse:
         inputs = _backwards(inputs)
     (state, outputs), found = _layers(cell, method, fallback, params, state, inputs, limits)

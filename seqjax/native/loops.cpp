@@ -52,13 +52,11 @@ inline V exponential(V x) {
   const I power = reinterpret_cast<I>(k) << 23;
   k -= shift;
   V r = x - k * splat(0.693359375f) + k * splat(2.12194440e-4f);
-  V p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
+  const V s = r * r;
+  const V high_terms = (splat(1.9875691500e-4f) * r + splat(1.3981999507e-3f)) * s;
+  const V middle_terms = splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f);
+  const V low_terms = splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f);
+  const V p = ((high_terms + middle_terms) * s + low_terms) * s + (r + splat(1.0f));
   return p * reinterpret_cast<V>(power);
 }
 
@@ -69,18 +67,12 @@ inline V tangent(V x) {
   const V bound = splat(7.90531110763549805f);
   x = x > bound ? bound : x;
   x = x < -bound ? -bound : x;
-  const V s = x * x;
-  V p = splat(-2.76076847742355e-16f);
-  p = p * s + splat(2.00018790482477e-13f);
-  p = p * s + splat(-8.60467152213735e-11f);
-  p = p * s + splat(5.12229709037114e-08f);
-  p = p * s + splat(1.48572235717979e-05f);
-  p = p * s + splat(6.37261928875436e-04f);
-  p = p * s + splat(4.89352455891786e-03f);
-  V q = splat(1.19825839466702e-06f);
-  q = q * s + splat(1.18534705686654e-04f);
-  q = q * s + splat(2.26843463243900e-03f);
-  q = q * s + splat(4.89352518554385e-03f);
+  const V s = x * x, s2 = s * s, s4 = s2 * s2;
+  const V p = (splat(-2.76076847742355e-16f) * s2 + (splat(2.00018790482477e-13f) * s + splat(-8.60467152213735e-11f))) * s4 +
+              ((splat(5.12229709037114e-08f) * s + splat(1.48572235717979e-05f)) * s2 +
+               (splat(6.37261928875436e-04f) * s + splat(4.89352455891786e-03f)));
+  const V q = (splat(1.19825839466702e-06f) * s + splat(1.18534705686654e-04f)) * s2 +
+              (splat(2.26843463243900e-03f) * s + splat(4.89352518554385e-03f));
   return x * p / q;
 }
 
@@ -91,33 +83,42 @@ inline void keep(V& v) {
 #endif
 }
 
-// One k of sum[row][column] += a[row][k] panel[k][column].
-template <int R, int N>
-inline void add_product(const float* a, int64_t stride, const float* panel, V (&sum)[R][N]) {
-  V columns[N];
-  for (int v = 0; v < N; ++v) keep(columns[v] = load(panel + v * W));
-  for (int r = 0; r < R; ++r) {
-    const V x = splat(a[r * stride]);
-    for (int v = 0; v < N; ++v) sum[r][v] += x * columns[v];
+// One k of sum[product][row][column] += a[row][k] panel[product][k][column], where the panels are `apart` floats apart.
+template <int P, int R, int N>
+inline void add_product(const float* a, int64_t stride, const float* panel, int64_t apart, V (&sum)[P][R][N]) {
+  for (int p = 0; p < P; ++p) {
+    V columns[N];
+    for (int v = 0; v < N; ++v) {
+      columns[v] = load(panel + p * apart + v * W);
+      if (R > 1) keep(columns[v]);
+    }
+    for (int r = 0; r < R; ++r) {
+      const V x = splat(a[r * stride]);
+      for (int v = 0; v < N; ++v) sum[p][r][v] += x * columns[v];
+    }
   }
 }
 
-// sum_k a[row][k] panel[k][column] for R rows and N vectors of columns, all of it in registers: six rows of two
-// vectors, or four of three, are what sixteen registers hold and what hides the latency of a sum. Not inlined, since
-// beside other code the compiler runs out of registers inside the loop.
-template <int R, int N>
-__attribute__((noinline)) void product(const float* a, int64_t stride, const float* panel, int64_t depth, V (&sum)[R][N]) {
-  constexpr int sets = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;  // where there are few sums, several of each
-  V all[sets][R][N] = {};
+// sum_k a[row][k] panel[product][k][column] for R rows and N vectors of columns of P products, all of it in registers:
+// six rows of two vectors, or four of three, are what sixteen registers hold and what hides the latency of a sum. Not
+// inlined, since beside other code the compiler runs out of registers inside the loop.
+template <int P, int R, int N>
+__attribute__((noinline)) void product(const float* a, int64_t stride, const float* panel, int64_t depth,
+                                       V (*sum)[R][N]) {
+  // Where there are few sums, several of each.
+  constexpr int sets = P * R * N >= 8 ? 1 : P * R * N >= 4 ? 2 : 4;
+  const int64_t apart = depth * N * W;
+  V all[sets][P][R][N] = {};
   int64_t k = 0;
   for (; k + sets <= depth; k += sets)
-    for (int i = 0; i < sets; ++i) add_product<R, N>(a + k + i, stride, panel + (k + i) * N * W, all[i]);
-  for (; k < depth; ++k) add_product<R, N>(a + k, stride, panel + k * N * W, all[0]);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) {
-      sum[r][v] = all[0][r][v];
-      for (int i = 1; i < sets; ++i) sum[r][v] += all[i][r][v];
-    }
+    for (int i = 0; i < sets; ++i) add_product<P, R, N>(a + k + i, stride, panel + (k + i) * N * W, apart, all[i]);
+  for (; k < depth; ++k) add_product<P, R, N>(a + k, stride, panel + k * N * W, apart, all[0]);
+  for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < N; ++v) {
+        sum[p][r][v] = all[0][p][r][v];
+        for (int i = 1; i < sets; ++i) sum[p][r][v] += all[i][p][r][v];
+      }
 }
 
 // Calls body<R>(row) over rows first..last, at most `most` at a time and as evenly as it goes.
@@ -154,10 +155,11 @@ struct Barrier {
   }
 };
 
-// Runs body(part, parts, barrier) on this thread and on those of XLA's pool that come within a moment. Nobody waits for
-// a thread that is busy elsewhere: how many parts there are is settled when those that came are counted.
+// Runs body(part, parts, barrier) on this thread and on those of XLA's pool that come within a moment, which is longer
+// where there is more work. Nobody waits for a thread that is busy elsewhere: how many parts there are is settled when
+// those that came are counted.
 template <class Body>
-void in_parallel(ffi::ThreadPool& pool, int64_t wanted, const Body& body) {
+void in_parallel(ffi::ThreadPool& pool, int64_t wanted, int64_t work, const Body& body) {
   struct Shared {
     std::atomic<int> joined{0}, parts{0}, left{0};
     Barrier barrier;
@@ -176,7 +178,8 @@ void in_parallel(ffi::ThreadPool& pool, int64_t wanted, const Body& body) {
       body(mine, parts, shared->barrier);
       shared->left.fetch_add(1, std::memory_order_release);
     });
-  for (int spins = 0; shared->joined.load() < wanted - 1 && spins < 20000; ++spins) {
+  const int64_t patience = 20000 + std::min<int64_t>(work / 1000, 200000);
+  for (int64_t spins = 0; shared->joined.load() < wanted - 1 && spins < patience; ++spins) {
   }
   const int parts = 1 + shared->joined.fetch_add(closed);
   shared->parts.store(parts, std::memory_order_release);
@@ -271,11 +274,13 @@ inline void join(const V* drive, const V* recurrent, V* a) {
 // caches of all threads at every step.
 inline bool by_rows(const Sizes& s, int gates) { return s.batch >= 8 && 4 * gates * s.n * s.n <= (1 << 20); }
 
+// The multiplications of a loop.
+inline int64_t work(const Sizes& s, int gates) { return s.time * s.batch * s.n * s.n * gates; }
+
 // Threads that share rows are worth their start; those that share units meet at every step, which takes a thread as
 // long as some thousands of multiplications.
 inline int64_t threads(const Sizes& s, int gates, int64_t most) {
-  const int64_t step = s.batch * s.n * s.n * gates;
-  return s.time * step > 400000 && (by_rows(s, gates) || step > 10000) ? most : 1;
+  return work(s, gates) > 400000 && (by_rows(s, gates) || work(s, gates) / s.time > 10000) ? most : 1;
 }
 
 template <class Cell>
@@ -284,7 +289,7 @@ void run_forward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns, parts_of_panel = G * U / N;
   const int64_t n = s.n, state = s.batch * n, sub = n * N * W, count = (n + U * W - 1) / (U * W);
   const bool rowwise = by_rows(s, G);
-  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : count / 2), [&](int part, int parts, Barrier& barrier) {
+  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : count / 2), work(s, G), [&](int part, int parts, Barrier& barrier) {
     const Range rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
     const Range mine = rowwise ? Range{0, count} : share(count, part, parts);
     const float *h_before = h_0, *c_before = c_0;
@@ -295,8 +300,9 @@ void run_forward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float
         in_blocks<Cell::rows>(rows.first, rows.last, [&](auto height, int64_t row) {
           constexpr int R = decltype(height)::value;
           V sums[parts_of_panel][R][N];
-          for (int i = 0; i < parts_of_panel; ++i)
-            product<R, N>(h_before + row * n, n, panels + (p * parts_of_panel + i) * sub, n, sums[i]);
+          constexpr int P = R == 1 ? parts_of_panel : 1;  // one row has too few sums in one product
+          for (int i = 0; i < parts_of_panel; i += P)
+            product<P, R, N>(h_before + row * n, n, panels + (p * parts_of_panel + i) * sub, n, sums + i);
           for (int r = 0; r < R; ++r)
             for (int w = 0; w < U; ++w) {
               const int64_t u = (p * U + w) * W, left = n - u, at = (row + r) * n + u;
@@ -330,7 +336,7 @@ void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const floa
   const int64_t n = s.n, state = s.batch * n, wide = (n + N * W - 1) / (N * W);
   const bool rowwise = by_rows(s, G);
   float* passes = Cell::two_cotangents ? of_recurrent : of_drive;  // what goes through the product
-  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : wide / 2), [&](int part, int parts, Barrier& barrier) {
+  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : wide / 2), work(s, G), [&](int part, int parts, Barrier& barrier) {
     const Range rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
     const Range mine = rowwise ? Range{0, wide} : share(wide, part, parts);
     for (int64_t i = s.time - 1; i >= 0; --i) {
@@ -358,14 +364,14 @@ void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const floa
       for (int64_t p = mine.first; p < mine.last; ++p)
         in_blocks<R_MAX>(rows.first, rows.last, [&](auto height, int64_t row) {
           constexpr int R = decltype(height)::value;
-          V sum[R][N];
-          product<R, N>(passes + (t * s.batch + row) * G * n, G * n, panels + p * G * n * N * W, G * n, sum);
+          V sum[1][R][N];
+          product<1, R, N>(passes + (t * s.batch + row) * G * n, G * n, panels + p * G * n * N * W, G * n, sum);
           for (int r = 0; r < R; ++r)
             for (int v = 0; v < N; ++v) {
               const int64_t u = (p * N + v) * W, count = std::min<int64_t>(W, n - u);
               if (count <= 0) continue;
               float* to = of_h + (row + r) * n + u;
-              store(to, load(to, count) + sum[r][v], count);
+              store(to, load(to, count) + sum[0][r][v], count);
             }
         });
     }
@@ -376,7 +382,7 @@ void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const floa
 void run_replay(Sizes s, ffi::ThreadPool& pool, const float* drive, const float* recurrent, const float* c_0,
                 float* c_before) {
   const int64_t n = s.n, state = s.batch * n;
-  in_parallel(pool, s.time * state > 100000 ? s.batch : 1, [&](int part, int parts, Barrier&) {
+  in_parallel(pool, s.time * state > 100000 ? s.batch : 1, s.time * state, [&](int part, int parts, Barrier&) {
     const Range rows = share(s.batch, part, parts);
     for (int64_t i = 0; i < s.time; ++i) {
       const int64_t t = s.step(i), next = s.step(i + 1);
@@ -397,29 +403,43 @@ void run_replay(Sizes s, ffi::ThreadPool& pool, const float* drive, const float*
 using F32 = ffi::Buffer<ffi::F32>;
 using Out = ffi::ResultBuffer<ffi::F32>;
 
+// Calls body(panel) for every panel, shared by threads where they are large.
+template <class Body>
+void for_panels(ffi::ThreadPool& pool, int64_t panels, int64_t floats, const Body& body) {
+  in_parallel(pool, floats > 100000 ? panels : 1, floats, [&](int part, int parts, Barrier&) {
+    const Range mine = share(panels, part, parts);
+    for (int64_t p = mine.first; p < mine.last; ++p) body(p);
+  });
+}
+
 // W_hh (G n, n) in the order in which the forward loop reads it: [panel][product][k][column][8].
 template <class Cell>
-void pack(const float* from, int64_t n, float* to) {
+void pack(ffi::ThreadPool& pool, const float* from, int64_t n, float* to) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns;
   const int64_t columns = (n + U * W - 1) / (U * W) * U * G;
-  for (int64_t column = 0; column < columns; ++column) {
-    const int64_t g = column % G, first = column / G * W;
+  for_panels(pool, columns, columns * n * W, [&](int64_t column) {
+    const int64_t g = column % G, first = column / G * W, units = std::min<int64_t>(W, n - first);
+    const float* rows = from + (g * n + first) * n;
     float* panel = to + column / N * n * N * W + column % N * W;
-    for (int64_t j = 0; j < W; ++j)
-      for (int64_t k = 0; k < n; ++k)
-        panel[k * N * W + j] = first + j < n ? from[(g * n + first + j) * n + k] : 0.0f;
-  }
+    for (int64_t k = 0; k < n; ++k, panel += N * W)
+      if (units == W)
+        for (int64_t j = 0; j < W; ++j) panel[j] = rows[j * n + k];
+      else
+        for (int64_t j = 0; j < W; ++j) panel[j] = j < units ? rows[j * n + k] : 0.0f;
+  });
 }
 
 // W_hh (G n, n) as the backward loop reads it: [column / 16][row][16].
-ffi::Error pack_backward(F32 weights, Out panels) {
+ffi::Error pack_backward(ffi::ThreadPool pool, F32 weights, Out panels) {
   constexpr int64_t N = 2 * W;
   const int64_t depth = weights.dimensions()[0], n = weights.dimensions()[1], wide = (n + N - 1) / N;
-  const float* from = weights.typed_data();
-  float* to = panels->typed_data();
-  for (int64_t p = 0; p < wide; ++p)
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t j = 0; j < N; ++j, ++to) *to = p * N + j < n ? from[k * n + p * N + j] : 0.0f;
+  for_panels(pool, wide, depth * n, [&](int64_t p) {
+    const int64_t units = std::min(N, n - p * N);
+    const float* from = weights.typed_data() + p * N;
+    float* to = panels->typed_data() + p * depth * N;
+    for (int64_t k = 0; k < depth; ++k, from += n, to += N)
+      for (int64_t j = 0; j < N; ++j) to[j] = j < units ? from[j] : 0.0f;
+  });
   return ffi::Error::Success();
 }
 
@@ -436,9 +456,9 @@ void of_gates(int64_t gates, Run&& run) {
   if (gates == 1) run(Vanilla{});
 }
 
-ffi::Error pack_forward(int64_t gates, F32 weights, Out panels) {
+ffi::Error pack_forward(ffi::ThreadPool pool, int64_t gates, F32 weights, Out panels) {
   of_gates(gates, [&](auto cell) {
-    pack<decltype(cell)>(weights.typed_data(), weights.dimensions()[1], panels->typed_data());
+    pack<decltype(cell)>(pool, weights.typed_data(), weights.dimensions()[1], panels->typed_data());
   });
   return ffi::Error::Success();
 }
@@ -487,8 +507,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_replay, replay,
                                   .Arg<F32>()
                                   .Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack_forward, pack_forward,
-                              ffi::Ffi::Bind().Attr<int64_t>("gates").Arg<F32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack_backward, pack_backward, ffi::Ffi::Bind().Arg<F32>().Ret<F32>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("gates").Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack_backward, pack_backward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_forward, forward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

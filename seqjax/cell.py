@@ -34,7 +34,8 @@ What a cell may offer besides, and what is then done with it:
   `advance` gets the pair of both products for `recurrent`. A cell whose step has no such parts leaves one out or lets
   it raise AttributeError; a subclass with a step of its own offers a part of its own, or is run step by step.
 - `recalled(output)`: the output as a state that is as good as the state for `recur`. Then outputs are saved for the way
-  back instead of states; for the LSTM that is h without c.
+  back instead of states; for the LSTM that is h without c. Beside it, `recalled_step(state, drive, recurrent)`: the
+  state of `advance`, for steps that run again only to find what the outputs do not tell.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
   `step(params, state, x, noise)`; without a key it calls `step(params, state, x)`, which is deterministic. So
   randomness is an input and never hidden in the state.
@@ -156,6 +157,19 @@ def as_derived(cell: Any, part: str, whole: str) -> bool:
 def closed_form_jacobian(cell: Any) -> Callable[..., Array] | None:
     """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
     return getattr(cell, "jacobian", None) if as_derived(cell, "jacobian", "step") else None
+
+
+def native_loop(cell: Any) -> Callable[[Params], Any] | None:
+    """What `seqjax.native` runs of a cell; None of one that has replaced a part of its step."""
+    parts = ("step", "drive", "recur", "advance")
+    return getattr(cell, "native_loop", None) if all(as_derived(cell, "native_loop", p) for p in parts) else None
+
+
+def recalled_step(cell: Any) -> Callable[..., State]:
+    """The cell's `recalled_step`, unless it has none or has replaced the `advance` that this belongs to."""
+    if hasattr(cell, "recalled_step") and as_derived(cell, "recalled_step", "advance"):
+        return cell.recalled_step
+    return lambda *args: cell.advance(*args)[0]
 
 
 def is_value(part: Any) -> bool:

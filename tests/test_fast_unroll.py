@@ -349,6 +349,24 @@ def test_a_step_of_ones_own_is_never_passed_over_for_inherited_parts():
     assert as_derived(Both(), "advance", "step")
 
 
+def test_an_advance_of_ones_own_is_replayed_where_outputs_are_saved():
+    class Halved(sj.LSTM):
+        def advance(self, state, drive, recurrent):
+            state, output = super().advance(state, drive, recurrent)
+            return sj.LSTMState(state.h, state.c / 2), output
+
+        def step(self, params, state, x):
+            return self.advance(state, self.drive(params, x), self.recur(params, state))
+
+    for cell in (Halved(D, N), sj.LearnedState(Halved(D, N))):
+        params, xs = drawn(cell, "float32", BATCH, 40)
+        assert is_split(cell, params, jax.tree.map(lambda leaf: leaf[None], cell.initial_state(params)), xs)
+        got, expected = both(
+            lambda unroll, p, cell=cell, xs=xs: jax.grad(lambda p: weighted(unroll(cell, p, xs)))(p), params
+        )
+        assert_close(got, expected)
+
+
 def test_a_cell_that_hashes_by_value_is_traced_once():
     traces = 0
 

@@ -186,6 +186,9 @@ def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
     asked = switched(monkeypatch, True)
     assert_near(sj.unroll(Doubled(3, 5), params, xs)[1], 2 * plain)
     assert not np.any(sj.unroll(Silent(3, 5), params, xs)[1])
+    learned = sj.LearnedState(Doubled(3, 5))
+    given = sj.LearnedStateParams(params, sj.LSTMState(jnp.zeros(5), jnp.zeros(5)))
+    assert_near(sj.unroll(learned, given, xs)[1], 2 * plain)
     assert set(asked) == {False}
 
 

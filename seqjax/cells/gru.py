@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_chrono, check_fields
+from seqjax.cells.gates import sigmoids
 from seqjax.cells.product import product, rounded
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
 
@@ -108,7 +109,7 @@ def _recur_after(params: GRUParams, state: GRUState, compute_dtype: DTypeLike | 
 
 def _gates_after(drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]) -> GRUGates:
     n = drive.size // 3
-    r, z = jnp.split(jax.nn.sigmoid(drive[: 2 * n] + recurrent[: 2 * n]), 2)
+    r, z = sigmoids(drive[:n] + recurrent[:n], drive[n : 2 * n] + recurrent[n : 2 * n])
     return GRUGates(r, z, jnp.tanh(drive[2 * n :] + r * recurrent[2 * n :]))
 
 
@@ -126,8 +127,9 @@ def _recur_inner(params: GRUParams, rh: Float[Array, " n"], compute_dtype: DType
 
 
 def _gates_before(drive: Float[Array, " gates"], from_h: Float[Array, " two"], from_rh: Float[Array, " n"]) -> GRUGates:
-    r, z = jnp.split(jax.nn.sigmoid(drive[: from_h.size] + from_h), 2)
-    return GRUGates(r, z, jnp.tanh(drive[from_h.size :] + from_rh))
+    n = from_rh.size
+    r, z = sigmoids(drive[:n] + from_h[:n], drive[n : 2 * n] + from_h[n:])
+    return GRUGates(r, z, jnp.tanh(drive[2 * n :] + from_rh))
 
 
 def _mix(state: GRUState, gates: GRUGates, update: Update) -> tuple[GRUState, Float[Array, " n"]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import strong_type
+from seqjax.cell import native_loop, recalled_step, strong_type
 
 
 class LearnedStateParams(NamedTuple):
@@ -100,9 +100,14 @@ class LearnedState:
         return self.cell.recalled
 
     @property
+    def recalled_step(self) -> Callable[[Any, Any, Any], PyTree]:
+        """What finds the rest of a recalled state."""
+        return recalled_step(self.cell)
+
+    @property
     def native_loop(self) -> Callable[[Any], tuple[int, Array, Array | None]] | None:
         """What `seqjax.native` runs of the cell, where it does."""
-        loop = getattr(self.cell, "native_loop", None)
+        loop = native_loop(self.cell)
         return None if loop is None else lambda params: loop(params.cell)
 
     @property

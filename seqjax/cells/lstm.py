@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_chrono, check_fields
+from seqjax.cells.gates import sigmoids
 from seqjax.cells.product import product, rounded
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
 
@@ -105,7 +106,7 @@ def lstm_step(
         >>> float(state.c[0]), round(float(output[0]), 4)  # every gate is 1/2
         (0.5, 0.2311)
     """
-    return _advance(state, _drive(params, x, compute_dtype), product(params.W_hh, state.h, compute_dtype))
+    return _advance(state, lstm_gates(params, state, x, compute_dtype))
 
 
 def _drive(params: LSTMParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
@@ -119,10 +120,15 @@ def _gates(a: Float[Array, " gates"]) -> LSTMGates:
     return LSTMGates(i, f, jnp.tanh(jnp.split(a, 4)[2]), o)
 
 
-def _advance(
-    state: LSTMState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
-) -> tuple[LSTMState, Float[Array, " n"]]:
-    i, f, g, o = _gates(drive + recurrent)
+def _gates_without_output(a: Float[Array, " gates"]) -> LSTMGates:
+    """`_gates`, for where nobody reads the output gate: there the one sigma above falls apart again, this one not."""
+    i, f, g, o = jnp.split(a, 4)
+    i, f, o = sigmoids(i, f, o)
+    return LSTMGates(i, f, jnp.tanh(g), o)
+
+
+def _advance(state: LSTMState, gates: LSTMGates) -> tuple[LSTMState, Float[Array, " n"]]:
+    i, f, g, o = gates
     c = f * state.c + i * g
     h = o * jnp.tanh(c)
     return LSTMState(h, c), h
@@ -248,11 +254,17 @@ class LSTM:
         self, state: LSTMState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
     ) -> tuple[LSTMState, Float[Array, " n"]]:
         """The rest of the step: the gates of drive + recurrent, then c_t and h_t."""
-        return _advance(state, drive, recurrent)
+        return _advance(state, _gates(drive + recurrent))
 
     def recalled(self, output: Float[Array, " n"]) -> LSTMState:
         """The output as a state: as good as the state for `recur`, which reads no c."""
         return LSTMState(output, jnp.zeros_like(output))
+
+    def recalled_step(
+        self, state: LSTMState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
+    ) -> LSTMState:
+        """The state of `advance`, where only c_t is wanted of it."""
+        return _advance(state, _gates_without_output(drive + recurrent))[0]
 
     @property
     def native_loop(self) -> Callable[[LSTMParams], tuple[int, Array, None]] | None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import as_derived
+from seqjax.cell import native_loop
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 TARGETS = ("seqjax_pack_forward", "seqjax_pack_backward", "seqjax_forward", "seqjax_backward", "seqjax_replay")
@@ -120,15 +120,11 @@ def _load(path: Path) -> bool:
 
 
 def takes(cell: Any, params: PyTree, arrays: PyTree, flags: Any) -> bool:
-    """Whether the kernel can run this cell: one of ours, all that it reads in float32, without mask and reset.
-
-    A subclass that changes a part of the step leaves the kernel behind.
-    """
-    if getattr(cell, "native_loop", None) is None or any(flag is not None for flag in flags):
+    """Whether the kernel can run this cell: one of ours, all that it reads in float32, without mask and reset."""
+    loop = native_loop(cell)
+    if loop is None or any(flag is not None for flag in flags):
         return False
-    if not all(as_derived(cell, "native_loop", part) for part in ("step", "drive", "recur", "advance")):
-        return False
-    read = jax.tree.leaves((arrays, cell.native_loop(params)[1:]))
+    read = jax.tree.leaves((arrays, loop(params)[1:]))
     return all(leaf.dtype == jnp.float32 for leaf in read) and available()
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Params, State
+from seqjax.cell import Params, State, recalled_step, same_state_type
 from seqjax.guarded import last_output, zeros_like
 from seqjax.native import run_backward, run_replay, takes
 from seqjax.split.chunks import Recurrence, choose_rows, cut, cut_inputs, over_chunk, scan_once
@@ -117,7 +117,8 @@ def _replay(how: Recurrence, params: Params, initial: State, seen: State, made: 
         (drive, recurrent), restart = at
         if restart is not None:
             state = choose_rows(restart, initial, state)
-        return jax.vmap(how.guarded_advance)(state, drive, recurrent, None)[0], state
+        after = jax.vmap(recalled_step(how.cell))(state, drive, recurrent)
+        return same_state_type(how.cell, after, state), state
 
     return scan_once(step, first, (made, restart), how.reverse)[1]
 

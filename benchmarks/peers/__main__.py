@@ -1,6 +1,6 @@
 """seqjax beside flax (linen and nnx), haiku, equinox, Keras on JAX and torch: time, memory and compile time.
 
-    python -m benchmarks.peers                       everything, some 25 minutes on two cores
+    python -m benchmarks.peers                       everything, some 12 to 25 minutes on two cores
     python -m benchmarks.peers --cells lstm --rows 32,128,128,128 --only backward
     python -m benchmarks.peers --ways seqjax torch   the other libraries' times stay as they were
     python -m benchmarks.peers --growth              only the curves over T and H

@@ -154,22 +154,35 @@ def as_derived(cell: Any, part: str, whole: str) -> bool:
     return place(part) <= place(whole)
 
 
+def in_parts(cell: Any) -> bool:
+    """Whether a cell offers its step in parts, and not only those of a step that it has replaced."""
+    parts = ("drive", "recur", "advance")
+    return all(hasattr(cell, part) for part in parts) and any(as_derived(cell, part, "step") for part in parts)
+
+
+def own(cell: Any, part: str, *wholes: str) -> Any:
+    """A part that a cell may offer; None where it has none, or has replaced one of the wholes that it belongs to."""
+    return getattr(cell, part, None) if all(as_derived(cell, part, whole) for whole in wholes) else None
+
+
 def closed_form_jacobian(cell: Any) -> Callable[..., Array] | None:
-    """The cell's `jacobian`, unless it inherits that from a class whose step it has replaced."""
-    return getattr(cell, "jacobian", None) if as_derived(cell, "jacobian", "step") else None
+    """The cell's `jacobian`."""
+    return own(cell, "jacobian", "step")
 
 
 def native_loop(cell: Any) -> Callable[[Params], Any] | None:
-    """What `seqjax.native` runs of a cell; None of one that has replaced a part of its step."""
-    parts = ("step", "drive", "recur", "advance")
-    return getattr(cell, "native_loop", None) if all(as_derived(cell, "native_loop", p) for p in parts) else None
+    """What `seqjax.native` runs of a cell."""
+    return own(cell, "native_loop", "step", "drive", "recur", "advance")
+
+
+def recalled(cell: Any) -> Callable[[Output], State] | None:
+    """The cell's `recalled`."""
+    return own(cell, "recalled", "step", "recur", "advance")
 
 
 def recalled_step(cell: Any) -> Callable[..., State]:
-    """The cell's `recalled_step`, unless it has none or has replaced the `advance` that this belongs to."""
-    if hasattr(cell, "recalled_step") and as_derived(cell, "recalled_step", "advance"):
-        return cell.recalled_step
-    return lambda *args: cell.advance(*args)[0]
+    """The cell's `recalled_step`, or what it stands for."""
+    return own(cell, "recalled_step", "advance") or (lambda *args: cell.advance(*args)[0])
 
 
 def is_value(part: Any) -> bool:

@@ -14,7 +14,7 @@ from cells import OURS, D, Leaky, N
 from oracles import assert_close, drawn, drawn_states, like, scanned, weighted
 
 import seqjax as sj
-from seqjax.cell import as_derived
+from seqjax.cell import as_derived, closed_form_jacobian, recalled
 from seqjax.guarded import last_output, new_state
 from seqjax.split.chunks import chunk_length
 from seqjax.split.run import is_split
@@ -349,22 +349,110 @@ def test_a_step_of_ones_own_is_never_passed_over_for_inherited_parts():
     assert as_derived(Both(), "advance", "step")
 
 
-def test_an_advance_of_ones_own_is_replayed_where_outputs_are_saved():
-    class Halved(sj.LSTM):
+class Doubled(sj.LSTM):
+    """Its output is not h."""
+
+    def advance(self, state, drive, recurrent):
+        state, output = super().advance(state, drive, recurrent)
+        return state, 2 * output
+
+    def step(self, params, state, x):
+        return self.advance(state, self.drive(params, x), self.recur(params, state))
+
+
+class Halved(Doubled):
+    """And it is taken for a state again."""
+
+    def advance(self, state, drive, recurrent):
+        state, output = super().advance(state, drive, recurrent)
+        return sj.LSTMState(state.h, state.c / 2), output
+
+    def recalled(self, output):
+        return super().recalled(output / 2)
+
+
+class Peeping(sj.LSTM):
+    """Its product reads c."""
+
+    def recur(self, params, state):
+        return super().recur(params, state) + 0.3 * jnp.tile(state.c, 4)
+
+    def step(self, params, state, x):
+        return self.advance(state, self.drive(params, x), self.recur(params, state))
+
+
+class Silenced(sj.LSTM):
+    """Its step is not in parts."""
+
+    def step(self, params, state, x):
+        state, output = super().step(params, state, x)
+        return state, 2 * output
+
+
+@pytest.mark.parametrize("kind", [Doubled, Halved, Peeping, Silenced])
+@pytest.mark.parametrize("wrap", [lambda cell: cell, sj.LearnedState], ids=["alone", "learned"])
+def test_what_a_subclass_replaces_takes_what_belongs_to_it_along(kind, wrap):
+    cell = wrap(kind(D, N))
+    params, xs = drawn(cell, "float32", BATCH, 40)
+    value = jax.value_and_grad(lambda unroll, params: weighted(unroll(cell, params, xs)), argnums=1)
+    assert_close(*both(value, params))
+    assert (recalled(cell) is not None) is (kind is Halved)
+    state = jax.tree.map(lambda leaf: leaf[None], cell.initial_state(params))
+    assert is_split(cell, params, state, xs[:1]) is (kind is not Silenced)
+
+
+def test_a_step_of_ones_own_has_no_closed_form_inside_a_learned_state():
+    class Slow(sj.VanillaRNN):
+        def step(self, params, state, x):
+            new, _ = super().step(params, state, x)
+            h = 0.5 * (state.h + new.h)
+            return sj.VanillaState(h), h
+
+    assert closed_form_jacobian(sj.LearnedState(sj.VanillaRNN(D, N))) is not None
+    assert closed_form_jacobian(sj.LearnedState(Slow(D, N))) is None
+
+
+def test_numbers_among_the_parameters_and_states_of_nothing_pass():
+    class Mixed(Peephole):  # not hashable, and so not compiled around
+        __hash__ = None
+
         def advance(self, state, drive, recurrent):
             state, output = super().advance(state, drive, recurrent)
-            return sj.LSTMState(state.h, state.c / 2), output
+            return state, output["sum"]
+
+        def recur(self, params, state):
+            product, peep = super().recur(params, state)
+            return params["scale"] * product, peep
 
         def step(self, params, state, x):
             return self.advance(state, self.drive(params, x), self.recur(params, state))
 
-    for cell in (Halved(D, N), sj.LearnedState(Halved(D, N))):
-        params, xs = drawn(cell, "float32", BATCH, 40)
-        assert is_split(cell, params, jax.tree.map(lambda leaf: leaf[None], cell.initial_state(params)), xs)
-        got, expected = both(
-            lambda unroll, p, cell=cell, xs=xs: jax.grad(lambda p: weighted(unroll(cell, p, xs)))(p), params
-        )
-        assert_close(got, expected)
+    class Stateless:
+        input_shape = (D,)
+
+        def init(self, key):
+            return jnp.ones(N)
+
+        def initial_state(self, params):
+            return ()
+
+        def drive(self, params, x):
+            return x.sum()
+
+        def recur(self, params, state):
+            return params
+
+        def advance(self, state, drive, recurrent):
+            return state, drive * recurrent
+
+        def step(self, params, state, x):
+            return self.advance(state, self.drive(params, x), self.recur(params, state))
+
+    params, xs = drawn(Peephole(), "float32", BATCH, 40)
+    numbers = params | {"scale": 0.5}
+    assert_close(sj.unroll(Mixed(), numbers, xs), sj.unroll(Mixed(), params | {"scale": jnp.float32(0.5)}, xs))
+    gradient = jax.grad(lambda p: sj.unroll(Stateless(), p, xs)[1].sum())(jnp.ones(N))
+    assert_close(gradient, jnp.full(N, xs.sum()))
 
 
 def test_a_cell_that_hashes_by_value_is_traced_once():

@@ -109,7 +109,11 @@ def case(kind, n, batch, time, d=3):
         ("vanilla", 96, 20, 300, False),
         ("vanilla", 130, 7, 7, True),
         ("learned", 5, 2, 7, False),
+        ("lstm", 33, 1, 40, True),  # one row, which takes the products of all gates at once
+        ("lstm", 130, 1, 7, False),
         ("lstm", 264, 9, 40, False),  # many rows, and too many weights for every thread to read them all
+        ("gru", 200, 1, 7, False),  # so many weights that threads share their packing
+        ("vanilla", 330, 2, 7, False),
     ],
 )
 def test_values_and_gradients_are_those_of_xla(kind, n, batch, time, reverse, monkeypatch):
@@ -184,12 +188,21 @@ def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
     cell, params, xs, _ = case("lstm", 5, 2, 7)
     _, plain = sj.unroll(cell, params, xs)
     asked = switched(monkeypatch, True)
-    assert_near(sj.unroll(Doubled(3, 5), params, xs)[1], 2 * plain)
-    assert not np.any(sj.unroll(Silent(3, 5), params, xs)[1])
-    learned = sj.LearnedState(Doubled(3, 5))
     given = sj.LearnedStateParams(params, sj.LSTMState(jnp.zeros(5), jnp.zeros(5)))
-    assert_near(sj.unroll(learned, given, xs)[1], 2 * plain)
+    for doubled, p in ((Doubled(3, 5), params), (sj.LearnedState(Doubled(3, 5)), given)):
+        assert_near(sj.unroll(doubled, p, xs)[1], 2 * plain)
+    for silent, p in ((Silent(3, 5), params), (sj.LearnedState(Silent(3, 5)), given)):
+        assert not np.any(sj.unroll(silent, p, xs)[1])
     assert set(asked) == {False}
+
+
+def test_drives_that_are_broadcast_are_left_to_xla(monkeypatch):
+    switched(monkeypatch, True)
+    for kind, gates in (("lstm", 4), ("gru", 3), ("vanilla", 1)):
+        cell, params, _, state = case(kind, 5, 2, 7)
+        for size in (gates * 5, 1, 5 * gates + 1):
+            taken = native.takes(cell, params, state, jnp.zeros((7, 2, size)), (None, None))
+            assert taken is (size == gates * 5)
 
 
 def test_it_runs_under_vmap_in_scans_and_to_the_second_derivative(monkeypatch):

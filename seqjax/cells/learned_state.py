@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import native_loop, recalled_step, strong_type
+from seqjax.cell import closed_form_jacobian, in_parts, native_loop, recalled, recalled_step, strong_type
 
 
 class LearnedStateParams(NamedTuple):
@@ -69,19 +69,19 @@ class LearnedState:
     @property
     def drive(self) -> Callable[[Any, Any], PyTree]:
         """The input half of the cell's step, where it offers its parts."""
-        drive = self.cell.drive
+        drive = self._part("drive")
         return lambda params, x: drive(params.cell, x)
 
     @property
     def recur(self) -> Callable[[Any, Any], PyTree]:
         """The recurrent product of the cell's step, where it offers its parts."""
-        recur = self.cell.recur
+        recur = self._part("recur")
         return lambda params, state: recur(params.cell, state)
 
     @property
     def advance(self) -> Callable[[Any, Any, Any], tuple[PyTree, PyTree]]:
         """The rest of the cell's step, where it offers its parts."""
-        return self.cell.advance
+        return self._part("advance")
 
     @property
     def inner(self) -> Callable[[Any, Any, Any], PyTree]:
@@ -97,7 +97,7 @@ class LearnedState:
     @property
     def recalled(self) -> Callable[[Any], PyTree]:
         """The cell's output as a state, where that is enough for its recurrent product."""
-        return self.cell.recalled
+        return _offered(recalled(self.cell), "recalled")
 
     @property
     def recalled_step(self) -> Callable[[Any, Any, Any], PyTree]:
@@ -124,5 +124,15 @@ class LearnedState:
     @property
     def jacobian(self) -> Callable[[Any, Any, Any], Array]:
         """The cell's closed form of ds_t/ds_{t-1}, where it has one."""
-        jacobian = self.cell.jacobian
+        jacobian = _offered(closed_form_jacobian(self.cell), "jacobian")
         return lambda params, state, x: jacobian(params.cell, state, x)
+
+    def _part(self, name: str) -> Callable[..., Any]:
+        return _offered(getattr(self.cell, name) if in_parts(self.cell) else None, name)
+
+
+def _offered(part: Callable[..., Any] | None, name: str) -> Callable[..., Any]:
+    """A part of the cell; where it has none, neither has the cell with a learned state."""
+    if part is None:
+        raise AttributeError(f"the cell offers no {name} for its step")
+    return part

@@ -29,7 +29,7 @@ def product(W: Float[Any, "m n"], v: Float[Any, " n"], compute_dtype: DTypeLike 
         [1.009765625]
     """
     # v comes first, so that over a batch the rows are those of the result. And not v @ W.T: in the way back of a loop
-    # over one sequence, XLA on a CPU would transpose W.T at every step, and take sixteen times as long.
+    # over one sequence, XLA on a CPU would transpose W.T at every step: 242 us instead of 15 for a W of (1024, 256).
     if compute_dtype is None:
         return jnp.tensordot(v, W, ((0,), (1,)))
     v_short, W_short = v.astype(compute_dtype), W.astype(compute_dtype)

@@ -119,21 +119,33 @@ def _load(path: Path) -> bool:
     return True
 
 
-def takes(cell: Any, params: PyTree, arrays: PyTree, flags: Any) -> bool:
-    """Whether the kernel can run this cell: one of ours, all that it reads in float32, without mask and reset."""
+def takes(cell: Any, params: PyTree, states: PyTree, products: PyTree, flags: Any) -> bool:
+    """Whether the kernel can run this cell: one of ours, all that it reads in float32, without mask and reset.
+
+    Args:
+        cell, params: the cell.
+        states: what is read of its states' shape, (..., n).
+        products: its drives and recurrent products, (..., gates n). What is shorter, and broadcast, is left to XLA.
+        flags: the mask and the reset.
+    """
     loop = native_loop(cell)
     if loop is None or any(flag is not None for flag in flags):
         return False
-    read = jax.tree.leaves((arrays, loop(params)[1:]))
-    return all(leaf.dtype == jnp.float32 for leaf in read) and available()
+    gates, W_hh, bias = loop(params)
+    n = W_hh.shape[1]
+
+    def fits(tree: PyTree, size: int) -> bool:
+        return all(leaf.dtype == jnp.float32 and leaf.shape[-1] == size for leaf in jax.tree.leaves(tree))
+
+    return fits(states, n) and fits((products, bias, W_hh.T), gates * n) and available()
 
 
 def run_forward(cell: Any, params: PyTree, state: PyTree, drives: Array, reverse: bool) -> PyTree:
     """Every state of a chunk, (time, batch, n) each."""
     gates, W_hh, bias = cell.native_loop(params)
     n = W_hh.shape[1]
-    wide = LANES * (2 if gates == 1 else 1)  # the units of one panel
-    panels = _call("seqjax_pack_forward", [_like(W_hh, -(-n // wide), n, gates * wide)], W_hh, gates=gates)[0]
+    units = LANES * (2 if gates == 1 else 1)  # of one panel
+    panels = _call("seqjax_pack_forward", [_like(W_hh, -(-n // units), n, gates * units)], W_hh, gates=gates)[0]
     leaves, tree = jax.tree.flatten(state)
     h_0, c_0 = _pair(leaves)
     shape = (drives.shape[0], *h_0.shape)

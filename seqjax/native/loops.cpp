@@ -1,10 +1,10 @@
-// The two loops of seqjax.split for the built-in cells in float32: forward through a chunk, and the chain of
-// lambda_t = dL/ds_t back through it.
+// The loops of seqjax.split for the built-in cells in float32: forward through a chunk; the chain of lambda_t = dL/ds_t
+// back through it; and an LSTM's c_t again, where only h_t was kept.
 //
-// Every step is one product with the recurrent weights and one pass over the units. The weights are packed once for all
-// chunks into panels of eight units, all gates of a unit beside each other, so that a panel's product stays in
-// registers until the unit's new state comes out of it. Threads share rows of the batch, which need nothing of each
-// other; where there are too few rows, they share units and wait for each other once a step.
+// Every step is one product with the recurrent weights and one pass over the units. The weights are packed into panels
+// of eight units, all gates of a unit beside each other, so that a unit's new state comes out of one panel's product;
+// XLA moves the packing out of the loop over chunks. Threads share rows of the batch, which need nothing of each other;
+// where there are too few rows, they share units and wait for each other once a step.
 
 #include <algorithm>
 #include <atomic>
@@ -168,8 +168,10 @@ void in_parallel(ffi::ThreadPool& pool, int64_t wanted, int64_t work, const Body
   wanted = std::min<int64_t>(wanted, pool.num_threads());
   auto shared = std::make_shared<Shared>();
   if (wanted <= 1) return body(0, 1, shared->barrier);
+  const auto caller = std::this_thread::get_id();
   for (int64_t i = 1; i < wanted; ++i)
-    pool.Schedule([shared, &body] {
+    pool.Schedule([shared, caller, &body] {
+      if (std::this_thread::get_id() == caller) return;  // the pool may be full, and would wait for itself
       const int mine = shared->joined.fetch_add(1) + 1;
       if (mine >= closed) return;
       int parts;
@@ -280,7 +282,7 @@ inline int64_t work(const Sizes& s, int gates) { return s.time * s.batch * s.n *
 // Threads that share rows are worth their start; those that share units meet at every step, which takes a thread as
 // long as some thousands of multiplications.
 inline int64_t threads(const Sizes& s, int gates, int64_t most) {
-  return work(s, gates) > 400000 && (by_rows(s, gates) || work(s, gates) / s.time > 10000) ? most : 1;
+  return work(s, gates) > 1000000 && (by_rows(s, gates) || work(s, gates) / s.time > 10000) ? most : 1;
 }
 
 template <class Cell>
@@ -301,8 +303,8 @@ void run_forward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float
           constexpr int R = decltype(height)::value;
           V sums[parts_of_panel][R][N];
           constexpr int P = R == 1 ? parts_of_panel : 1;  // one row has too few sums in one product
-          for (int i = 0; i < parts_of_panel; i += P)
-            product<P, R, N>(h_before + row * n, n, panels + (p * parts_of_panel + i) * sub, n, sums + i);
+          for (int k = 0; k < parts_of_panel; k += P)
+            product<P, R, N>(h_before + row * n, n, panels + (p * parts_of_panel + k) * sub, n, sums + k);
           for (int r = 0; r < R; ++r)
             for (int w = 0; w < U; ++w) {
               const int64_t u = (p * U + w) * W, left = n - u, at = (row + r) * n + u;
@@ -403,21 +405,29 @@ void run_replay(Sizes s, ffi::ThreadPool& pool, const float* drive, const float*
 using F32 = ffi::Buffer<ffi::F32>;
 using Out = ffi::ResultBuffer<ffi::F32>;
 
-// Calls body(panel) for every panel, shared by threads where they are large.
+// Calls body(piece) for every piece of so many floats in all, shared by threads where there are many.
 template <class Body>
-void for_panels(ffi::ThreadPool& pool, int64_t panels, int64_t floats, const Body& body) {
-  in_parallel(pool, floats > 100000 ? panels : 1, floats, [&](int part, int parts, Barrier&) {
-    const Range mine = share(panels, part, parts);
+void for_pieces(ffi::ThreadPool& pool, int64_t pieces, int64_t floats, const Body& body) {
+  in_parallel(pool, floats > 100000 ? pieces : 1, floats, [&](int part, int parts, Barrier&) {
+    const Range mine = share(pieces, part, parts);
     for (int64_t p = mine.first; p < mine.last; ++p) body(p);
   });
 }
 
+ffi::Error expected(int64_t floats, Out panels) {
+  if (static_cast<int64_t>(panels->element_count()) == floats) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "the panels of the kernel have another size than their caller gave");
+}
+
 // W_hh (G n, n) in the order in which the forward loop reads it: [panel][product][k][column][8].
 template <class Cell>
-void pack(ffi::ThreadPool& pool, const float* from, int64_t n, float* to) {
+ffi::Error pack(ffi::ThreadPool& pool, F32 weights, Out panels) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns;
-  const int64_t columns = (n + U * W - 1) / (U * W) * U * G;
-  for_panels(pool, columns, columns * n * W, [&](int64_t column) {
+  const int64_t n = weights.dimensions()[1], columns = (n + U * W - 1) / (U * W) * U * G;
+  const float* from = weights.typed_data();
+  float* to = panels->typed_data();
+  if (ffi::Error error = expected(columns * n * W, panels); error.failure()) return error;
+  for_pieces(pool, columns, columns * n * W, [&](int64_t column) {
     const int64_t g = column % G, first = column / G * W, units = std::min<int64_t>(W, n - first);
     const float* rows = from + (g * n + first) * n;
     float* panel = to + column / N * n * N * W + column % N * W;
@@ -427,13 +437,15 @@ void pack(ffi::ThreadPool& pool, const float* from, int64_t n, float* to) {
       else
         for (int64_t j = 0; j < W; ++j) panel[j] = j < units ? rows[j * n + k] : 0.0f;
   });
+  return ffi::Error::Success();
 }
 
 // W_hh (G n, n) as the backward loop reads it: [column / 16][row][16].
 ffi::Error pack_backward(ffi::ThreadPool pool, F32 weights, Out panels) {
   constexpr int64_t N = 2 * W;
   const int64_t depth = weights.dimensions()[0], n = weights.dimensions()[1], wide = (n + N - 1) / N;
-  for_panels(pool, wide, depth * n, [&](int64_t p) {
+  if (ffi::Error error = expected(wide * depth * N, panels); error.failure()) return error;
+  for_pieces(pool, wide, depth * n, [&](int64_t p) {
     const int64_t units = std::min(N, n - p * N);
     const float* from = weights.typed_data() + p * N;
     float* to = panels->typed_data() + p * depth * N;
@@ -457,10 +469,9 @@ void of_gates(int64_t gates, Run&& run) {
 }
 
 ffi::Error pack_forward(ffi::ThreadPool pool, int64_t gates, F32 weights, Out panels) {
-  of_gates(gates, [&](auto cell) {
-    pack<decltype(cell)>(pool, weights.typed_data(), weights.dimensions()[1], panels->typed_data());
-  });
-  return ffi::Error::Success();
+  ffi::Error error = ffi::Error::Success();
+  of_gates(gates, [&](auto cell) { error = pack<decltype(cell)>(pool, weights, panels); });
+  return error;
 }
 
 ffi::Error forward(ffi::ThreadPool pool, int64_t gates, bool reverse, F32 drive, F32 panels, F32 bias, F32 h_0, F32 c_0,

@@ -110,7 +110,7 @@ def _shift(how: Recurrence, first: Array, inside: Array) -> Array:
 def _replay(how: Recurrence, params: Params, initial: State, seen: State, made: Any, restart: Any) -> State:
     """s_{t-1} for every t of a chunk in full, by the steps without their products, which are known."""
     first = jax.tree.map(lambda leaf: leaf[-1 if how.reverse else 0], seen)
-    if takes(how.cell, params, (seen, made), (None, restart)):
+    if takes(how.cell, params, seen, made, (None, restart)):
         return run_replay(first, seen, made, how.reverse)
 
     def step(state: State, at: Any) -> tuple[State, State]:
@@ -132,7 +132,7 @@ def _chain(how: Recurrence, params: Params, carry: Any, before: State, made: Any
         made: the drives and the recurrent products.
         flags: the mask and the reset of the chunk, and the cotangents of what was kept.
     """
-    if how.emit is last_output and takes(how.cell, params, (carry[0], before, made, flags[2]), flags[:2]):
+    if how.emit is last_output and takes(how.cell, params, (carry[0], before, flags[2]), made, flags[:2]):
         of_state, of_made = run_backward(how.cell, params, carry[0], before, made, flags[2], how.reverse)
         return (of_state, carry[1]), of_made
 

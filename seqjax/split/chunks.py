@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Params, State, same_state_type
+from seqjax.cell import Params, State, recalled, same_state_type
 from seqjax.guarded import Emit, choose, new_state, zeros_like
 
 
@@ -44,7 +44,7 @@ class Recurrence:
         So it is where the recurrent product reads no more of a state than the output; and where no mask makes the
         output zero.
         """
-        return hasattr(self.cell, "recalled") and mask is None and self.emit is not new_state
+        return recalled(self.cell) is not None and mask is None and self.emit is not new_state
 
     @property
     def is_nested(self) -> bool:

@@ -41,21 +41,21 @@ def run_chunk(
 ) -> tuple[State, tuple[State, PyTree]]:
     """The loop over one chunk: the state after it; and every state with what is kept of it, (time, batch, ...)."""
 
-    if takes(how.cell, params, (state, drives), (valid, restart)):
+    if takes(how.cell, params, state, drives, (valid, restart)):
         states = run_forward(how.cell, params, state, drives, how.reverse)
         last = jax.tree.map(lambda leaf: leaf[0 if how.reverse else -1], states)
         return last, (states, jax.tree.leaves(states)[0] if how.emit is last_output else states)
 
     # A product of several rows with W^T is faster where W^T lies in memory, and the loop keeps what it is given: XLA on
-    # a CPU would turn W around at every step. Of one row the opposite is true.
-    turn = _transposed if jax.tree.leaves(state)[0].shape[0] > 1 else lambda tree: tree
-    turned = turn(params)
+    # a CPU would turn W around at every step. Of one row the opposite is true. The step gets W itself, a view of W^T.
+    transpose = _transposed if jax.tree.leaves(state)[0].shape[0] > 1 else lambda tree: tree
+    params = transpose(params)
 
     def step(state: State, at: tuple[PyTree, Any, Any]) -> tuple[State, Any]:
         drive, valid, restart = at
         if restart is not None:
             state = choose_rows(restart, initial, state)
-        recurrent = jax.vmap(how.recurrent, (None, 0, 0))(turn(turned), state, drive)
+        recurrent = jax.vmap(how.recurrent, (None, 0, 0))(transpose(params), state, drive)
         after, kept = jax.vmap(how.guarded_advance)(state, drive, recurrent, valid)
         return after, (after, kept)
 

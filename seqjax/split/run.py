@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Params, State, as_derived
+from seqjax.cell import Params, State, in_parts
 from seqjax.guarded import last_output
 from seqjax.linear_map import Direction, linear_map
 from seqjax.split.backward import backward, pick, put
@@ -41,8 +41,7 @@ def is_split(cell: Any, params: Params, state: State, xs: PyTree) -> bool:
     Of a cell that holds a value which is being traced, such as a time constant to be learned, `custom_jvp` would not
     see the derivative.
     """
-    parts = ("drive", "recur", "advance")
-    if not all(hasattr(cell, part) for part in parts) or not any(as_derived(cell, part, "step") for part in parts):
+    if not in_parts(cell) or not jax.tree.leaves(state):
         return False
     if 0 in jax.tree.leaves(xs)[0].shape[:2]:  # there is no step to take apart
         return False
@@ -71,7 +70,7 @@ def run_split(how: Recurrence, plain: Callable[..., Any], inputs: Inputs) -> tup
     Returns:
         The final state and what is kept of the steps, (batch, time, ...).
     """
-    leaves, tree = jax.tree.flatten(inputs)
+    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, inputs))
 
     @jax.custom_jvp
     def run(*leaves: Array) -> tuple[Any, Any]:

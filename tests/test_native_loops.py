@@ -274,6 +274,13 @@ def test_what_hinders_the_command_is_said_in_one_line(kernel, tmp_path):
     assert [path.name for path in kernel.parent.iterdir()] == [kernel.name]
 
 
+def test_the_command_takes_no_arguments():
+    for argument, code, said in (("--help", 0, "$CXX"), ("--hlep", 2, "--hlep")):
+        result = subprocess.run([sys.executable, "-m", "seqjax.native", argument], capture_output=True, text=True)
+        assert (result.returncode, said in result.stdout + result.stderr) == (code, True)
+        assert "compiled" not in result.stdout
+
+
 def test_without_a_library_a_home_or_a_wish_xla_runs_the_loops(tmp_path, monkeypatch):
     native.available.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,10 +1,15 @@
 """`python -m seqjax.native`: compiles the kernel for this machine and says where it lies."""
 
+import argparse
 import sys
 
 from seqjax.native import build
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m seqjax.native",
+        description="Compiles the kernel for this machine, with g++ or the compiler that $CXX names.",
+    ).parse_args()
     try:
         print(f"compiled {build()}")
     except RuntimeError as error:

@@ -79,7 +79,8 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
         return over_chunk(cell.drive)(params, x)
 
     def loop(params, state, drives):
-        return forward.run_chunk(how, params, state, state, drives, *flags)
+        in_loop = forward.turned(params, state)
+        return forward.run_chunk(how, params, in_loop, state, state, drives, *flags)
 
     def recurrents(params, before):
         return over_chunk(cell.recur)(params, before)

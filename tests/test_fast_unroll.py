@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import OURS, D, Leaky, N
+from cells import OURS, D, Doubled, Leaky, N
 from oracles import assert_close, drawn, drawn_states, like, scanned, weighted
 
 import seqjax as sj
@@ -347,17 +347,6 @@ def test_a_step_of_ones_own_is_never_passed_over_for_inherited_parts():
         assert_close(sj.unroll(cell, params, xs)[1], expected)
     assert not as_derived(Doubled(), "advance", "step")
     assert as_derived(Both(), "advance", "step")
-
-
-class Doubled(sj.LSTM):
-    """Its output is not h."""
-
-    def advance(self, state, drive, recurrent):
-        state, output = super().advance(state, drive, recurrent)
-        return state, 2 * output
-
-    def step(self, params, state, x):
-        return self.advance(state, self.drive(params, x), self.recur(params, state))
 
 
 class Halved(Doubled):

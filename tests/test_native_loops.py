@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import Doubled
 from oracles import drawn, drawn_states, like, weighted
 
 import seqjax as sj
@@ -172,14 +173,6 @@ def test_other_types_masks_resets_and_conventions_are_left_to_xla(monkeypatch):
 
 
 def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
-    class Doubled(sj.LSTM):
-        def advance(self, state, drive, recurrent):
-            state, output = super().advance(state, drive, recurrent)
-            return state, 2 * output
-
-        def step(self, params, state, x):
-            return self.advance(state, self.drive(params, x), self.recur(params, state))
-
     class Silent(sj.LSTM):
         def step(self, params, state, x):
             state, output = super().step(params, state, x)

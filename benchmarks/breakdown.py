@@ -27,8 +27,11 @@ from benchmarks.machine import call_times, in_turns, machine
 from benchmarks.peers.rows import GATES, Row
 from seqjax import native
 from seqjax.guarded import last_output
-from seqjax.split import backward, forward
-from seqjax.split.chunks import Recurrence, over_chunk
+from seqjax.partition.backward import Loop
+from seqjax.partition.chunks import chunk_length
+from seqjax.partition.forward import over_chunk, run_chunk, transposed
+from seqjax.partition.kernel import kernel_for
+from seqjax.partition.plan import plan_of, traced_one
 
 CELLS = {"vanilla": sj.VanillaRNN, "lstm": sj.LSTM, "gru": sj.GRU}
 ROWS = [Row(32, 128, 128, 128), Row(64, 150, 256, 256), Row(16, 128, 512, 512)]
@@ -59,54 +62,62 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
     """Calls of one chunk by name with the multiplications of their products, and how many chunks there are."""
     cell = CELLS[kind](row.features, row.hidden)
     params = cell.init(jax.random.key(0))
-    how = Recurrence(cell, last_output)
-    chunks = how.chunks(jnp.zeros((row.batch, row.time, 1)))
-    length, n = chunks.length, row.hidden
+    one = (jnp.zeros(row.features), None, None, None)
+    plan = plan_of(traced_one(cell, last_output, params, cell.initial_state(params), one), True)
+    loop_parts, leaves = plan.parts[0], [*plan.parts[0].consts, *jax.tree.leaves(params)]
+    kernel = kernel_for(loop_parts)
+    length, n = chunk_length(row.batch, row.time), row.hidden
+    shape = (length, row.batch)
     keys = jax.random.split(jax.random.key(1), 4)
-    x = jax.random.normal(keys[0], (length, row.batch, row.features))
+    x = [jax.random.normal(keys[0], (*shape, row.features))]
     state, before = (
-        jax.tree.map(
-            lambda leaf, lead=lead: jax.random.normal(keys[1], (*lead, *leaf.shape)), cell.initial_state(params)
-        )
-        for lead in ((row.batch,), (length, row.batch))
+        [jax.random.normal(keys[1], (*lead, *v.aval.shape)) for v in loop_parts.state] for lead in ((row.batch,), shape)
     )
-    of_kept = jax.random.normal(keys[2], (length, row.batch, n))
-    made = jax.random.normal(keys[3], (2, length, row.batch, GATES[kind] * n))
-    made = made[0], made[1]
-    flags = (None, None)
+    ct_kept = [jax.random.normal(keys[2], (*shape, n))]
+    drives, results = ([jax.random.normal(key, (*shape, GATES[kind] * n))] for key in jax.random.split(keys[3]))
+    everything = [True] * (len(leaves) + len(state) + 1)
+    moves = loop_parts.moving(everything)
 
-    def inputs(params, x):
-        return over_chunk(cell.drive)(params, x)
+    def inputs(leaves, x):
+        return over_chunk(loop_parts.drives, shape, None, 0)(loop_parts.hoist(leaves), x)
 
-    def loop(params, state, drives):
-        in_loop = forward.turned(params, state)
-        return forward.run_chunk(how, params, in_loop, state, state, drives, *flags)
+    def loop(leaves, state, drives):
+        hoisted = loop_parts.hoist(leaves)
+        stored = transposed(loop_parts, hoisted[1], row.batch)
+        return run_chunk(loop_parts, kernel, False, hoisted, stored, state, drives, length)
 
-    def recurrents(params, before):
-        return over_chunk(cell.recur)(params, before)
+    def recurrents(leaves, before, drives):
+        return over_chunk(loop_parts.results, shape, None, 0, 0)(loop_parts.hoist(leaves), before, drives)
 
-    def replay(params, before, made):
-        return backward._replay(how, params, None, before, made, None)
+    def back(leaves):
+        return Loop(loop_parts, kernel, False, loop_parts.hoist(leaves), [True] * len(state), moves)
 
-    def chain(params, state, before, made, of_kept):
-        return backward._chain(how, params, (state, None), before, made, (*flags, of_kept))
+    def replay(leaves, before, drives, results):
+        first = [leaf[0] for leaf in before]
+        seen = [leaf if is_seen else None for leaf, is_seen in zip(before, loop_parts.seen, strict=True)]
+        return back(leaves).rematerialized(length, first, seen, drives, results)
 
-    def of_weights(params, x, before, made):
-        _, pull = jax.vjp(lambda params: (inputs(params, x), recurrents(params, before)), params)
-        return pull(made)
+    def chain(leaves, state, before, drives, results, ct_kept):
+        return back(leaves).run(length, state, before, drives, results, ct_kept)
+
+    def of_weights(leaves, x, before, drives, results):
+        _, pull = jax.vjp(lambda leaves: (inputs(leaves, x), recurrents(leaves, before, drives)), leaves)
+        return pull((drives, results))
 
     rows = length * row.batch
     of_x, of_h = (rows * GATES[kind] * n * size for size in (row.features, n))
     calls = {
-        "forward: inputs' product": (partial(jax.jit(inputs), params, x), of_x),
-        "forward: loop": (partial(jax.jit(loop), params, state, made[0]), of_h),
-        "back: inputs' product again": (partial(jax.jit(inputs), params, x), of_x),
-        "back: recurrent products again": (partial(jax.jit(recurrents), params, before), of_h),
-        "back: loop": (partial(jax.jit(chain), params, state, before, made, of_kept), of_h),
-        "back: gradients of the weights": (partial(jax.jit(of_weights), params, x, before, made), of_x + of_h),
-    }
-    if how.recalls(None):
-        calls["back: states that were not saved"] = (partial(jax.jit(replay), params, before, made), 0)
+        "forward: inputs' product": (partial(jax.jit(inputs), leaves, x), of_x),
+        "forward: loop": (partial(jax.jit(loop), leaves, state, drives), of_h),
+        "back: inputs' product again": (partial(jax.jit(inputs), leaves, x), of_x),
+        "back: recurrent products again": (partial(jax.jit(recurrents), leaves, before, drives), of_h),
+        "back: loop": (partial(jax.jit(chain), leaves, state, before, drives, results, ct_kept), of_h),
+        "back: gradients of the weights": (
+            partial(jax.jit(of_weights), leaves, x, before, drives, results), of_x + of_h
+        ),
+    }  # fmt: skip
+    if not all(loop_parts.seen):
+        calls["back: states that were not saved"] = (partial(jax.jit(replay), leaves, before, drives, results), 0)
     return calls, -(-row.time // length)
 
 

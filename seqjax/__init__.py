@@ -29,7 +29,6 @@ from .cells.gru import GRUGates as GRUGates
 from .cells.gru import GRUParams as GRUParams
 from .cells.gru import GRUState as GRUState
 from .cells.gru import gru_gates as gru_gates
-from .cells.gru import gru_jacobian as gru_jacobian
 from .cells.gru import gru_step as gru_step
 from .cells.learned_state import LearnedState as LearnedState
 from .cells.learned_state import LearnedStateParams as LearnedStateParams
@@ -38,14 +37,12 @@ from .cells.lstm import LSTMGates as LSTMGates
 from .cells.lstm import LSTMParams as LSTMParams
 from .cells.lstm import LSTMState as LSTMState
 from .cells.lstm import lstm_gates as lstm_gates
-from .cells.lstm import lstm_jacobian as lstm_jacobian
 from .cells.lstm import lstm_step as lstm_step
 from .cells.stack import Stack as Stack
 from .cells.stack import stack as stack
 from .cells.vanilla import VanillaParams as VanillaParams
 from .cells.vanilla import VanillaRNN as VanillaRNN
 from .cells.vanilla import VanillaState as VanillaState
-from .cells.vanilla import vanilla_jacobian as vanilla_jacobian
 from .cells.vanilla import vanilla_step as vanilla_step
 from .fit import Fitted as Fitted
 from .fit import evaluate as evaluate
@@ -85,6 +82,7 @@ from .parallel.methods import QuasiDEER as QuasiDEER
 from .parallel.methods import QuasiELK as QuasiELK
 from .parallel.search import Convergence as Convergence
 from .parallel.unroll import unroll_parallel as unroll_parallel
+from .partition.explain import explain as explain
 from .pooling import last_valid as last_valid
 from .pooling import masked_max as masked_max
 from .pooling import masked_mean as masked_mean

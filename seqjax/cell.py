@@ -18,33 +18,20 @@ What a cell promises, and what `seqjax.testing.check_cell` checks:
 - A cell is immutable. One that hashes by value, as every frozen dataclass does, compiles once however often it is
   rebuilt.
 
-What a cell may offer besides, and what is then done with it:
+Nothing else is needed for anything. How a cell is unrolled fast, its gradients and its Jacobian are derived from the
+program of `step` (`seqjax.partition`); `seqjax.explain` prints what was found. A cell may also have:
 
 - `input_shape`: the shape of one input, `(8,)` for eight features and `()` for a token. Sequence calls then check `xs`
   before anything compiles.
-- `gates(params, state, x)`: the gate activations of this step by name, for `seqjax.gates`.
-- `jacobian(params, state, x)`: ds_t/ds_{t-1} in closed form, (n, n) over the flat state in the order of its leaves, for
-  `seqjax.analysis.step_jacobians`; without it, `jax.jacfwd` of the step.
-- `drive(params, x)`, `recur(params, state)` and `advance(state, drive, recurrent)`: the step in three parts, so that
-  `step(params, state, x)` is `advance(state, drive(params, x), recur(params, state))`: the input half, which needs no
-  state; the recurrent product; the rest, without parameters. `unroll` and `trajectory` then take the input half of many
-  steps in one product, and the gradients of the weights likewise (`seqjax.split`). Trees of floating-point arrays may
-  pass between them. A step with a second product inside, as the GRU with the reset gate before it, offers two parts
-  more: `inner(state, drive, recurrent)` is what that product takes, `recur_inner(params, inner)` the product, and
-  `advance` gets the pair of both products for `recurrent`. A cell whose step has no such parts leaves one out or lets
-  it raise AttributeError; a subclass with a step of its own offers a part of its own, or is run step by step.
-- `recalled(output)`: the output as a state that is as good as the state for `recur`. Then outputs are saved for the way
-  back instead of states; for the LSTM that is h without c. Beside it, `recalled_step(state, drive, recurrent)`: the
-  state of `advance`, for steps that run again only to find what the outputs do not tell.
+- `gates(params, state, x)`: the gate activations of one step by name, for `seqjax.gates`.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
-  `step(params, state, x, noise)`; without a key it calls `step(params, state, x)`, which is deterministic. So
+  `step(params, state, x, noise)`. Without a key it calls `step(params, state, x)`, which is deterministic. So
   randomness is an input and never hidden in the state.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -90,6 +77,20 @@ class Cell(Protocol):
 def strong_type(tree: PyTree) -> PyTree:
     """Turns every leaf into an array whose dtype no longer bends to its neighbours (JAX's weak types)."""
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(jnp.asarray(leaf), jnp.asarray(leaf).dtype), tree)
+
+
+def output_of(cell: Any, stepped: Any) -> tuple[State, Output]:
+    """Returns what a step returned, if it is a new state and an output.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(stepped, tuple) or len(stepped) != 2:
+        raise TypeError(
+            f"expected {type(cell).__name__}.step to return (new_state, output), got {type(stepped).__name__}: "
+            f"a cell whose output is its state returns it twice"
+        )
+    return stepped
 
 
 def same_state_type(cell: Any, new: State, old: State) -> State:
@@ -138,51 +139,6 @@ def as_feature(x: Any, size: int, dtype: Any, cell: str) -> Array:
             f"convert with x.astype(float), or look tokens up with sj.Embedding"
         )
     return x.astype(dtype)
-
-
-def as_derived(cell: Any, part: str, whole: str) -> bool:
-    """Whether a cell has `part` from itself, from the class that `whole` comes from, or from one derived from that.
-
-    Where a subclass, or a wrapper that passes attributes on, has a `whole` of its own, an older `part` does not belong
-    to it.
-    """
-    places = [getattr(cell, "__dict__", {}), *map(vars, type(cell).__mro__)]
-
-    def place(name: str) -> int:
-        return next((i for i, names in enumerate(places) if name in names), len(places))
-
-    return place(part) <= place(whole)
-
-
-def in_parts(cell: Any) -> bool:
-    """Whether a cell offers its step in parts, and not only those of a step that it has replaced."""
-    parts = ("drive", "recur", "advance")
-    return all(hasattr(cell, part) for part in parts) and any(as_derived(cell, part, "step") for part in parts)
-
-
-def own(cell: Any, part: str, *wholes: str) -> Any:
-    """A part that a cell may offer; None where it has none, or has replaced one of the wholes that it belongs to."""
-    return getattr(cell, part, None) if all(as_derived(cell, part, whole) for whole in wholes) else None
-
-
-def closed_form_jacobian(cell: Any) -> Callable[..., Array] | None:
-    """The cell's `jacobian`."""
-    return own(cell, "jacobian", "step")
-
-
-def native_loop(cell: Any) -> Callable[[Params], Any] | None:
-    """What `seqjax.native` runs of a cell."""
-    return own(cell, "native_loop", "step", "drive", "recur", "advance")
-
-
-def recalled(cell: Any) -> Callable[[Output], State] | None:
-    """The cell's `recalled`."""
-    return own(cell, "recalled", "step", "recur", "advance")
-
-
-def recalled_step(cell: Any) -> Callable[..., State]:
-    """The cell's `recalled_step`, or what it stands for."""
-    return own(cell, "recalled_step", "advance") or (lambda *args: cell.advance(*args)[0])
 
 
 def is_value(part: Any) -> bool:

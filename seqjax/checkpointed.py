@@ -21,7 +21,7 @@ def run_checkpointed(
     """Unrolls piece by piece.
 
     Args:
-        run: of a state and a tuple of sequences, the state after them and what is kept of them.
+        run: of a state and sequences, the state after them and what is kept of them.
         every: the steps of one piece; the last one may be shorter.
         reverse: from the last piece to the first.
         state: the state before the first piece, (batch, ...).
@@ -33,7 +33,7 @@ def run_checkpointed(
     time = jax.tree.leaves(sequences)[0].shape[1]
     count = time // every
     # In a loop nothing can be merged with the first run, so the barrier against it may go.
-    piece = jax.checkpoint(lambda state, part: run(state, *part), prevent_cse=False)
+    piece = jax.checkpoint(lambda state, part: run(state, part), prevent_cse=False)
 
     def cut(leaf: Array) -> Array:
         return jnp.moveaxis(leaf[:, : count * every].reshape(leaf.shape[0], count, every, *leaf.shape[2:]), 1, 0)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Output, Params, State, same_state_type, strong_type
+from seqjax.cell import Output, Params, State, output_of, same_state_type, strong_type
 
 Emit = Callable[[Params, State, PyTree, State, Output], PyTree]  # (params, s_{t-1}, x_t, s_t, o_t) -> what is kept of t
 
@@ -52,12 +52,7 @@ def guarded_step(
     if valid is not None:
         x = choose(valid, x, zeros_like(x))
     stepped = cell.step(params, state, x) if noise is None else cell.step(params, state, x, noise)
-    if not isinstance(stepped, tuple) or len(stepped) != 2:
-        raise TypeError(
-            f"expected {type(cell).__name__}.step to return (new_state, output), got {type(stepped).__name__}: "
-            f"a cell whose output is its state returns it twice"
-        )
-    after, output = stepped
+    after, output = output_of(cell, stepped)
     after = same_state_type(cell, after, state)
     if valid is not None:
         after = choose(valid, after, state)

@@ -17,12 +17,11 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PyTree
 
 from seqjax.cell import Output, Params, State, is_value
-from seqjax.cells.stack import Stack
 from seqjax.checkpointed import run_checkpointed
 from seqjax.checks import batch_of_states, check_flags, check_inputs, check_steps
 from seqjax.guarded import Emit, drawn_noise, guarded_step, last_output, new_state
-from seqjax.split.chunks import Recurrence
-from seqjax.split.run import is_split, run_split
+from seqjax.partition.plan import NoPlan, Plan, plan_of, traced_step
+from seqjax.partition.run import run_plan
 
 
 def unroll(
@@ -36,6 +35,7 @@ def unroll(
     reverse: bool = False,
     key: Array | None = None,
     checkpoint_every: int | None = None,
+    kernel: bool = True,
 ) -> tuple[State, Output]:
     """Runs a cell over a batch of sequences: s_t, o_t = step(theta, s_{t-1}, x_t).
 
@@ -52,6 +52,8 @@ def unroll(
         checkpoint_every: for gradients in little memory: keep the state only before every so many steps, and run
             these steps once more in the backward pass. About sqrt(time) of them keep memory at sqrt(time) states, for
             a third more time. None keeps what is quickest. Values and gradients are the same.
+        kernel: whether the compiled kernel may run the loops that it supports (`seqjax.native`); False always runs
+            XLA's loops.
 
     Returns:
         The final state, leaves (batch, ...), and the outputs, leaves (batch, time, ...).
@@ -71,7 +73,7 @@ def unroll(
     """
     if checkpoint_every is not None:
         checkpoint_every = check_steps("checkpoint_every", checkpoint_every)
-    return _run(last_output, cell, params, xs, state, mask, reset, reverse, key, checkpoint_every)
+    return _run(last_output, cell, params, xs, state, mask, reset, reverse, key, checkpoint_every, kernel)
 
 
 def trajectory(
@@ -207,12 +209,14 @@ def _run(
     reverse: bool,
     key: Array | None = None,
     every: int | None = None,
+    kernel: bool = True,
 ) -> tuple[State, PyTree]:
     xs, batch, time = check_inputs(cell, xs)
     mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
     state = batch_of_states(cell, params, state, batch)
     run = _run_compiled if is_value(cell) else _run_batch
-    return run(emit, cell, reverse, None if every is None else int(every), params, state, xs, mask, reset, key)
+    every = None if every is None else int(every)
+    return run(emit, cell, bool(reverse), every, bool(kernel), params, state, xs, mask, reset, key)
 
 
 def _run_batch(
@@ -220,6 +224,7 @@ def _run_batch(
     cell: Any,
     reverse: bool,
     every: int | None,
+    kernel: bool,
     params: Params,
     state: State,
     xs: PyTree,
@@ -227,46 +232,29 @@ def _run_batch(
     reset: Any,
     key: Any,
 ) -> tuple[State, PyTree]:
-    noise = drawn_noise(cell, key, *jax.tree.leaves(xs)[0].shape[:2])
-    if every is None:
-        return _run_layers(emit, cell, reverse, params, state, xs, mask, reset, noise)
-    return run_checkpointed(
-        partial(_run_layers, emit, cell, reverse, params), every, reverse, state, (xs, mask, reset, noise)
-    )
+    batch, time = jax.tree.leaves(xs)[0].shape[:2]
+    inputs = (xs, mask, reset, drawn_noise(cell, key, batch, time))
+    traced = traced_step(cell, emit, params, state, inputs)
+    plan = plan_of(traced, kernel) if batch and time else NoPlan("there is no step")
+    if isinstance(plan, Plan):
+        run = partial(run_plan, plan, reverse, params)
+    else:
+        run = partial(_run_plainly, emit, cell, reverse, params)
+    return run(state, inputs) if every is None else run_checkpointed(run, every, reverse, state, inputs)
 
 
-_run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2, 3))
-
-
-def _run_layers(
-    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, xs: PyTree, mask: Any, reset: Any, noise: Any
-) -> tuple[State, PyTree]:
-    """A stack whose outputs alone are wanted runs layer by layer, which is the same function."""
-    if isinstance(cell, Stack) and emit is last_output:
-        final = []
-        noise = (None,) * len(cell.cells) if noise is None else noise
-        for layer, p, s, drawn in zip(cell.cells, params, state, noise, strict=True):
-            s, xs = _run_layers(emit, layer, reverse, p, s, xs, mask, reset, drawn)
-            final.append(s)
-        return tuple(final), xs
-    plain = partial(_run_plainly, emit, cell, reverse, noise)
-    if noise is None and emit in (last_output, new_state) and is_split(cell, params, state, xs):
-        return run_split(Recurrence(cell, emit, reverse), plain, (params, state, xs, mask, reset))
-    return plain(params, state, xs, mask, reset)
+_run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2, 3, 4))
 
 
 def _run_plainly(
-    emit: Emit, cell: Any, reverse: bool, noise: Any, params: Params, state: State, xs: PyTree, mask: Any, reset: Any
+    emit: Emit, cell: Any, reverse: bool, params: Params, state: State, inputs: PyTree
 ) -> tuple[State, PyTree]:
     """One scan over `step` for every sequence of the batch."""
 
-    def one(state: State, xs: PyTree, mask: Any, reset: Any, noise: Any) -> tuple[State, PyTree]:
-        def body(state: State, inputs: tuple[PyTree, Any, Any, Any]) -> tuple[State, PyTree]:
-            return guarded_step(cell, params, state, *inputs, emit)
+    def one(state: State, inputs: PyTree) -> tuple[State, PyTree]:
+        def body(state: State, at: PyTree) -> tuple[State, PyTree]:
+            return guarded_step(cell, params, state, *at, emit=emit)
 
-        inputs = (xs, mask, reset, noise)
-        if not jax.tree.leaves(state):  # nothing recurs: every step at once
-            return state, jax.vmap(partial(body, state))(inputs)[1]
         return jax.lax.scan(body, state, inputs, reverse=reverse)
 
-    return jax.vmap(one)(state, xs, mask, reset, noise)
+    return jax.vmap(one)(state, inputs)

@@ -32,12 +32,9 @@ class Leaky:
 class Doubled(sj.LSTM):
     """A subclass whose output is not h."""
 
-    def advance(self, state, drive, recurrent):
-        state, output = super().advance(state, drive, recurrent)
-        return state, 2 * output
-
     def step(self, params, state, x):
-        return self.advance(state, self.drive(params, x), self.recur(params, state))
+        state, output = super().step(params, state, x)
+        return state, 2 * output
 
 
 OURS = {

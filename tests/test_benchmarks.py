@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import breakdown
+from benchmarks.any_cell import tables as any_cell_tables
+from benchmarks.any_cell.bars import BARS, summarize, verdicts
+from benchmarks.any_cell.measure import KERNEL, OWN, XLA
 from benchmarks.machine import OtherLoad, in_turns
 from benchmarks.peers import jax_peers, measure, tables, torch_process
 from benchmarks.peers.bars import bars, linear_in_time
@@ -102,6 +105,41 @@ def test_bars_are_read_off_the_rows():
     assert found["forward with backward: compile time seqjax / flax RNN, geometric mean"] == ("1.000", "met")
     del rows[f"lstm {ROWS[0].name}"]
     assert ("0.625 (0.625)", "met on 8 of 9 rows") in [line[2:] for line in bars({"rows": rows}, "lstm")]
+
+
+def test_the_bars_of_any_cell_are_read_off_its_rows():
+    ways = {
+        XLA: entry(1.0, temporaries=30, products=[1, 0]),
+        KERNEL: entry(0.5, temporaries=50, kernel=True),
+        OWN: entry(1.2, products=[16, 8]),
+    }
+    rows = {f"linen-lstm {row.name}": {"forward": ways, "backward": ways, "run": {"backward": "now"}} for row in ROWS}
+    slow = ways | {XLA: ways[XLA] | {"min": 1.3, "median": 2.0}}
+    rows[f"linen-lstm {ROWS[0].name}"] = {"forward": slow, "backward": ways}
+    results = {"runs": {"now": "here"}, "rows": rows}
+
+    summary = summarize(results, "linen-lstm", XLA)
+    assert summary.slowest["forward"] == pytest.approx((1.3 / 1.2, 2 / 2.4))
+    assert summary.gain["forward"] == pytest.approx((1.2 / 1.3 ** (1 / 9), 1.2))
+    assert summary.gain["backward"] == pytest.approx((1.2, 1.2))
+    assert (summary.temporaries, summary.products["backward"], summary.own_products["backward"]) == (0.3, 1, 16)
+    assert list(verdicts(summary).values()) == ["not met", "met", "not met", "met", "met"]
+    with_kernel = verdicts(summarize(results, "linen-lstm", KERNEL))
+    assert list(with_kernel) == list(BARS)
+    assert list(with_kernel.values()) == ["met", "met", "met", "not met", ""]
+
+    text = any_cell_tables.document(results)
+    assert "| flax linen LSTMCell, XLA's loops | 1.083 (0.833) | 0.833 (0.833) |" in text
+    assert "| flax linen LSTMCell, kernel in 18 of 18 calls | 0.417 (0.417) |" in text
+    assert "| (1, 1000, 8, 8) | 1300.00 (2000.00) | 500.00 (1000.00) | 1200.00 (2400.00) | 0.92 | 2.40 |" in text
+
+    del rows[f"linen-lstm {ROWS[0].name}"]
+    ways[KERNEL]["kernel"] = False
+    assert verdicts(summarize(results, "linen-lstm", XLA))["slowest forward"] == "met on 8 of 9 rows"
+    text = any_cell_tables.document(results)
+    assert "| flax linen LSTMCell, XLA's loops (the kernel does not run it) | 0.833 (0.833) |" in text
+    assert "kernel in" not in text
+    assert "500.00 (1000.00) =" in text
 
 
 def test_a_time_that_grows_with_the_square_of_t_is_not_linear():

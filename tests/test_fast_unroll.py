@@ -1,4 +1,4 @@
-"""The unroll of a cell whose step comes in parts is the scan over its step: in value and in every derivative."""
+"""The unroll of a cell by the parts of its step is the scan over its step: in value and in every derivative."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import OURS, D, Doubled, Leaky, N
+from cells import OURS, D, Doubled, N
 from oracles import assert_close, drawn, drawn_states, like, scanned, weighted
 
 import seqjax as sj
-from seqjax.cell import as_derived, closed_form_jacobian, recalled
+from seqjax.cells.stack import Stack
 from seqjax.guarded import last_output, new_state
-from seqjax.split.chunks import chunk_length
-from seqjax.split.run import is_split
+from seqjax.partition.chunks import chunk_length
 from seqjax.unroll import _run_plainly
 
 BATCH = 2
@@ -25,7 +24,7 @@ FLAGS = np.random.default_rng(0).random((2, 40, 1100)) < 0.7
 
 
 class Peephole:
-    """A user's cell: a tree of drives, a recurrent part that reads both halves of the state, an output that is none."""
+    """A user's cell: a state and an output that are trees, and a parameter that reads c elementwise."""
 
     input_shape = (D,)
 
@@ -78,7 +77,7 @@ def plain(cell, params, xs, state=None, mask=None, reset=None, reverse=False, em
     """The scan over `step`, differentiated by JAX alone."""
     if state is None:
         state = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(xs)), cell.initial_state(params))
-    return _run_plainly(emit, cell, reverse, None, params, state, xs, mask, reset)
+    return _run_plainly(emit, cell, reverse, params, state, (xs, mask, reset, None))
 
 
 def flags(batch, time):
@@ -88,27 +87,6 @@ def flags(batch, time):
 def both(function, *arguments):
     """A function of an unroll, with the fast one and with the plain one; each in one compilation."""
     return [jax.jit(partial(function, unroll))(*arguments) for unroll in (sj.unroll, plain)]
-
-
-def test_which_cells_run_in_parts():
-    class DriveAlone(Leaky):
-        def drive(self, params, x):
-            return params["U"] @ x
-
-    for cell, expected in (
-        *((cell, True) for cell in SPLIT.values()),
-        (TokenSum(), True),
-        (DriveAlone(), False),
-        (OURS["stack"], False),
-        (sj.LearnedState(OURS["gru-before"]), True),
-    ):
-        xs = jnp.zeros((BATCH, 3, *cell.input_shape), int if cell.input_shape == () else float)
-        params = cell.init(jax.random.key(0))
-        state = jax.tree.map(lambda leaf: jnp.stack([leaf] * BATCH), cell.initial_state(params))
-        assert is_split(cell, params, state, xs) is expected, cell
-        assert not is_split(cell, params, state, xs[:, :0])
-    params, xs = drawn(DriveAlone(), "float32")
-    assert_close(sj.unroll(DriveAlone(), params, xs), sj.unroll(Leaky(), params, xs))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "gru-before", "user"])
@@ -316,91 +294,50 @@ def test_a_cell_that_holds_a_traced_value_is_differentiated_with_respect_to_it()
     assert_close(jax.grad(lambda tau: weighted(sj.unroll(Timed(tau), params, xs)))(jnp.float32(0.3)), expected[0][0])
 
 
-def test_a_step_of_ones_own_is_never_passed_over_for_inherited_parts():
-    class Doubled(Peephole):
-        def step(self, params, state, x):
-            state, output = super().step(params, state, x)
-            return state, 2 * output["c"]
-
-    class Wrapped:
-        def __init__(self, cell):
-            self.cell = cell
-
-        def __getattr__(self, name):
-            return getattr(self.cell, name)
-
-        def step(self, params, state, x):
-            state, output = self.cell.step(params, state, x)
-            return state, 2 * output["c"]
-
-    class Both(Peephole):
-        def advance(self, state, drive, recurrent):
-            state, output = super().advance(state, drive, recurrent)
-            return state, 2 * output["c"]
-
-        def step(self, params, state, x):
-            return self.advance(state, self.drive(params, x), self.recur(params, state))
-
-    params, xs = drawn(Peephole(), "float32")
-    expected = 2 * sj.unroll(Peephole(), params, xs)[1]["c"]
-    for cell in (Doubled(), Wrapped(Peephole()), Both()):
-        assert_close(sj.unroll(cell, params, xs)[1], expected)
-    assert not as_derived(Doubled(), "advance", "step")
-    assert as_derived(Both(), "advance", "step")
-
-
 class Halved(Doubled):
-    """And it is taken for a state again."""
-
-    def advance(self, state, drive, recurrent):
-        state, output = super().advance(state, drive, recurrent)
-        return sj.LSTMState(state.h, state.c / 2), output
-
-    def recalled(self, output):
-        return super().recalled(output / 2)
-
-
-class Peeping(sj.LSTM):
-    """Its product reads c."""
-
-    def recur(self, params, state):
-        return super().recur(params, state) + 0.3 * jnp.tile(state.c, 4)
-
-    def step(self, params, state, x):
-        return self.advance(state, self.drive(params, x), self.recur(params, state))
-
-
-class Silenced(sj.LSTM):
-    """Its step is not in parts."""
+    """Carries half of c."""
 
     def step(self, params, state, x):
         state, output = super().step(params, state, x)
-        return state, 2 * output
+        return sj.LSTMState(state.h, state.c / 2), output
 
 
+class Peeping(sj.LSTM):
+    """Its gates read c."""
+
+    def step(self, params, state, x):
+        return super().step(params._replace(b_h=params.b_h + 0.3 * jnp.tile(state.c, 4)), state, x)
+
+
+class Residual(Stack):
+    """Layers with skip connections."""
+
+    def step(self, params, state, x, noise=None):
+        new = []
+        for cell, p, s in zip(self.cells, params, state, strict=True):
+            s, y = cell.step(p, s, x)
+            x = x + y
+            new.append(s)
+        return tuple(new), x
+
+
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "learned"),
-    [(Doubled, False), (Doubled, True), (Halved, False), (Halved, True), (Peeping, False), (Silenced, True)],
+    "cell", [Doubled(D, N), Halved(D, N), Peeping(D, N), Residual((sj.GRU(D, D), sj.LSTM(D, D)))], ids=type
 )
-def test_what_a_subclass_replaces_takes_what_belongs_to_it_along(kind, learned):
-    cell = sj.LearnedState(kind(D, N)) if learned else kind(D, N)
+def test_the_step_of_a_subclass_is_what_runs(cell, learned):
+    cell = sj.LearnedState(cell) if learned else cell
     params, xs = drawn(cell, "float32", BATCH, 40)
     value = jax.value_and_grad(lambda unroll, params: weighted(unroll(cell, params, xs)), argnums=1)
     assert_close(*both(value, params))
-    assert (recalled(cell) is not None) is (kind is Halved)
-    state = jax.tree.map(lambda leaf: leaf[None], cell.initial_state(params))
-    assert is_split(cell, params, state, xs[:1]) is (kind is not Silenced)
 
 
-def test_a_step_of_ones_own_has_no_closed_form_inside_a_learned_state():
-    class Slow(sj.VanillaRNN):
-        def step(self, params, state, x):
-            new, _ = super().step(params, state, x)
-            h = 0.5 * (state.h + new.h)
-            return sj.VanillaState(h), h
-
-    assert closed_form_jacobian(sj.LearnedState(sj.VanillaRNN(D, N))) is not None
-    assert closed_form_jacobian(sj.LearnedState(Slow(D, N))) is None
+def test_a_search_for_all_states_follows_the_step_of_a_subclass(x64):
+    cell = Residual((sj.GRU(D, D), sj.LSTM(D, D)))
+    params, xs = drawn(cell, "float64", BATCH, 20)
+    result, found = sj.unroll_parallel(cell, params, xs)
+    assert found.converged.all()
+    assert_close(result, jax.jit(partial(plain, cell))(params, xs))
 
 
 def test_numbers_among_the_parameters_and_states_of_nothing_pass():
@@ -477,28 +414,3 @@ def test_a_stack_of_cells_in_parts_is_the_scan_of_its_step(x64):
         return jax.value_and_grad(run, has_aux=True)(params)
 
     assert_close(*both(value_and_gradient, params, xs))
-
-
-def test_check_cell_compares_the_parts_with_the_step():
-    assert "is what its parts make" in sj.testing.check_cell(Peephole())
-
-    class Wrong(Peephole):
-        def recur(self, params, state):
-            return params["W"] @ state["h"], state["c"] * 1.5
-
-        def step(self, params, state, x):
-            return self.advance(state, self.drive(params, x), super().recur(params, state))
-
-    class Narrow(Peephole):
-        def advance(self, state, drive, recurrent):
-            state, output = super().advance(state, drive, recurrent)
-            return state, output["c"]
-
-        def step(self, params, state, x):
-            return super().advance(state, self.drive(params, x), self.recur(params, state))
-
-    for cell, part in ((Wrong(), "to be step(params, state, x)"), (Narrow(), "to return what step returns")):
-        with pytest.raises(AssertionError) as caught:
-            sj.testing.check_cell(cell)
-        assert "expected advance(state, drive(params, x), recur(params, state)) " + part in str(caught.value)
-        assert "a step of your own needs parts of its own, or none" in str(caught.value)

@@ -9,15 +9,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import Doubled
+from flax import nnx
 from oracles import drawn, drawn_states, like, weighted
 
 import seqjax as sj
 from seqjax import native
+from seqjax.partition import kernel
 
 pytestmark = pytest.mark.skipif(
     shutil.which((os.environ.get("CXX") or "g++").split()[0]) is None, reason="there is no C++ compiler"
@@ -31,7 +35,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernel(tmp_path_factory):
+def library(tmp_path_factory):
     """The kernel, compiled into a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -45,27 +49,27 @@ def kernel(tmp_path_factory):
 
 
 def switched(patch, on):
-    """Runs the loops in the kernel, or not at all; returns what was asked and answered."""
-    asked = []
-    for module in ("forward", "backward"):
+    """Runs the loops in the kernel, or not at all; returns which kernel was chosen for each loop, or None."""
+    chosen = []
 
-        def takes(*arguments):
-            asked.append(on and native.takes(*arguments))
-            return asked[-1]
+    def kernel_for(parts):
+        found = kernel.kernel_for(parts) if on else None
+        chosen.append(None if found is None else found.name)
+        return found
 
-        patch.setattr(f"seqjax.split.{module}.takes", takes)
+    patch.setattr("seqjax.partition.run.kernel_for", kernel_for)
     jax.clear_caches()
-    return asked
+    return chosen
 
 
 def both(patch, function, *arguments):
     """The results by the kernel and by XLA, with a compilation of each."""
     results = []
     for on in (True, False):
-        asked = switched(patch, on)
+        chosen = switched(patch, on)
         results.append(jax.block_until_ready(jax.jit(function)(*arguments)))
-        assert asked
-        assert all(answer is on for answer in asked)
+        assert chosen
+        assert all((name is not None) is on for name in chosen)
     switched(patch, True)
     return results
 
@@ -143,33 +147,150 @@ def test_no_input_is_too_large_and_nan_and_infinity_pass(kind, monkeypatch):
 
 
 def test_small_numbers_are_not_flushed_to_zero(monkeypatch):
-    asked = switched(monkeypatch, True)
+    chosen = switched(monkeypatch, True)
     cell, params, xs, state = case("lstm", 5, 2, 7)
     jax.block_until_ready(value_and_gradient(cell, params, xs, state))
-    assert all(asked)
+    assert set(chosen) == {"lstm"}
     assert np.float32(1e-40) * np.float32(1) != 0
     assert np.full(100, 1e-40, np.float32).sum() != 0
 
 
 def test_other_types_masks_resets_and_conventions_are_left_to_xla(monkeypatch):
-    def answers(cell, dtype="float32", change=lambda params: params, **options):
-        asked = switched(monkeypatch, True)
+    def chosen(cell, dtype="float32", change=lambda params: params, **options):
+        names = switched(monkeypatch, True)
         with jax.enable_x64(dtype == "float64"):
             params, xs = drawn(cell, dtype, 2, 5)
             jax.make_jaxpr(jax.grad(lambda p: weighted(sj.unroll(cell, p, xs, **options))))(change(params))
-        return set(asked)
+        return set(names)
 
     flags = np.ones((2, 5), bool)
     cell = sj.LSTM(3, 4)
-    assert answers(cell) == {True}
+    assert chosen(cell) == {"lstm"}
     for dtype in ("float64", "bfloat16"):
-        assert answers(cell, dtype) == {False}
-    assert answers(cell, mask=flags) == answers(cell, reset=flags) == {False}
-    assert answers(sj.GRU(3, 4, update="writes")) == answers(sj.VanillaRNN(3, 4, activation="relu")) == {False}
-    assert answers(sj.GRU(3, 4, reset="before")) == {False}
+        assert chosen(cell, dtype) == {None}
+    assert chosen(cell, mask=flags) == chosen(cell, reset=flags) == {None}
+    assert chosen(cell, kernel=False) == set()
+    assert chosen(sj.GRU(3, 4, update="writes")) == chosen(sj.VanillaRNN(3, 4, activation="relu")) == {None}
+    assert chosen(sj.GRU(3, 4, reset="before")) == {None}
     with jax.numpy_dtype_promotion("standard"):
         short = lambda p: p._replace(W_xh=p.W_xh.astype("bfloat16"), b_h=p.b_h.astype("bfloat16"))  # noqa: E731
-        assert answers(cell, change=short) == {False}
+        assert chosen(cell, change=short) == {"lstm"}  # the sums that the loop reads are float32
+
+
+class UsersLSTM:
+    """Other names, weights (in, out), other orders of the gates and of the state."""
+
+    input_shape = (3,)
+
+    def init(self, key):
+        K, R, b = jax.random.normal(key, (3, 4, 24)) / 3
+        return {"K": K[:3], "R": jnp.tile(K, (2, 1))[:6] + R[:1], "bias": b[0]}
+
+    def initial_state(self, params):
+        return {"cell": jnp.zeros(6), "hidden": jnp.zeros(6)}
+
+    def step(self, params, state, x):
+        a = state["hidden"] @ params["R"] + x @ params["K"] + params["bias"]
+        o, g, f, i = a[:6], a[6:12], a[12:18], a[18:]
+        c = jnp.tanh(g) * jax.nn.sigmoid(i) + state["cell"] * jax.nn.sigmoid(f)
+        h = jnp.tanh(c) * jax.nn.sigmoid(o)
+        return {"cell": c, "hidden": h}, h
+
+
+class UsersGRU:
+    """The update gate first, its mix written in another way, and the bias of the candidate apart."""
+
+    input_shape = (3,)
+
+    def init(self, key):
+        W, U = jax.random.normal(key, (2, 15, 5)) / 3
+        return {"W": W[:, :3], "U": U, "b": U[:, 0], "b_n": W[:5, 3]}
+
+    def initial_state(self, params):
+        return jnp.zeros(5)
+
+    def step(self, params, h, x):
+        from_x, (u_z, u_r, u_n) = params["W"] @ x + params["b"], jnp.split(params["U"] @ h, 3)
+        z, r = jax.nn.sigmoid(from_x[:5] + u_z), jax.nn.sigmoid(from_x[5:10] + u_r)
+        n = jnp.tanh(from_x[10:] + r * (u_n + params["b_n"]))
+        h = n + z * (h - n)
+        return h, h
+
+
+class CoupledLSTM(UsersLSTM):
+    """The input gate is 1 - f: an LSTM with three gates, as many as a GRU has."""
+
+    def step(self, params, state, x):
+        a = state["hidden"] @ params["R"] + x @ params["K"] + params["bias"]
+        o, g, f = a[:6], a[6:12], jax.nn.sigmoid(a[12:18])
+        c = jnp.tanh(g) * (1 - f) + state["cell"] * f
+        h = jnp.tanh(c) * jax.nn.sigmoid(o)
+        return {"cell": c, "hidden": h}, h
+
+
+class PeepholeLSTM(UsersLSTM):
+    """One gate reads c: another formula with the same arrays."""
+
+    def step(self, params, state, x):
+        a = state["hidden"] @ params["R"] + x @ params["K"] + params["bias"]
+        o, g, f, i = a[:6], a[6:12], a[12:18] + state["cell"], a[18:]
+        c = jnp.tanh(g) * jax.nn.sigmoid(i) + state["cell"] * jax.nn.sigmoid(f)
+        h = jnp.tanh(c) * jax.nn.sigmoid(o)
+        return {"cell": c, "hidden": h}, h
+
+
+class TwiceTheDrive(sj.VanillaRNN):
+    """Adds the drive to itself."""
+
+    def step(self, params, state, x):
+        h = jnp.tanh(2 * (params.W_xh @ x) + params.W_hh @ state.h)
+        return sj.VanillaState(h), h
+
+
+class BroadcastDrive(sj.VanillaRNN):
+    """Every unit has the same drive."""
+
+    def step(self, params, state, x):
+        h = jnp.tanh((params.W_xh @ x).sum() + params.W_hh @ state.h)
+        return sj.VanillaState(h), h
+
+
+FOREIGN_KERNELS = {
+    "linen LSTM": (lambda: sj.from_linen(nn.LSTMCell(7), 3), "lstm"),
+    "linen fused LSTM": (lambda: sj.from_linen(nn.OptimizedLSTMCell(7), 3), "lstm"),
+    "linen GRU": (lambda: sj.from_linen(nn.GRUCell(7), 3), "gru"),
+    "linen simple": (lambda: sj.from_linen(nn.SimpleCell(7), 3), "vanilla"),
+    "nnx LSTM": (lambda: sj.from_nnx(nnx.LSTMCell, 3, 7), "lstm"),
+    "nnx GRU": (lambda: sj.from_nnx(nnx.GRUCell, 3, 7), "gru"),
+    "equinox LSTM": (lambda: sj.from_equinox(eqx.nn.LSTMCell, 3, 7), "lstm"),
+    "equinox GRU": (lambda: sj.from_equinox(eqx.nn.GRUCell, 3, 7), "gru"),
+    "user's LSTM": (UsersLSTM, "lstm"),
+    "user's GRU": (UsersGRU, "gru"),
+    "drive twice": (lambda: TwiceTheDrive(3, 7), "vanilla"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_KERNELS)
+def test_a_cell_with_the_kernels_formulas_runs_in_it_whoever_wrote_it(name, monkeypatch):
+    build, expected = FOREIGN_KERNELS[name]
+    cell = build()
+    params, xs = drawn(cell, "float32", 2, 40)
+    params = jax.tree.map(lambda leaf: leaf / 2, params)
+    state = drawn_states(cell, params, 2)
+    assert sj.explain(cell, params, xs[0, 0]).loops[0].kernel == expected
+    assert_near(*both(monkeypatch, partial(value_and_gradient, cell), params, xs, state))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [CoupledLSTM(), PeepholeLSTM(), BroadcastDrive(3, 7), sj.GRU(3, 4, update="writes"), sj.GRU(3, 4, reset="before")],
+)
+def test_a_cell_with_other_formulas_never_runs_in_the_kernel(cell, monkeypatch):
+    params, xs = drawn(cell, "float32", 2, 40)
+    assert sj.explain(cell, params, xs[0, 0]).loops[0].kernel is None
+    chosen = switched(monkeypatch, True)
+    sj.unroll(cell, params, xs)
+    assert set(chosen) == {None}
 
 
 def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
@@ -180,22 +301,13 @@ def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
 
     cell, params, xs, _ = case("lstm", 5, 2, 7)
     _, plain = sj.unroll(cell, params, xs)
-    asked = switched(monkeypatch, True)
+    chosen = switched(monkeypatch, True)
     given = sj.LearnedStateParams(params, sj.LSTMState(jnp.zeros(5), jnp.zeros(5)))
     for doubled, p in ((Doubled(3, 5), params), (sj.LearnedState(Doubled(3, 5)), given)):
         assert_near(sj.unroll(doubled, p, xs)[1], 2 * plain)
     for silent, p in ((Silent(3, 5), params), (sj.LearnedState(Silent(3, 5)), given)):
         assert not np.any(sj.unroll(silent, p, xs)[1])
-    assert set(asked) == {False}
-
-
-def test_drives_that_are_broadcast_are_left_to_xla(monkeypatch):
-    switched(monkeypatch, True)
-    for kind, gates in (("lstm", 4), ("gru", 3), ("vanilla", 1)):
-        cell, params, _, state = case(kind, 5, 2, 7)
-        for size in (gates * 5, 1, 5 * gates + 1):
-            taken = native.takes(cell, params, state, jnp.zeros((7, 2, size)), (None, None))
-            assert taken is (size == gates * 5)
+    assert set(chosen) == {None}
 
 
 def test_it_runs_under_vmap_in_scans_and_to_the_second_derivative(monkeypatch):
@@ -240,18 +352,18 @@ def command(**environment):
     )  # fmt: skip
 
 
-def test_the_command_says_where_the_kernel_lies_and_a_running_process_keeps_its_own(kernel, monkeypatch):
+def test_the_command_says_where_the_kernel_lies_and_a_running_process_keeps_its_own(library, monkeypatch):
     result = command()
-    assert (result.stdout, result.stderr, result.returncode) == (f"compiled {kernel}\n", "", 0)
+    assert (result.stdout, result.stderr, result.returncode) == (f"compiled {library}\n", "", 0)
     native.available.cache_clear()
     assert native.available()
-    asked = switched(monkeypatch, True)
+    chosen = switched(monkeypatch, True)
     cell, params, xs, _ = case("gru", 5, 2, 6)
     assert np.all(np.isfinite(sj.unroll(cell, params, xs)[1]))
-    assert set(asked) == {True}
+    assert set(chosen) == {"gru"}
 
 
-def test_what_hinders_the_command_is_said_in_one_line(kernel, tmp_path):
+def test_what_hinders_the_command_is_said_in_one_line(library, tmp_path):
     (tmp_path / "file").touch()
     for environment, parts in (
         ({"CXX": "nonexistent"}, ("expected a C++17 compiler", "'nonexistent'", "XLA runs the same loops")),
@@ -264,7 +376,7 @@ def test_what_hinders_the_command_is_said_in_one_line(kernel, tmp_path):
         assert result.stderr.count("\n") == 1, result.stderr
         for part in parts:
             assert part in result.stderr
-    assert [path.name for path in kernel.parent.iterdir()] == [kernel.name]
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
 
 
 def test_the_command_takes_no_arguments():

@@ -1,4 +1,4 @@
-"""Step Jacobians and their products: closed forms against `jax.jacfwd`, products against a loop, at any lag."""
+"""Step Jacobians and their products: Jacobians against `jax.jacfwd`, products against a loop, at any lag."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ GRUS = {
     f"gru-{reset}-{update}": sj.GRU(3, 4, reset=reset, update=update)
     for reset, update in itertools.product(("after", "before"), ("keeps", "writes"))
 }
-CLOSED = {
+UNITWISE = {
     "vanilla": sj.VanillaRNN(3, 4),
     "vanilla-relu": sj.VanillaRNN(3, 4, activation="relu"),
     "vanilla-identity": sj.VanillaRNN(3, 4, activation="identity"),
     "lstm": sj.LSTM(3, 4),
     "learned": sj.LearnedState(sj.LSTM(3, 4)),
+    "stack": sj.stack([sj.LSTM(3, 4), sj.GRU(4, 4)]),
     **GRUS,
 }
 DISTINCT = [name for name in EVERY if name != "lstm-chrono"]  # of one equation, one is enough
@@ -76,12 +77,13 @@ def test_the_jacobian_of_every_step_is_that_of_the_cells_own_step(name, x64):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", CLOSED)
-def test_a_closed_form_is_the_derivative_that_jax_finds(name, x64):
-    cell = CLOSED[name]
+@pytest.mark.parametrize("name", UNITWISE)
+def test_a_rest_that_acts_unit_by_unit_has_the_jacobian_that_jax_finds(name, x64):
+    cell = UNITWISE[name]
     params, xs = drawn(cell, "float64", seed=7)
     states = drawn_states(cell, params)
-    got = jax.vmap(cell.jacobian, (None, 0, 0))(params, states, xs[:, 0])
+    assert "acts unit by unit" in sj.explain(cell, params, xs[0, 0]).jacobian
+    got = sj.analysis.step_jacobians(cell, params, xs[:, :1], state=states).by_state[:, 0]
     expected = jax.vmap(lambda s, x: derivatives(cell)(params, s, x)[0])(states, xs[:, 0])
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -95,9 +97,9 @@ def test_a_gru_without_weights_multiplies_by_how_much_it_keeps(update, kept, x64
     np.testing.assert_allclose(found, np.broadcast_to(kept * np.eye(3), (1, 2, 3, 3)), atol=1e-15)
 
 
-def test_a_closed_form_goes_with_the_step_of_its_own_class_alone(x64):
+def test_the_jacobian_of_a_subclass_is_that_of_its_own_step(x64):
     class Forgetful(sj.LSTM):
-        """Inherits a closed form, of another step than its own."""
+        """Its step halves c."""
 
         def step(self, params, state, x):
             (h, c), _ = super().step(params, state, x)

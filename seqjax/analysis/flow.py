@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params, State, is_value, strong_type
 from seqjax.checks import batch_of_states, check_flags, check_inputs
-from seqjax.guarded import guarded_step
+from seqjax.partition.plan import normal_step
 
 
 class Driven(NamedTuple):
@@ -142,11 +142,11 @@ _differentiated_once = functools.lru_cache(maxsize=256)(_differentiated)
 
 
 def flat_step(cell: Any, params: Params) -> Step:
-    """The cell's guarded step on flat states, one example at one time."""
+    """The cell's masked step on flat states, one example at one time, with one product for all that read a vector."""
     _, unravel = _ravel_one(cell, params)
 
     def step(params: Params, v: Array, inputs: PyTree) -> Array:
-        after, _ = guarded_step(cell, params, unravel(v), *inputs)
+        after, _ = normal_step(cell, params, unravel(v), (*inputs, None))
         return ravel_pytree(after)[0]
 
     return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, push, state_parts, unflatten
 from seqjax.analysis.scaled import log_of_power, rescaled
-from seqjax.cell import Params, State, closed_form_jacobian
+from seqjax.cell import Params, State
 from seqjax.compiled import compiled
+from seqjax.partition.jacobian import step_jacobian
 
 
 class StepJacobians(NamedTuple):
@@ -52,8 +54,10 @@ def step_jacobians(
 ) -> StepJacobians:
     """J_t = ds_t/ds_{t-1} at every step, over the whole state.
 
-    By the cell's own closed form where it has one (`jacobian`), otherwise by `jax.jacfwd`. Memory grows with
-    batch * time * n^2; the other functions of this package never form these matrices.
+        J_t = D_s + sum_i D_i W_i
+
+    from the parts of the step (`seqjax.partition.jacobian`), for any cell. Memory grows with batch * time * n^2; the
+    other functions of this package never form these matrices.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
@@ -90,18 +94,12 @@ def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[
     """`StepJacobians` of the steps `times`, from 0, alone."""
     before, drive = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, given), given.inputs))
     step, params = flat_step(cell, given.params), given.params
-    closed_form = closed_form_jacobian(cell)
+    unravel = partial(unflatten, cell, params)
+    like, at = _one(before), _one((*drive, None))
+    jacobian = step_jacobian(cell, params, jax.eval_shape(unravel, like), at)
 
     def by_state(v: Array, at: PyTree) -> Array:
-        if closed_form is None:
-            return jax.jacfwd(lambda v: step(params, v, at))(v)
-        x, valid, restart = at
-        if valid is not None:
-            x = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.zeros_like(leaf)), x)
-        J = closed_form(params, unflatten(cell, params, v), x)
-        if valid is not None:
-            J = jnp.where(valid, J, jnp.eye(v.size, dtype=J.dtype))
-        return J if restart is None else jnp.where(restart, jnp.zeros_like(J), J)
+        return jacobian(unravel(v), (*at, None)).astype(v.dtype)
 
     def by_input(v: Array, at: PyTree) -> Array:
         x, unravel = ravel_pytree(at[0])
@@ -111,6 +109,11 @@ def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[
         return jax.vmap(jax.vmap(derivative))(before, drive)
 
     return everywhere(by_state), everywhere(by_input) if inputs else None
+
+
+def _one(sequences: PyTree) -> PyTree:
+    """The shapes and dtypes of one example at one time."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), sequences)
 
 
 class JacobianProduct(NamedTuple):

@@ -14,8 +14,7 @@ h' = (1 - z) h + z h~.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_chrono, check_fields
-from seqjax.cells.gates import sigmoids
-from seqjax.cells.product import product, rounded
+from seqjax.cells.product import product
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
 
 Reset = Literal["after", "before"]
@@ -89,54 +87,16 @@ def gru_gates(
         >>> round(float(sj.gru_gates(params, sj.GRUState(jnp.ones(1)), jnp.ones(1)).update[0]), 4)  # sigma(2)
         0.8808
     """
-    drive = _drive(params, x, compute_dtype)
-    if reset == "after":
-        return _gates_after(drive, _recur_after(params, state, compute_dtype))
-    from_h = _recur_before(params, state, compute_dtype)
-    from_rh = _recur_inner(params, _inner(state, drive, from_h), compute_dtype)
-    return _gates_before(drive, from_h, from_rh)
-
-
-def _drive(params: GRUParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
-    W_xh = params.W_xh
-    return product(W_xh, as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU"), compute_dtype) + params.b_h
-
-
-def _recur_after(params: GRUParams, state: GRUState, compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
-    from_h = product(params.W_hh, state.h, compute_dtype)
-    return from_h if params.b_hn is None else from_h + jnp.pad(params.b_hn, (2 * state.h.size, 0))
-
-
-def _gates_after(drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]) -> GRUGates:
-    n = drive.size // 3
-    r, z = sigmoids(drive[:n] + recurrent[:n], drive[n : 2 * n] + recurrent[n : 2 * n])
-    return GRUGates(r, z, jnp.tanh(drive[2 * n :] + r * recurrent[2 * n :]))
-
-
-def _recur_before(params: GRUParams, state: GRUState, compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
-    return product(params.W_hh[: 2 * state.h.size], state.h, compute_dtype)
-
-
-def _inner(state: GRUState, drive: Float[Array, " gates"], from_h: Float[Array, " two"]) -> Float[Array, " n"]:
-    n = state.h.size
-    return jax.nn.sigmoid(drive[:n] + from_h[:n]) * state.h
-
-
-def _recur_inner(params: GRUParams, rh: Float[Array, " n"], compute_dtype: DTypeLike | None) -> Float[Array, " n"]:
-    return product(params.W_hh[2 * rh.size :], rh, compute_dtype)
-
-
-def _gates_before(drive: Float[Array, " gates"], from_h: Float[Array, " two"], from_rh: Float[Array, " n"]) -> GRUGates:
-    n = from_rh.size
-    r, z = sigmoids(drive[:n] + from_h[:n], drive[n : 2 * n] + from_h[n:])
-    return GRUGates(r, z, jnp.tanh(drive[2 * n :] + from_rh))
-
-
-def _mix(state: GRUState, gates: GRUGates, update: Update) -> tuple[GRUState, Float[Array, " n"]]:
-    _, z, candidate = gates
-    old, new = (z, 1 - z) if update == "keeps" else (1 - z, z)
-    h = old * state.h + new * candidate
-    return GRUState(h), h
+    W_xh, W_hh, b_h, b_hn = params
+    h, n = state.h, state.h.size
+    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU")
+    x_r, x_z, x_n = jnp.split(product(W_xh, x, compute_dtype) + b_h, 3)
+    from_h = product(W_hh if reset == "after" else W_hh[: 2 * n], h, compute_dtype)
+    r, z = jax.nn.sigmoid(x_r + from_h[:n]), jax.nn.sigmoid(x_z + from_h[n : 2 * n])
+    if reset == "before":
+        return GRUGates(r, z, jnp.tanh(x_n + product(W_hh[2 * n :], r * h, compute_dtype)))
+    h_n = from_h[2 * n :] if b_hn is None else from_h[2 * n :] + b_hn
+    return GRUGates(r, z, jnp.tanh(x_n + r * h_n))
 
 
 def gru_step(
@@ -175,51 +135,10 @@ def gru_step(
         >>> round(float(output[0]), 4)  # sigma(2) of the old state, and h~ = 0
         0.8808
     """
-    return _mix(state, gru_gates(params, state, x, reset, compute_dtype), update)
-
-
-def gru_jacobian(
-    params: GRUParams,
-    state: GRUState,
-    x: Float[Array, " d"],
-    reset: Reset = "after",
-    update: Update = "keeps",
-    compute_dtype: DTypeLike | None = None,
-) -> Float[Array, "n n"]:
-    """dh_t/dh_{t-1} in closed form, for z that keeps; z that writes exchanges z and 1 - z.
-
-        dh_t/dh = diag(z) + diag(h - h~) dz/dh + diag(1 - z) dh~/dh
-        dh~/dh = diag(h~') (diag(r) U + diag(U h + b_hn) dr/dh)   (reset after)
-        dh~/dh = diag(h~') U (diag(r) + diag(h) dr/dh)            (reset before)
-
-    Args:
-        params, state, x, reset, update, compute_dtype: as for `gru_step`.
-
-    Returns:
-        The matrix (n, n).
-
-    Raises:
-        ValueError, TypeError: `x` is not one vector of d floating-point features.
-
-    Example:
-        >>> import jax.numpy as jnp, seqjax as sj
-        >>> params = sj.GRUParams(jnp.zeros((3, 1)), jnp.zeros((3, 1)), jnp.array([0.0, 2.0, 0.0]), jnp.zeros(1))
-        >>> J = sj.gru_jacobian(params, sj.GRUState(jnp.ones(1)), jnp.ones(1))
-        >>> round(float(J[0, 0]), 4)  # sigma(2): nothing reads h
-        0.8808
-    """
-    r, z, candidate = gru_gates(params, state, x, reset, compute_dtype)
-    W_r, W_z, U = jnp.split(rounded(params.W_hh, compute_dtype), 3)
-    r_by_h = (r * (1 - r))[:, None] * W_r
-    z_by_h = (z * (1 - z))[:, None] * W_z
-    if reset == "after":
-        inner = _recur_after(params, state, compute_dtype)[-state.h.size :]
-        inside = r[:, None] * U + inner[:, None] * r_by_h
-    else:
-        inside = U @ rounded(jnp.diag(r) + state.h[:, None] * r_by_h, compute_dtype)
-    candidate_by_h = (1 - candidate**2)[:, None] * inside
-    old, new, sign = (z, 1 - z, 1) if update == "keeps" else (1 - z, z, -1)
-    return jnp.diag(old) + sign * (state.h - candidate)[:, None] * z_by_h + new[:, None] * candidate_by_h
+    _, z, candidate = gru_gates(params, state, x, reset, compute_dtype)
+    old, new = (z, 1 - z) if update == "keeps" else (1 - z, z)
+    h = old * state.h + new * candidate
+    return GRUState(h), h
 
 
 @jax.tree_util.register_static
@@ -295,49 +214,6 @@ class GRU:
     def step(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> tuple[GRUState, Float[Array, " n"]]:
         """`gru_step` with this cell's conventions."""
         return gru_step(params, state, x, self.reset, self.update or "keeps", self.compute_dtype)
-
-    def drive(self, params: GRUParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
-        """The input half of the step, W_xh x_t + b_h."""
-        return _drive(params, x, self.compute_dtype)
-
-    def recur(self, params: GRUParams, state: GRUState) -> Float[Array, " rows"]:
-        """The recurrent product: W_hh h_{t-1} with b_hn, or of the two gates alone where the reset stands before."""
-        recur = _recur_after if self.reset == "after" else _recur_before
-        return recur(params, state, self.compute_dtype)
-
-    @property
-    def inner(self) -> Callable[[GRUState, Array, Array], Float[Array, " n"]]:
-        """What the second product takes where the reset gate stands before it, r * h_{t-1}."""
-        if self.reset == "after":
-            raise AttributeError("with the reset gate after the product there is one product alone")
-        return _inner
-
-    def recur_inner(self, params: GRUParams, rh: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The second product, U (r * h_{t-1})."""
-        return _recur_inner(params, rh, self.compute_dtype)
-
-    def advance(
-        self, state: GRUState, drive: Float[Array, " gates"], recurrent: Any
-    ) -> tuple[GRUState, Float[Array, " n"]]:
-        """The rest of the step: the gates of drive and product, or products, then h_t."""
-        gates = _gates_after(drive, recurrent) if self.reset == "after" else _gates_before(drive, *recurrent)
-        return _mix(state, gates, self.update or "keeps")
-
-    @property
-    def native_loop(self) -> Callable[[GRUParams], tuple[int, Array, Array | None]] | None:
-        """What `seqjax.native` runs, for torch's kind of GRU: three gates, their recurrent weights, and b_hn."""
-        if (self.reset, self.update, self.compute_dtype) != ("after", "keeps", None):
-            return None
-
-        def loop(params: GRUParams) -> tuple[int, Array, Array | None]:
-            b_hn = params.b_hn
-            return 3, params.W_hh, None if b_hn is None else jnp.pad(b_hn, (2 * b_hn.size, 0))
-
-        return loop
-
-    def jacobian(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
-        """`gru_jacobian` with this cell's conventions."""
-        return gru_jacobian(params, state, x, self.reset, self.update or "keeps", self.compute_dtype)
 
     def gates(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> dict[str, Array]:
         """The activations by name: reset, update, candidate."""

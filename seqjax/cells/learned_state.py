@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import closed_form_jacobian, in_parts, native_loop, recalled, recalled_step, strong_type
+from seqjax.cell import strong_type
 
 
 class LearnedStateParams(NamedTuple):
@@ -67,50 +67,6 @@ class LearnedState:
         return self.cell.step(params.cell, state, x, *noise)
 
     @property
-    def drive(self) -> Callable[[Any, Any], PyTree]:
-        """The input half of the cell's step, where it offers its parts."""
-        drive = self._part("drive")
-        return lambda params, x: drive(params.cell, x)
-
-    @property
-    def recur(self) -> Callable[[Any, Any], PyTree]:
-        """The recurrent product of the cell's step, where it offers its parts."""
-        recur = self._part("recur")
-        return lambda params, state: recur(params.cell, state)
-
-    @property
-    def advance(self) -> Callable[[Any, Any, Any], tuple[PyTree, PyTree]]:
-        """The rest of the cell's step, where it offers its parts."""
-        return self._part("advance")
-
-    @property
-    def inner(self) -> Callable[[Any, Any, Any], PyTree]:
-        """What a second product inside the cell's step takes, where there is one."""
-        return self.cell.inner
-
-    @property
-    def recur_inner(self) -> Callable[[Any, Any], PyTree]:
-        """The second product inside the cell's step, where there is one."""
-        recur_inner = self.cell.recur_inner
-        return lambda params, v: recur_inner(params.cell, v)
-
-    @property
-    def recalled(self) -> Callable[[Any], PyTree]:
-        """The cell's output as a state, where that is enough for its recurrent product."""
-        return _offered(recalled(self.cell), "recalled")
-
-    @property
-    def recalled_step(self) -> Callable[[Any, Any, Any], PyTree]:
-        """What finds the rest of a recalled state."""
-        return recalled_step(self.cell)
-
-    @property
-    def native_loop(self) -> Callable[[Any], tuple[int, Array, Array | None]] | None:
-        """What `seqjax.native` runs of the cell, where it does."""
-        loop = native_loop(self.cell)
-        return None if loop is None else lambda params: loop(params.cell)
-
-    @property
     def noise(self) -> Callable[[Array], PyTree]:
         """The cell's noise, where it draws some."""
         return self.cell.noise
@@ -120,19 +76,3 @@ class LearnedState:
         """The cell's gates, where it names them."""
         gates = self.cell.gates
         return lambda params, state, x: gates(params.cell, state, x)
-
-    @property
-    def jacobian(self) -> Callable[[Any, Any, Any], Array]:
-        """The cell's closed form of ds_t/ds_{t-1}, where it has one."""
-        jacobian = _offered(closed_form_jacobian(self.cell), "jacobian")
-        return lambda params, state, x: jacobian(params.cell, state, x)
-
-    def _part(self, name: str) -> Callable[..., Any]:
-        return _offered(getattr(self.cell, name) if in_parts(self.cell) else None, name)
-
-
-def _offered(part: Callable[..., Any] | None, name: str) -> Callable[..., Any]:
-    """A part of the cell; where it has none, neither has the cell with a learned state."""
-    if part is None:
-        raise AttributeError(f"the cell offers no {name} for its step")
-    return part

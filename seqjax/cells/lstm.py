@@ -7,7 +7,6 @@ passes through many steps without a product of weight matrices.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,8 +16,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_chrono, check_fields
-from seqjax.cells.gates import sigmoids
-from seqjax.cells.product import product, rounded
+from seqjax.cells.product import product
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
 
 
@@ -75,7 +73,11 @@ def lstm_gates(
         >>> round(float(gates.forget[0]), 4)  # sigma(1)
         0.7311
     """
-    return _gates(_drive(params, x, compute_dtype) + product(params.W_hh, state.h, compute_dtype))
+    W_xh, W_hh, b_h = params
+    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM")
+    a = product(W_xh, x, compute_dtype) + b_h + product(W_hh, state.h, compute_dtype)
+    i, f, g, o = jnp.split(a, 4)
+    return LSTMGates(jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o))
 
 
 def lstm_step(
@@ -106,68 +108,10 @@ def lstm_step(
         >>> float(state.c[0]), round(float(output[0]), 4)  # every gate is 1/2
         (0.5, 0.2311)
     """
-    return _advance(state, lstm_gates(params, state, x, compute_dtype))
-
-
-def _drive(params: LSTMParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " gates"]:
-    W_xh, _, b_h = params
-    return product(W_xh, as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM"), compute_dtype) + b_h
-
-
-def _gates(a: Float[Array, " gates"]) -> LSTMGates:
-    # One sigma over the whole block and then its parts: on a CPU half the time of sigma on each part.
-    i, f, _, o = jnp.split(jax.nn.sigmoid(a), 4)
-    return LSTMGates(i, f, jnp.tanh(jnp.split(a, 4)[2]), o)
-
-
-def _gates_without_output(a: Float[Array, " gates"]) -> LSTMGates:
-    """`_gates`, for where nobody reads the output gate: there the one sigma above falls apart again, this one not."""
-    i, f, g, o = jnp.split(a, 4)
-    i, f, o = sigmoids(i, f, o)
-    return LSTMGates(i, f, jnp.tanh(g), o)
-
-
-def _advance(state: LSTMState, gates: LSTMGates) -> tuple[LSTMState, Float[Array, " n"]]:
-    i, f, g, o = gates
+    i, f, g, o = lstm_gates(params, state, x, compute_dtype)
     c = f * state.c + i * g
     h = o * jnp.tanh(c)
     return LSTMState(h, c), h
-
-
-def lstm_jacobian(
-    params: LSTMParams, state: LSTMState, x: Float[Array, " d"], compute_dtype: DTypeLike | None = None
-) -> Float[Array, "m m"]:
-    """d(h_t, c_t)/d(h_{t-1}, c_{t-1}) in closed form.
-
-        dc_t/dc = diag(f)    dc_t/dh = diag(c~ i') W_i + diag(c f') W_f + diag(i c~') W_c
-        dh_t/dc = diag(o tanh'(c_t) f)    dh_t/dh = diag(o tanh'(c_t)) dc_t/dh + diag(tanh(c_t) o') W_o
-
-    Args:
-        params, state, x, compute_dtype: as for `lstm_step`.
-
-    Returns:
-        The matrix (m, m) over (h, c), m = 2n, without the product of matrices that automatic differentiation would do.
-
-    Raises:
-        ValueError, TypeError: `x` is not one vector of d floating-point features.
-
-    Example:
-        >>> import jax.numpy as jnp, seqjax as sj
-        >>> params = sj.LSTMParams(jnp.zeros((4, 1)), jnp.zeros((4, 1)), jnp.zeros(4))
-        >>> J = sj.lstm_jacobian(params, sj.LSTMState(jnp.zeros(1), jnp.zeros(1)), jnp.ones(1))
-        >>> J.tolist()  # every gate is 1/2, and nothing reads h
-        [[0.0, 0.25], [0.0, 0.5]]
-    """
-    i, f, g, o = lstm_gates(params, state, x, compute_dtype)
-    c_tanh = jnp.tanh(f * state.c + i * g)
-    # Each term over the columns (h, c) at once, so that the matrix is written in one pass and not put together.
-    n = f.size
-    W_i, W_f, W_c, W_o = (jnp.pad(W, ((0, 0), (0, n))) for W in jnp.split(rounded(params.W_hh, compute_dtype), 4))
-    by_c = jnp.eye(n, 2 * n, n, dtype=f.dtype)
-    by_i, by_f, by_g, by_o = g * i * (1 - i), state.c * f * (1 - f), i * (1 - g**2), c_tanh * o * (1 - o)
-    of_c = by_i[:, None] * W_i + by_f[:, None] * W_f + by_g[:, None] * W_c + f[:, None] * by_c
-    of_h = (o * (1 - c_tanh**2))[:, None] * of_c + by_o[:, None] * W_o
-    return jnp.concatenate([of_h, of_c])
 
 
 @jax.tree_util.register_static
@@ -241,39 +185,6 @@ class LSTM:
     def step(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> tuple[LSTMState, Float[Array, " n"]]:
         """`lstm_step`."""
         return lstm_step(params, state, x, self.compute_dtype)
-
-    def drive(self, params: LSTMParams, x: Float[Array, " d"]) -> Float[Array, " gates"]:
-        """The input half of the step, W_xh x_t + b_h."""
-        return _drive(params, x, self.compute_dtype)
-
-    def recur(self, params: LSTMParams, state: LSTMState) -> Float[Array, " gates"]:
-        """The recurrent product, W_hh h_{t-1}."""
-        return product(params.W_hh, state.h, self.compute_dtype)
-
-    def advance(
-        self, state: LSTMState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
-    ) -> tuple[LSTMState, Float[Array, " n"]]:
-        """The rest of the step: the gates of drive + recurrent, then c_t and h_t."""
-        return _advance(state, _gates(drive + recurrent))
-
-    def recalled(self, output: Float[Array, " n"]) -> LSTMState:
-        """The output as a state: as good as the state for `recur`, which reads no c."""
-        return LSTMState(output, jnp.zeros_like(output))
-
-    def recalled_step(
-        self, state: LSTMState, drive: Float[Array, " gates"], recurrent: Float[Array, " gates"]
-    ) -> LSTMState:
-        """The state of `advance`, where only c_t is wanted of it."""
-        return _advance(state, _gates_without_output(drive + recurrent))[0]
-
-    @property
-    def native_loop(self) -> Callable[[LSTMParams], tuple[int, Array, None]] | None:
-        """What `seqjax.native` runs: four gates, their recurrent weights, and no bias beside them."""
-        return None if self.compute_dtype is not None else lambda params: (4, params.W_hh, None)
-
-    def jacobian(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> Float[Array, "m m"]:
-        """`lstm_jacobian`."""
-        return lstm_jacobian(params, state, x, self.compute_dtype)
 
     def gates(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> dict[str, Array]:
         """The activations by name: input, forget, candidate, output."""

@@ -34,8 +34,3 @@ def product(W: Float[Any, "m n"], v: Float[Any, " n"], compute_dtype: DTypeLike 
         return jnp.tensordot(v, W, ((0,), (1,)))
     v_short, W_short = v.astype(compute_dtype), W.astype(compute_dtype)
     return jnp.tensordot(v_short, W_short, ((0,), (1,)), preferred_element_type=v.dtype)
-
-
-def rounded(W: Float[Any, "m n"], compute_dtype: DTypeLike | None) -> Float[Any, "m n"]:
-    """The weights as `product` sees them."""
-    return W if compute_dtype is None else W.astype(compute_dtype).astype(W.dtype)

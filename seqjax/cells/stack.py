@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell
+from seqjax.cell import Cell, output_of, same_state_type
 
 
 @jax.tree_util.register_static
@@ -45,8 +45,8 @@ class Stack:
         new_state = []
         noise = (None,) * len(self.cells) if noise is None else noise
         for cell, p, s, drawn in zip(self.cells, params, state, noise, strict=True):
-            s, x = cell.step(p, s, x) if drawn is None else cell.step(p, s, x, drawn)
-            new_state.append(s)
+            new_s, x = output_of(cell, cell.step(p, s, x) if drawn is None else cell.step(p, s, x, drawn))
+            new_state.append(same_state_type(cell, new_s, s))
         return tuple(new_state), x
 
     @property

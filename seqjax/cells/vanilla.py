@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
 from seqjax.cells.fields import check_fields
-from seqjax.cells.product import product, rounded
+from seqjax.cells.product import product
 from seqjax.initializers import Glorot, Initializer, Orthogonal
 
 Activation = Literal["tanh", "relu", "identity"]
@@ -65,48 +64,11 @@ def vanilla_step(
         >>> round(float(output[0]), 4)  # tanh(0.2 + 0.5 * 0.4 + 0.1)
         0.4621
     """
-    return _advance(_drive(params, x, compute_dtype), product(params.W_hh, state.h, compute_dtype), activation)
-
-
-def _drive(params: VanillaParams, x: Float[Array, " d"], compute_dtype: DTypeLike | None) -> Float[Array, " n"]:
-    W_xh, _, b_h = params
-    return product(W_xh, as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN"), compute_dtype) + b_h
-
-
-def _advance(
-    drive: Float[Array, " n"], recurrent: Float[Array, " n"], activation: Activation
-) -> tuple[VanillaState, Float[Array, " n"]]:
-    h = ACTIVATIONS[activation](drive + recurrent)
+    W_xh, W_hh, b_h = params
+    x = as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN")
+    a = product(W_xh, x, compute_dtype) + b_h + product(W_hh, state.h, compute_dtype)
+    h = ACTIVATIONS[activation](a)
     return VanillaState(h), h
-
-
-def vanilla_jacobian(
-    params: VanillaParams,
-    state: VanillaState,
-    x: Float[Array, " d"],
-    activation: Activation = "tanh",
-    compute_dtype: DTypeLike | None = None,
-) -> Float[Array, "n n"]:
-    """dh_t/dh_{t-1} = diag(phi'(W_xh x_t + W_hh h_{t-1} + b_h)) W_hh.
-
-    Args:
-        params, state, x, activation, compute_dtype: as for `vanilla_step`.
-
-    Returns:
-        The matrix (n, n).
-
-    Raises:
-        ValueError, TypeError: `x` is not one vector of d floating-point features.
-
-    Example:
-        >>> import jax.numpy as jnp, seqjax as sj
-        >>> params = sj.VanillaParams(W_xh=jnp.zeros((1, 1)), W_hh=jnp.array([[2.0]]), b_h=jnp.zeros(1))
-        >>> J = sj.vanilla_jacobian(params, sj.VanillaState(jnp.array([0.957504])), jnp.ones(1))
-        >>> round(float(J[0, 0]), 4)  # 2 (1 - h^2) at the fixed point h = tanh(2 h)
-        0.1664
-    """
-    a = _drive(params, x, compute_dtype) + product(params.W_hh, state.h, compute_dtype)
-    return jax.vmap(jax.grad(ACTIVATIONS[activation]))(a)[:, None] * rounded(params.W_hh, compute_dtype)
 
 
 @jax.tree_util.register_static
@@ -170,27 +132,3 @@ class VanillaRNN:
     ) -> tuple[VanillaState, Float[Array, " n"]]:
         """`vanilla_step` with this cell's activation."""
         return vanilla_step(params, state, x, self.activation, self.compute_dtype)
-
-    def drive(self, params: VanillaParams, x: Float[Array, " d"]) -> Float[Array, " n"]:
-        """The input half of the step, W_xh x_t + b_h."""
-        return _drive(params, x, self.compute_dtype)
-
-    def recur(self, params: VanillaParams, state: VanillaState) -> Float[Array, " n"]:
-        """The recurrent product, W_hh h_{t-1}."""
-        return product(params.W_hh, state.h, self.compute_dtype)
-
-    def advance(
-        self, state: VanillaState, drive: Float[Array, " n"], recurrent: Float[Array, " n"]
-    ) -> tuple[VanillaState, Float[Array, " n"]]:
-        """The rest of the step, h_t = phi(drive + recurrent)."""
-        return _advance(drive, recurrent, self.activation)
-
-    @property
-    def native_loop(self) -> Callable[[VanillaParams], tuple[int, Array, None]] | None:
-        """What `seqjax.native` runs, for tanh: one gate, its recurrent weights, and no bias beside them."""
-        ours = self.activation == "tanh" and self.compute_dtype is None
-        return (lambda params: (1, params.W_hh, None)) if ours else None
-
-    def jacobian(self, params: VanillaParams, state: VanillaState, x: Float[Array, " d"]) -> Float[Array, "n n"]:
-        """`vanilla_jacobian` with this cell's activation."""
-        return vanilla_jacobian(params, state, x, self.activation, self.compute_dtype)

@@ -23,9 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
-
-from seqjax.cell import native_loop
+from jaxtyping import Array
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 TARGETS = ("seqjax_pack_forward", "seqjax_pack_backward", "seqjax_forward", "seqjax_backward", "seqjax_replay")
@@ -119,67 +117,69 @@ def _load(path: Path) -> bool:
     return True
 
 
-def takes(cell: Any, params: PyTree, states: PyTree, products: PyTree, flags: Any) -> bool:
-    """Whether the kernel can run this cell: one of ours, all that it reads in float32, without mask and reset.
+def run_forward(
+    gates: int, W_hh: Array, bias: Array | None, state: list[Array], drives: Array, reverse: bool
+) -> list[Array]:
+    """Every state of a chunk.
 
     Args:
-        cell, params: the cell.
-        states: what is read of its states' shape, (..., n).
-        products: its drives and recurrent products, (..., gates n). What is shorter, and broadcast, is left to XLA.
-        flags: the mask and the reset.
+        gates: 4 for the LSTM, 3 for the GRU, 1 for the vanilla network.
+        W_hh: (gates * n, n).
+        bias: (gates * n,), what is added to the recurrent product, or None.
+        state: h, and c if there is one, (batch, n) each.
+        drives: (time, batch, gates * n).
+        reverse: right to left.
+
+    Returns:
+        h, and c if there is one, (time, batch, n) each.
     """
-    loop = native_loop(cell)
-    if loop is None or any(flag is not None for flag in flags):
-        return False
-    gates, W_hh, bias = loop(params)
-    n = W_hh.shape[1]
-
-    def fits(tree: PyTree, size: int) -> bool:
-        return all(leaf.dtype == jnp.float32 and leaf.shape[-1] == size for leaf in jax.tree.leaves(tree))
-
-    return fits(states, n) and fits((products, bias, W_hh.T), gates * n) and available()
-
-
-def run_forward(cell: Any, params: PyTree, state: PyTree, drives: Array, reverse: bool) -> PyTree:
-    """Every state of a chunk, (time, batch, n) each."""
-    gates, W_hh, bias = cell.native_loop(params)
     n = W_hh.shape[1]
     units = LANES * (2 if gates == 1 else 1)  # of one panel
     panels = _call("seqjax_pack_forward", [_like(W_hh, -(-n // units), n, gates * units)], W_hh, gates=gates)[0]
-    leaves, tree = jax.tree.flatten(state)
-    h_0, c_0 = _pair(leaves)
+    h_0, c_0 = _pair(state)
     shape = (drives.shape[0], *h_0.shape)
-    kinds = [_like(h_0, *shape), _like(h_0, *(shape if len(leaves) == 2 else (0,)))]
+    kinds = [_like(h_0, *shape), _like(h_0, *(shape if len(state) == 2 else (0,)))]
     bias = jnp.zeros(0, W_hh.dtype) if bias is None else bias
     states = _call("seqjax_forward", kinds, drives, panels, bias, h_0, c_0, gates=gates, reverse=reverse)
-    return jax.tree.unflatten(tree, states[: len(leaves)])
+    return states[: len(state)]
 
 
 def run_backward(
-    cell: Any, params: PyTree, of_state: PyTree, before: PyTree, made: Any, of_kept: Array, reverse: bool
-) -> tuple[PyTree, tuple[Array, Array]]:
-    """lambda before the chunk, and the cotangents of `made`, its drives and recurrent products."""
-    drives, recurrents = made
-    gates, W_hh, _ = cell.native_loop(params)
+    gates: int,
+    W_hh: Array,
+    drives: Array,
+    recurrents: Array,
+    before: list[Array],
+    ct_after: list[Array],
+    ct_kept: Array,
+    reverse: bool,
+) -> tuple[list[Array], Array, Array]:
+    """The cotangents of the state before a chunk, of its drives and of its recurrent products.
+
+    Args:
+        gates, W_hh, drives, reverse: as for `run_forward`.
+        recurrents: the recurrent products with their bias, (time, batch, gates * n).
+        before: the states before each step, (time, batch, n) each.
+        ct_after: the cotangents of the state after the chunk, (batch, n) each.
+        ct_kept: the cotangents of h that each step has beside those of later steps, (time, batch, n).
+    """
     rows, n = W_hh.shape
     panels = _call("seqjax_pack_backward", [_like(W_hh, -(-n // (2 * LANES)), rows, 2 * LANES)], W_hh)[0]
-    leaves, tree = jax.tree.flatten(of_state)
-    of_h, of_c = _pair(leaves)
-    h, c = _pair(jax.tree.leaves(before))
+    ct_h, ct_c = _pair(ct_after)
+    h, c = _pair(before)
     apart = gates == 3  # the GRU's candidate reads its drive and its recurrent product apart
-    kinds = [_like(of_h, *of_h.shape), _like(of_c, *of_c.shape), _like(drives, *drives.shape)]
+    kinds = [_like(ct_h, *ct_h.shape), _like(ct_c, *ct_c.shape), _like(drives, *drives.shape)]
     kinds.append(_like(drives, *(drives.shape if apart else (0,))))
-    *of_state, of_drives, of_recurrents = _call(
-        "seqjax_backward", kinds, drives, recurrents, panels, h, c, of_kept, of_h, of_c, gates=gates, reverse=reverse
+    *ct_before, ct_drives, ct_recurrents = _call(
+        "seqjax_backward", kinds, drives, recurrents, panels, h, c, ct_kept, ct_h, ct_c, gates=gates, reverse=reverse
     )
-    return jax.tree.unflatten(tree, of_state[: len(leaves)]), (of_drives, of_recurrents if apart else of_drives)
+    return ct_before[: len(ct_after)], ct_drives, ct_recurrents if apart else ct_drives
 
 
-def run_replay(first: PyTree, seen: PyTree, made: Any, reverse: bool) -> PyTree:
-    """s_{t-1} for every t of an LSTM's chunk, where `seen` knows h alone and `first` is the first of them."""
-    (h, _), tree = jax.tree.flatten(seen)
-    c = _call("seqjax_replay", [_like(h, *h.shape)], *made, jax.tree.leaves(first)[1], reverse=reverse)[0]
-    return jax.tree.unflatten(tree, [h, c])
+def run_replay(drives: Array, recurrents: Array, c_0: Array, reverse: bool) -> Array:
+    """c before each step of an LSTM's chunk, (time, batch, n), from the first one and from what the gates read."""
+    shape = (*drives.shape[:2], c_0.shape[-1])
+    return _call("seqjax_replay", [_like(c_0, *shape)], drives, recurrents, c_0, reverse=reverse)[0]
 
 
 def _pair(leaves: list[Array]) -> tuple[Array, Array]:

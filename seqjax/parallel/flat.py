@@ -6,6 +6,7 @@ A held step (mask False) has the identity as its Jacobian, and a reset step has 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Output, Params, State, closed_form_jacobian, strong_type
+from seqjax.cell import Output, Params, State, strong_type
 from seqjax.guarded import guarded_step
 from seqjax.parallel.algebra import DENSE, Algebra
+from seqjax.parallel.layers import LoopCell
+from seqjax.partition.jacobian import step_jacobian
 
 AT_ONCE = 2**22  # numbers of Jacobians that are held at once where only their diagonals are wanted
 
@@ -33,6 +36,11 @@ class FlatCell:
 
     cell: Any
     like: PyTree
+
+    @property
+    def name(self) -> str:
+        """The class of the user's cell."""
+        return type(self.cell.cell if isinstance(self.cell, LoopCell) else self.cell).__name__
 
     @property
     def size(self) -> int:
@@ -78,26 +86,21 @@ class FlatCell:
         """The cell's initial state, (n,)."""
         return self.ravel(strong_type(self.cell.initial_state(params)))
 
-    def jacobian(self, params: Params, v: Array, at: At) -> Array:
-        """df/ds_{t-1}, (n, n): the cell's closed form where it has one that fits, otherwise by `jax.jacfwd`."""
-        x, valid, restart, noise = at
-        closed_form = closed_form_jacobian(self.cell) if noise is None else None
-        if closed_form is None:
-            return jax.jacfwd(lambda v: self.step(params, v, at))(v)
-        if valid is not None:
-            x = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.zeros_like(leaf)), x)
-        J = closed_form(params, self.unravel(v), x).astype(v.dtype)
-        if valid is not None:
-            J = jnp.where(valid, J, jnp.eye(v.size, dtype=v.dtype))
-        return J if restart is None else jnp.where(restart, jnp.zeros_like(J), J)
+    def jacobian(self, params: Params, like: tuple[Any, PyTree]) -> Callable[[Array, At], Array]:
+        """A function of a state and a step's inputs that computes df/ds_{t-1}, (n, n); `like` has their shapes."""
+        v, at = like
+        of_one = step_jacobian(self.cell, params, jax.eval_shape(self.unravel, v), at)
+        return lambda v, at: of_one(self.unravel(v), at).astype(v.dtype)
 
     def jacobians(self, algebra: Algebra, params: Params, before: Array, inputs: At) -> Array:
         """Those of every step, (time, n, n), or their diagonals, (time, n), without ever holding all the matrices."""
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (before, inputs))
+        jacobian = self.jacobian(params, one)
         if algebra is DENSE:
-            return jax.vmap(self.jacobian, (None, 0, 0))(params, before, inputs)
+            return jax.vmap(jacobian)(before, inputs)
 
         def diagonal(step: tuple[Array, At]) -> Array:
-            return jnp.diagonal(self.jacobian(params, *step))
+            return jnp.diagonal(jacobian(*step))
 
         at_once = max(1, AT_ONCE // self.size**2)
         if len(before) <= at_once:
@@ -128,7 +131,7 @@ def check_differentiable(flat: FlatCell, method: str, params: Params, first: Arr
     try:
         jax.eval_shape(push, params, first, inputs)
     except Exception as error:
-        name = type(flat.cell).__name__
+        name = flat.name
         raise TypeError(
             f"expected a step with a derivative in forward mode for {method}, which needs ds_t/ds_(t-1), got "
             f"{name}.step, of which JAX says: {next(iter(str(error).splitlines()), type(error).__name__)}; give the "

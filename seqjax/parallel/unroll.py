@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Output, Params, State
-from seqjax.cells.stack import Stack
 from seqjax.checks import batch_of_states, check_flags, check_inputs
 from seqjax.compiled import compiled
 from seqjax.guarded import drawn_noise
 from seqjax.parallel.contraction import warn_of_growth
 from seqjax.parallel.flat import At, FlatCell, check_differentiable, flat_cell
 from seqjax.parallel.implicit import implicit
+from seqjax.parallel.layers import loops_of
 from seqjax.parallel.linear_scan import delayed
 from seqjax.parallel.methods import DEER, Method
 from seqjax.parallel.search import Convergence, nothing_to_find, search, together
@@ -119,22 +119,32 @@ def _backwards(tree: PyTree) -> PyTree:
 def _layers(
     cell: Any, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
 ) -> tuple[tuple[State, Output], Convergence]:
-    """A stack layer by layer: the same function, with smaller Jacobians and searches that end on their own."""
-    if not isinstance(cell, Stack):
+    """A cell loop by loop: the same function, with smaller Jacobians and searches that end on their own."""
+    xs, mask, reset, noise = inputs
+    batch, time = jax.tree.leaves(inputs)[0].shape[:2]
+    leaves, tree = jax.tree.flatten(state)
+    if not (batch and time and len(leaves) > 1):
         return _batch(cell, method, fallback, params, state, inputs, limits)
-    (xs, mask, reset, noise), final, records = inputs, [], []
-    noise = (None,) * len(cell.cells) if noise is None else noise
-    for layer, p, s, drawn in zip(cell.cells, params, state, noise, strict=True):
-        (s, xs), found = _layers(layer, method, fallback, p, s, (xs, mask, reset, drawn), limits)
-        final.append(s)
-        records.append(found)
-    return (tuple(final), xs), together(records)
+    loops, names, out = loops_of(cell, params, state, xs, noise)
+    if len(loops) <= 2 and not loops[-1].stage.program.jaxpr.eqns:
+        return _batch(cell, method, fallback, params, state, inputs, limits)
+    known, records, outputs = dict(zip(names, jax.tree.leaves((xs, noise)), strict=True)), [], ()
+    for loop in loops:
+        stage = loop.stage
+        own, reads = tuple(leaves[i] for i in stage.leaves), tuple(known[v] for v in stage.inputs)
+        (own, outputs), found = _batch(loop, method, fallback, params, own, (reads, mask, reset, None), limits)
+        for i, leaf in zip(stage.leaves, own, strict=True):
+            leaves[i] = leaf
+        if stage.leaves:
+            known.update(zip(stage.outputs, outputs, strict=True))
+            records.append(found)
+    return (tree.unflatten(leaves), out.unflatten(outputs)), together(records)
 
 
 def _batch(
     cell: Any, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
 ) -> tuple[tuple[State, Output], Convergence]:
-    """One cell that is no stack: the states, with their derivatives, and then every step once more for its output."""
+    """One loop: the states, with their derivatives, and then every step once more for its output."""
     flat = flat_cell(cell, state)
     batch, time = jax.tree.leaves(inputs)[0].shape[:2]
     first = jax.vmap(flat.ravel, axis_size=batch)(state)

@@ -1,0 +1,1 @@
+"""The fast unroll of any cell, derived from the program of its step; see `seqjax.partition.parts`."""

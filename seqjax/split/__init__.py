@@ -1,1 +1,0 @@
-"""The fast unroll of cells that offer their step in three parts; see `seqjax.split.run`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
@@ -11,6 +12,55 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import strong_type
+from seqjax.parameter_checks import METHODS, check_params, is_cell, kind_of
+from seqjax.step_errors import errors_of_step
+
+ADAPTERS = {"flax.linen": "sj.from_linen", "flax.nnx": "sj.from_nnx", "equinox": "sj.from_equinox"}
+
+
+def check_methods(cell: Any) -> None:
+    """Refuses what is not a cell: a class, a function, a model, or the parameters in the place of the cell.
+
+    Raises:
+        TypeError: `cell` is not an object with the methods `init`, `initial_state` and `step`.
+    """
+    missing = [name for name in METHODS if not callable(getattr(cell, name, None))]
+    if not missing and (not isinstance(cell, type) or _is_namespace(cell)):
+        return
+    got = kind_of(cell)
+    if adapter := _adapter(cell):
+        fix = f"{adapter} makes a cell of it"
+    elif isinstance(cell, type):
+        fix = f"{cell.__name__}(...) builds one" if not missing else "build a cell and pass the object"
+    elif inspect.isroutine(cell):
+        fix = "make it the step of a class that also has init and initial_state"
+    elif isinstance(cell, tuple | list | dict) or _holds_arrays(cell):
+        fix = "the order of the arguments is (cell, params, xs)"
+    elif is_cell(getattr(cell, "cell", None)):
+        fix = "pass model.cell with params.cell"
+    else:
+        got, fix = f"{got} without {', '.join(missing)}", "add the missing methods, see seqjax.cell"
+    raise TypeError(f"expected a cell, an object with the methods init, initial_state and step, got {got}: {fix}")
+
+
+def _is_namespace(cell: type) -> bool:
+    """Whether a class is used without an object, as a namespace of functions."""
+    methods = [inspect.getattr_static(cell, name) for name in METHODS]
+    return all(isinstance(method, staticmethod | classmethod) for method in methods)
+
+
+def _adapter(value: Any) -> str | None:
+    """The adapter for the library that a module, or the class of one, comes from."""
+    bases = value.__mro__ if isinstance(value, type) else type(value).__mro__
+    for library, adapter in ADAPTERS.items():
+        if any(f"{base.__module__}.".startswith(f"{library}.") for base in bases):
+            return adapter
+    return None
+
+
+def _holds_arrays(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
 
 
 def check_inputs(cell: Any, xs: PyTree) -> tuple[PyTree, int, int]:
@@ -19,7 +69,9 @@ def check_inputs(cell: Any, xs: PyTree) -> tuple[PyTree, int, int]:
     Raises:
         ValueError: there is no input, a leaf has no (batch, time), the leaves disagree, or the features are not the
             cell's.
+        TypeError: `cell` is not a cell.
     """
+    check_methods(cell)
     xs = jax.tree.map(jnp.asarray, xs)
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     shape = getattr(cell, "input_shape", None)
@@ -50,6 +102,8 @@ def _missing_axis(got: tuple[int, ...], shape: tuple[int, ...] | None) -> str | 
         return "add a batch and a time axis, xs[None, None]"
     if shape is not None and len(shape) == 1 and len(got) == 2:
         return "add a feature axis, xs[..., None], or look tokens up with sj.Embedding"
+    if shape is not None and len(got) == 3 + rank and shape == tail:
+        return "jax.vmap adds a second batch axis, jax.vmap(lambda xs: sj.unroll(cell, params, xs))(xs)"
     return None
 
 
@@ -92,13 +146,18 @@ def batch_of_states(cell: Any, params: PyTree, state: PyTree | None, batch: int)
     """The state before the first step for the whole batch: the one given, or the cell's own for each row.
 
     Raises:
-        ValueError: the given state has another structure, batch or shape than the cell's.
-        TypeError: it has another dtype.
+        ValueError: the parameters do not have the shapes of the cell's, or the given state has another structure,
+            batch or shape.
+        TypeError: the parameters are another tree, or the state has another dtype.
     """
+    check_params(cell, params)
+    with errors_of_step(cell, params, method="initial_state"):
+        if state is None:
+            own = strong_type(cell.initial_state(params))
+        else:
+            own = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
     if state is None:
-        own = strong_type(cell.initial_state(params))
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), own)
-    own = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
     given, given_tree = jax.tree_util.tree_flatten_with_path(state)
     own_leaves, own_tree = jax.tree.flatten(own)
     if given_tree != own_tree:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell
-from seqjax.checks import explain_step_error
+from seqjax.step_errors import explain_step_error
 from seqjax.unroll import length_mask, trajectory, unroll
 
 BATCH, TIME = 3, 5

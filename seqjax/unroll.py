@@ -22,6 +22,7 @@ from seqjax.checks import batch_of_states, check_flags, check_inputs, check_step
 from seqjax.guarded import Emit, drawn_noise, guarded_step, last_output, new_state
 from seqjax.partition.plan import NoPlan, Plan, plan_of, traced_step
 from seqjax.partition.run import run_plan
+from seqjax.step_errors import errors_of_step
 
 
 def unroll(
@@ -216,7 +217,8 @@ def _run(
     state = batch_of_states(cell, params, state, batch)
     run = _run_compiled if is_value(cell) else _run_batch
     every = None if every is None else int(every)
-    return run(emit, cell, bool(reverse), every, bool(kernel), params, state, xs, mask, reset, key)
+    with errors_of_step(cell, params, only=jax.errors.UnexpectedTracerError):
+        return run(emit, cell, bool(reverse), every, bool(kernel), params, state, xs, mask, reset, key)
 
 
 def _run_batch(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from seqjax.cells.fields import check_sizes
@@ -24,6 +26,7 @@ class Dropout:
 
     Raises:
         ValueError: `features` is not positive, or `rate` is not in [0, 1).
+        TypeError: `rate` is not a number.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -41,8 +44,10 @@ class Dropout:
 
     def __post_init__(self) -> None:
         check_sizes(self, "features")
-        if not 0 <= self.rate < 1:
+        rate = _number(self.rate)
+        if not 0 <= rate < 1:
             raise ValueError(f"expected Dropout rate from 0 to below 1, got {self.rate!r}: 0 drops nothing")
+        object.__setattr__(self, "rate", rate)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -66,3 +71,15 @@ class Dropout:
     ) -> tuple[tuple[()], Float[Array, " d"]]:
         """The input, or what the noise leaves of it."""
         return state, x if noise is None else jnp.where(noise, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+def _number(rate: Any) -> float:
+    """A rate as a plain float, so that equal cells draw the same noise however the rate was spelled."""
+    try:
+        if not isinstance(rate, bool | np.bool_ | str | bytes):
+            return float(rate)
+    except (TypeError, ValueError):  # a tracer is a TypeError
+        pass
+    raise TypeError(
+        f"expected Dropout rate as a number from 0 to below 1, got {rate!r}: 0.5 drops half of the features"
+    )

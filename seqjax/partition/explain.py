@@ -11,13 +11,15 @@ from jaxtyping import PyTree
 
 from seqjax import native
 from seqjax.cell import Params, strong_type
+from seqjax.checks import check_methods
 from seqjax.guarded import last_output
+from seqjax.parameter_checks import check_params
 from seqjax.partition.jacobian import units_of
 from seqjax.partition.kernel import kernel_supports
 from seqjax.partition.loops import Stage
 from seqjax.partition.parts import CUTS, Parts
 from seqjax.partition.plan import NoPlan, Traced, plan_of, traced_one
-from seqjax.partition.program import Eqn, inline, multiplications, needed, reach, user_line
+from seqjax.partition.program import Eqn, inline, multiplications, needed, reach, source_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,8 @@ def explain(cell: Any, params: Params, x: PyTree) -> Explanation:
         >>> found.jacobian
         'D_s + sum_i D_i W_i: the rest acts unit by unit, no product of matrices'
     """
+    check_methods(cell)
+    check_params(cell, params)
     state = strong_type(cell.initial_state(params))
     traced = traced_one(cell, last_output, params, state, (jax.tree.map(jnp.asarray, x), None, None, None))
     plan = plan_of(traced, True)
@@ -175,7 +179,7 @@ def _products(merged: list[Eqn], written: list[Eqn]) -> tuple[Product, ...]:
     found = []
     for e in merged:
         weights = e.invars[-1].aval.shape
-        lines = [user_line(w) for w in written if w.invars[-1].aval.shape[-1] in weights]
+        lines = [source_line(w) for w in written if w.invars[-1].aval.shape[-1] in weights]
         found.append(Product(weights, tuple(dict.fromkeys(line for line in lines if line))))
     return tuple(found)
 
@@ -184,7 +188,7 @@ def _slow(parts: Parts) -> list[str]:
     cuts, found = {id(c.eqn) for c in parts.cuts}, []
     late = reach(parts.rest, parts.state)
     for e in parts.rest:
-        name, line = e.primitive.name, user_line(e)
+        name, line = e.primitive.name, source_line(e)
         where = f" at {line}" if line else ""
         if name in CUTS and id(e) not in cuts:
             both = all(v in late for v in e.invars if not hasattr(v, "val"))

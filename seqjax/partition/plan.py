@@ -14,7 +14,8 @@ from seqjax.guarded import Emit, guarded_step, last_output
 from seqjax.partition.loops import Stage, stages
 from seqjax.partition.normalize import normalized
 from seqjax.partition.parts import Parts
-from seqjax.partition.program import inline, user_line
+from seqjax.partition.program import inline, source_line
+from seqjax.step_errors import check_effects, errors_of_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,13 +72,19 @@ def traced_step(cell: Any, emit: Emit, params: PyTree, state: PyTree, inputs: Py
 
 
 def traced_one(cell: Any, emit: Emit, params: PyTree, state: PyTree, at: PyTree) -> Traced:
-    """`traced_step` for the state and the inputs of one example at one time, given as arrays or shapes."""
+    """`traced_step` for the state and the inputs of one example at one time, given as arrays or shapes.
+
+    Raises:
+        Exception: the step raises, or has ordered side effects; the message names the user's line.
+    """
 
     def step(params: PyTree, state: PyTree, at: PyTree) -> Any:
         return guarded_step(cell, params, state, *at, emit=emit)
 
     params = jax.tree.map(jnp.asarray, params)
-    program, out = jax.make_jaxpr(step, return_shape=True)(params, state, at)
+    with errors_of_step(cell, params, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), at[0])):
+        program, out = jax.make_jaxpr(step, return_shape=True)(params, state, at)
+    check_effects(cell, program)
     sizes = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
     return Traced(program, *sizes, (jax.tree.structure(out[0]), jax.tree.structure(out[1])))
 
@@ -93,7 +100,7 @@ def plan_of(traced: Traced, kernel: bool) -> Plan | NoPlan:
     """Takes the program of a step apart. A step that cannot be taken apart runs as a plain scan."""
     effects = traced.program.effects
     if effects:
-        line = next((user_line(e) for e in traced.program.jaxpr.eqns if e.effects), "")
+        line = next((source_line(e) for e in traced.program.jaxpr.eqns if e.effects), "")
         names = ", ".join(sorted({type(effect).__name__ for effect in effects}))
         return NoPlan(f"the step has side effects ({names}){line and ' at ' + line}, which run once per step")
     try:

@@ -178,7 +178,7 @@ def readers(eqns: Sequence[Eqn], outvars: Iterable[Any]) -> dict[Any, list[Any]]
     return found
 
 
-def user_line(e: Eqn) -> str:
+def source_line(e: Eqn) -> str:
     """Where in the source an equation was written: the innermost place outside of JAX and of the tracing, or ""."""
     frames = getattr(e.source_info.traceback, "frames", ())
     for frame in frames:

@@ -13,11 +13,14 @@ import numpy as np
 
 
 def machine(*packages: str) -> str:
-    """The processor, the Python and the packages, in one line."""
+    """The processor, the Python, the packages and what runs the loops, in one line."""
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = named[0].split(":")[1].strip() if named else platform.processor()
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {versions}"
+    from seqjax import native
+
+    loops = "seqjax with its kernel" if native.available() else "seqjax without its kernel"
+    return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {versions}, {loops}"
 
 
 def alternating(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:

@@ -39,8 +39,7 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """The memory of an unroll, or of backpropagation through it, found by compiling it and not by running it.
 
-        temporaries ~ batch * time * kept    kept ~ the state, for a cell that offers drive, recur and advance
-                                             kept ~ all that one step computes, for one that offers its step alone
+        temporaries ~ batch * time * saved    saved ~ the leaves of the state that `seqjax.explain` lists as saved
 
     With `checkpoint_every` = k, time / k + k stands for time.
 

@@ -23,8 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from seqjax.character_model import Settings
+from seqjax import native
+from seqjax.character_model import Settings, build
 from seqjax.data.text import Corpus
+from seqjax.partition.explain import explain
 from seqjax.training import Metrics, TrainState
 
 FORMAT = 1
@@ -125,6 +127,7 @@ class Run:
             "settings": settings,
             "corpus": dataclasses.asdict(self.corpus),
             "versions": _versions(),
+            "kernels": _kernels(self.settings, self.corpus.vocabulary),
         }
         _write(self.path / "run.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -235,6 +238,14 @@ def _versions() -> dict[str, str]:
         name: importlib.metadata.version(name) for name in ("seqjax", "jax", "jaxlib", "optax", "orbax-checkpoint")
     }
     return {"python": platform.python_version()} | packages
+
+
+def _kernels(settings: Settings, vocabulary: str) -> list[str | None]:
+    """For each loop of the model's cell the compiled kernel that runs it; None if XLA does."""
+    cell = build(settings, vocabulary).cell
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    loops = explain(cell, params, jax.ShapeDtypeStruct((), "int32")).loops
+    return [loop.kernel if native.available() else None for loop in loops if loop.carried]
 
 
 def _orbax() -> Any:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import TOKENS, ZOO, D, Leaky, N, PeepholeLSTM, zoo
+from cells import TOKENS, ZOO, D, Leaky, N, PeepholeLSTM, Spiking, zoo
 
 import seqjax as sj
+from seqjax.analysis.flow import flat_step, pull, push
 from seqjax.cell import strong_type
 from seqjax.guarded import drawn_noise
 from seqjax.unroll import _run_compiled
@@ -252,3 +253,16 @@ def test_a_cell_rebuilt_by_value_compiles_once():
     before = _run_compiled._cache_size()
     sj.unroll(zoo(D, N)["linen-lstm"], params, xs)
     assert _run_compiled._cache_size() == before
+
+
+@pytest.mark.parametrize("name", ["linen-lstm", "nnx-gru", "equinox-lstm"])
+def test_pushing_and_pulling_many_columns_is_one_product_per_step(name):
+    cell = ZOO[name]
+    params, x = cell.init(jax.random.key(0)), jnp.ones(D)
+    step, n = flat_step(cell, params), sum(leaf.size for leaf in jax.tree.leaves(cell.initial_state(params)))
+    at, v, frame = (x, None, None), jnp.ones(n), jnp.ones((3, n))
+    products = [
+        str(jax.make_jaxpr(use, static_argnums=0)(step, params, v, frame, at)).count("dot_general")
+        for use in (push, pull)
+    ]
+    assert products == [3, 3]  # of the input, of the state, and of the columns

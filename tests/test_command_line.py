@@ -58,6 +58,7 @@ def test_a_run_is_a_folder_that_tells_everything(finished):
     assert told["corpus"]["vocabulary"] == corpus.vocabulary
     assert (told["corpus"]["sha256"], told["corpus"]["length"]) == (corpus.sha256, len(TEXT))
     assert told["versions"]["jax"] == jax.__version__
+    assert told["kernels"] == ["lstm" if sj.native.available() else None] * len(told["kernels"]) != []
     table = metrics(finished)
     assert table.step.tolist() == list(range(1, 13))
     assert table.step[table.validation_bits.notna()].tolist() == [4, 8, 12]

@@ -25,7 +25,6 @@ from benchmarks.machine import machine
 from benchmarks.peers import tables
 from benchmarks.peers.measure import ALL, DIRECTIONS, Bench, Disagreement, installed, resident
 from benchmarks.peers.rows import EXTRAS, GROWTH, KINDS, ROWS, Row, default_pairs
-from seqjax import native
 
 PACKAGES = ("seqjax", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 CURVES = ("seqjax", "flax RNN", "torch")
@@ -67,8 +66,7 @@ class Results:
             json.loads(out.with_suffix(".json").read_text()) if before else {"runs": {}, "rows": {}, "growth": {}}
         )
         self.run = time.strftime("%Y-%m-%d %H:%M")
-        loops = "seqjax with its kernel" if native.available() else "seqjax without its kernel"
-        self.found["runs"][self.run] = f"{machine(*present())}; {loops}; load before {os.getloadavg()[0]:.1f}"
+        self.found["runs"][self.run] = f"{machine(*present())}; load before {os.getloadavg()[0]:.1f}"
 
     def merge(self, into: dict, name: str, measured: dict) -> None:
         old = into.setdefault(name, {})

@@ -112,8 +112,8 @@ def explain(cell: Any, params: Params, x: PyTree) -> Explanation:
 
     Args:
         cell: any cell.
-        params: its parameters.
-        x: the input of one example at one time, as `cell.step` takes it.
+        params: its parameters, as arrays or shapes.
+        x: the input of one example at one time, as `cell.step` takes it, as arrays or shapes.
 
     Returns:
         `Explanation`. Printed, it says which products run once per chunk and once per step, what is saved for the
@@ -133,8 +133,9 @@ def explain(cell: Any, params: Params, x: PyTree) -> Explanation:
     """
     check_methods(cell)
     check_params(cell, params)
-    state = strong_type(cell.initial_state(params))
-    traced = traced_one(cell, last_output, params, state, (jax.tree.map(jnp.asarray, x), None, None, None))
+    state = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
+    x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf), x)
+    traced = traced_one(cell, last_output, params, state, (x, None, None, None))
     plan = plan_of(traced, True)
     name = type(cell).__name__
     if isinstance(plan, NoPlan):

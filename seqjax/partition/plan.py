@@ -81,7 +81,7 @@ def traced_one(cell: Any, emit: Emit, params: PyTree, state: PyTree, at: PyTree)
     def step(params: PyTree, state: PyTree, at: PyTree) -> Any:
         return guarded_step(cell, params, state, *at, emit=emit)
 
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(lambda p: p if isinstance(p, jax.ShapeDtypeStruct) else jnp.asarray(p), params)
     with errors_of_step(cell, params, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), at[0])):
         program, out = jax.make_jaxpr(step, return_shape=True)(params, state, at)
     check_effects(cell, program)

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,19 @@ def machine(*packages: str) -> str:
     """The processor, the Python, the packages and what runs the loops, in one line."""
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = named[0].split(":")[1].strip() if named else platform.processor()
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {version(name)}" for name in packages if is_installed(name))
     from seqjax import native
 
     loops = "seqjax with its kernel" if native.available() else "seqjax without its kernel"
     return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {versions}, {loops}"
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is there."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def alternating(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:

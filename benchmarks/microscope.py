@@ -7,7 +7,7 @@
 - lyapax: the Lorenz system by RK4 and a random tanh network, which both can run, in float64. lyapax is compiled once
   by `jax.jit` around it, with a QR at every step (its default) and with the interval that seqjax chose.
 - memory: peak resident memory of a process of its own, less that of one which only builds the inputs.
-- jacobians: all step Jacobians of the built-in cells at H = 128 in closed form against `vmap(jacfwd)`.
+- jacobians: all step Jacobians at H = 128, of our cells and others, from the parts of the step against `vmap(jacfwd)`.
 
 Needs lyapax for its rows (`pip install lyapax`). Writes microscope.json and microscope.md beside this file.
 """
@@ -212,15 +212,22 @@ def jacobians() -> dict:
     """Every J_t, flat (n, n), at given states and inputs; 300 steps."""
     import jax
     import jax.numpy as jnp
+    from equinox.nn import GRUCell
+    from flax.linen import LSTMCell
     from jax.flatten_util import ravel_pytree
 
     import seqjax as sj
+    from benchmarks.any_cell.cells import Peephole
+    from seqjax.partition.jacobian import step_jacobian
 
     cells = {
         "VanillaRNN": sj.VanillaRNN(32, 128),
         "GRU": sj.GRU(32, 128),
         "GRU, reset before": sj.GRU(32, 128, reset="before"),
         "LSTM": sj.LSTM(32, 128),
+        "flax LSTMCell": sj.from_linen(LSTMCell(128), 32),
+        "equinox GRUCell": sj.from_equinox(GRUCell, 32, 128),
+        "peephole LSTM": Peephole(32, 128),
     }
     found = {}
     for name, cell in cells.items():
@@ -232,12 +239,18 @@ def jacobians() -> dict:
             v, unravel = ravel_pytree(state)
             return jax.jacfwd(lambda v: ravel_pytree(cell.step(params, unravel(v), x)[0])[0])(v)
 
+        def by_parts(params, states, xs, cell=cell):
+            at = (jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype), None, None, None)
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), states)
+            jacobian = step_jacobian(cell, params, one, at)
+            return jax.vmap(lambda state, x: jacobian(state, (x, None, None, None)))(states, xs)
+
         def written(params, state, x):
             v, _ = ravel_pytree(state)
             return jnp.broadcast_to(v[:, None] + x[0], (v.size, v.size))
 
         ways = {
-            "closed form": jax.jit(jax.vmap(cell.jacobian, in_axes=(None, 0, 0))),
+            "by parts": jax.jit(by_parts),
             "vmap(jacfwd)": jax.jit(jax.vmap(plainly, in_axes=(None, 0, 0))),
             "writing an array of that size": jax.jit(jax.vmap(written, in_axes=(None, 0, 0))),
         }
@@ -257,8 +270,9 @@ def memory(run: Callable) -> dict:
 
 
 def table(found: dict, versions: str) -> str:
-    lines = ["# The microscope's speed and memory", "", f"{versions}.", ""]
-    lines += ["Seconds are the minimum (median) of alternating calls in one run; ratios are what counts.", ""]
+    lines = ["# The microscope's speed and memory", ""]
+    lines += [f"- {', '.join(parts)}: {on}." for on, parts in _machines(found, versions).items()]
+    lines += ["", "Seconds are the minimum (median) of alternating calls in one run; ratios are what counts.", ""]
     if "lyapunov" in found:
         lines += ["## Lyapunov exponents, LSTM H = 128, T = 1000, k = 8, float32", ""]
         lines += _times(found["lyapunov"]["times"], "seqjax")
@@ -268,7 +282,7 @@ def table(found: dict, versions: str) -> str:
         lines += [f"seqjax chose a QR every {row['qr_every']} steps; exponents differ by {row['difference']:.1e}.", ""]
     for name, row in found.get("jacobians", {}).items():
         lines += [f"## All step Jacobians, {name}, H = 128, 300 steps, float32", ""]
-        lines += [*_times(row["times"], "closed form"), "", f"Largest difference: {row['difference']:.1e}.", ""]
+        lines += [*_times(row["times"], "by parts"), "", f"Largest difference: {row['difference']:.1e}.", ""]
     if "memory" in found:
         lines += ["## Peak resident memory in MB, LSTM, 32 inputs, k = 8", ""]
         lines += [
@@ -279,6 +293,15 @@ def table(found: dict, versions: str) -> str:
             numbers = f"{row['peak']:.0f} | {row['inputs alone']:.0f} | {row['inputs']:.1f} | {row['seconds']:.1f}"
             lines.append(f"| {name} | {numbers} |")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _machines(found: dict, versions: str) -> dict[str, list[str]]:
+    """The parts that were measured on each machine."""
+    machines: dict[str, list[str]] = {}
+    for part in found:
+        if part != "machines":
+            machines.setdefault(found.get("machines", {}).get(part, versions), []).append(part)
+    return machines
 
 
 def _times(times: dict, reference: str) -> list[str]:
@@ -302,11 +325,14 @@ def main() -> None:
 
     here = Path(__file__).with_suffix("")
     json_file = here.with_suffix(".json")
-    found = json.loads(json_file.read_text())["found"] if json_file.exists() and arguments.only else {}
+    old = json.loads(json_file.read_text()) if json_file.exists() and arguments.only else {"found": {}}
+    found = old["found"]
+    machines = found.setdefault("machines", {part: old["machine"] for part in found})
+    versions = machine("jax", "jaxlib", "lyapax")
     for part in arguments.only or ["lyapunov", "lyapax", "jacobians", "memory"]:
         found[part] = memory(run) if part == "memory" else run(globals()[part])
+        machines[part] = versions
         print(part, json.dumps(found[part], indent=1), flush=True)
-    versions = machine("jax", "jaxlib", "lyapax")
     text = table(found, versions)
     print("\n" + text)
     json_file.write_text(json.dumps({"machine": versions, "found": found}, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from cells import zoo
 
 import seqjax as sj
 from benchmarks.hlo import loops, weight_shapes
@@ -95,6 +96,25 @@ def test_a_step_backward_has_one_product_and_sums_up_no_weights_gradient(name, t
     for loop in innermost:
         assert len(loop.products) <= 1, loop
         assert not loop.makes(weight_shapes(jax.tree.leaves(params))), loop
+
+
+@pytest.mark.parametrize("name", ["linen-lstm", "nnx-gru", "equinox-gru", "peephole-lstm", "coupled-lstm"])
+def test_any_cell_has_one_product_per_step_forward_and_backward(name, xlas_own_loops):
+    cell = zoo(FEATURES, HIDDEN)[name]
+    params, xs = cell.init(jax.random.key(0)), jnp.ones((BATCH, 23, FEATURES))
+    gradient = jax.grad(lambda params, xs: sj.unroll(cell, params, xs)[1].sum())
+    innermost = [loop for loop in compiled_loops(gradient, params, xs) if loop.innermost]
+    assert max(len(loop.products) for loop in innermost) == 1
+    weights = weight_shapes([leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2])
+    assert not any(loop.makes(weights) for loop in innermost)
+
+
+def test_the_gates_of_a_stack_cost_no_second_product(xlas_own_loops):
+    cell = sj.stack([sj.LSTM(FEATURES, HIDDEN), sj.GRU(HIDDEN, HIDDEN)])
+    params, xs = cell.init(jax.random.key(0)), jnp.ones((BATCH, 23, FEATURES))
+    found = compiled_loops(lambda params, xs: sj.gates(cell, params, xs), params, xs)
+    products = [sorted(product) for loop in found if loop.innermost for product in loop.products]
+    assert products == [sorted((BATCH, 4 * HIDDEN)), sorted((BATCH, 3 * HIDDEN))]
 
 
 def test_a_loop_in_a_loop_is_counted_for_itself():

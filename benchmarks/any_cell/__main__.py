@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
@@ -57,8 +56,7 @@ class Results:
             self.all = json.loads(out.with_suffix(".json").read_text())
         self.run = time.strftime("%Y-%m-%d %H:%M")
         kernel = "kernel built" if KERNEL in seqjax_ways() else "kernel not built"
-        packages = filter(is_installed, PACKAGES)
-        self.all["runs"][self.run] = f"{machine(*packages)}; {kernel}; load before {os.getloadavg()[0]:.1f}"
+        self.all["runs"][self.run] = f"{machine(*PACKAGES)}; {kernel}; load before {os.getloadavg()[0]:.1f}"
 
     def merge(self, name: str, measured: dict) -> None:
         """Replaces the calls that were measured and keeps the other call of the row."""
@@ -80,13 +78,6 @@ class Results:
         if self.out:
             self.out.with_suffix(".json").write_text(json.dumps(self.all, indent=1) + "\n")
             self.out.with_suffix(".md").write_text(tables.document(self.all))
-
-
-def is_installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
 
 
 def print_row(name: str, measured: dict) -> None:

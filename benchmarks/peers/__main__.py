@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.machine import machine
@@ -66,7 +65,7 @@ class Results:
             json.loads(out.with_suffix(".json").read_text()) if before else {"runs": {}, "rows": {}, "growth": {}}
         )
         self.run = time.strftime("%Y-%m-%d %H:%M")
-        self.found["runs"][self.run] = f"{machine(*present())}; load before {os.getloadavg()[0]:.1f}"
+        self.found["runs"][self.run] = f"{machine(*PACKAGES)}; load before {os.getloadavg()[0]:.1f}"
 
     def merge(self, into: dict, name: str, measured: dict) -> None:
         old = into.setdefault(name, {})
@@ -83,16 +82,6 @@ class Results:
         if self.out:
             self.out.with_suffix(".json").write_text(json.dumps(self.found, indent=1) + "\n")
             self.out.with_suffix(".md").write_text(tables.document(self.found))
-
-
-def present() -> list[str]:
-    def there(package: str) -> bool:
-        try:
-            return bool(version(package))
-        except PackageNotFoundError:
-            return False
-
-    return list(filter(there, PACKAGES))
 
 
 def compare(bench: Bench, kind: str, row: Row, results: Results, into: dict, name: str) -> bool:

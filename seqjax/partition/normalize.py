@@ -1,9 +1,10 @@
 """Rewrites of the program of a step: the same function in the form that runs fast and that the partition recognises.
 
-1. Sums are regrouped, (W h + U x) + b -> W h + (U x + b), so that everything that needs no state leaves the loop.
-2. Parameters that are added to a slice of a product are added to the whole product.
-3. Products of the same vector become one product, with the matrices stacked as (out, in).
-4. Sigmoids that can be computed at the same time become one, over their operands side by side.
+1. Equal equations are computed once.
+2. Sums are regrouped, (W h + U x) + b -> W h + (U x + b), so that everything that needs no state leaves the loop.
+3. Parameters that are added to a slice of a product are added to the whole product.
+4. Products of the same vector become one product, with the matrices stacked as (out, in).
+5. Sigmoids that can be computed at the same time become one, over their operands side by side.
 
 Regrouping changes the rounding of a sum in its last digit, so it is done in float32 and float64 only.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Literal, jaxprs_in_params
 
 from seqjax.partition.program import (
     Eqn,
@@ -43,7 +44,7 @@ def normalized(closed: ClosedJaxpr, params: int, state: int, merge_sigmoids: boo
         state: the number of its leaves of the state.
         merge_sigmoids: whether to do the last rewrite, which pays if the program runs over a batch.
     """
-    rewrites = [_regroup_sums, _add_before_slicing, _merge_products]
+    rewrites = [_share_equal, _regroup_sums, _add_before_slicing, _merge_products]
     for rewrite in [*rewrites, _slices_of_sigmoids, _merge_sigmoids] if merge_sigmoids else rewrites:
         closed = rewrite(closed, _Kinds(closed, params, state))
     return closed
@@ -79,6 +80,28 @@ class _Kinds:
             return None
         b = next((b for b in reader.invars if b is not v), None)
         return (reader, b) if b is not None and self.is_fixed(b) and b.aval.shape == v.aval.shape else None
+
+
+def _share_equal(closed: ClosedJaxpr, kinds: _Kinds) -> ClosedJaxpr:
+    first: dict[Any, Eqn] = {}
+    same: dict[Any, Any] = {}  # a result -> the equal result of an earlier equation
+    rules: dict[int, Rule] = {}
+    for e in kinds.eqns:
+        if e.effects or jaxprs_in_params(e.params):
+            continue
+        operands = [(str(v.val), str(v.aval)) if isinstance(v, Literal) else same.get(v, v) for v in e.invars]
+        earlier = first.setdefault((e.primitive.name, str(e.params), *operands), e)
+        if earlier is not e:
+            same.update(zip(e.outvars, earlier.outvars, strict=True))
+            rules[id(e)] = _same_values(earlier, e)
+    return retrace(closed, kinds.eqns, rules) if rules else closed
+
+
+def _same_values(earlier: Eqn, e: Eqn) -> Rule:
+    def run(env: dict[Any, Any], read: Read) -> None:
+        env.update((b, env[a]) for a, b in zip(earlier.outvars, e.outvars, strict=True) if a in env)
+
+    return run
 
 
 def _regroup_sums(closed: ClosedJaxpr, kinds: _Kinds) -> ClosedJaxpr:

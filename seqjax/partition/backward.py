@@ -155,8 +155,8 @@ class Loop:
 
         def step(hidden: Leaves, at: Any) -> tuple[Leaves, Leaves]:
             before, drives, results, _ = at
-            finish = jax.vmap(parts.finish_known, (None, 0, 0, 0))
-            after, _ = finish(self.hoisted, fill(before, hidden), drives, results)
+            state = fill(before, hidden)
+            after = jax.vmap(parts.next_state, (None, 0, 0, 0))(self.hoisted, state, drives, results)
             return [None if seen else leaf for leaf, seen in zip(after, parts.seen, strict=True)], hidden
 
         hidden = [None if seen else leaf for leaf, seen in zip(first, parts.seen, strict=True)]

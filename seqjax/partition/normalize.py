@@ -4,7 +4,8 @@
 2. Sums are regrouped, (W h + U x) + b -> W h + (U x + b), so that everything that needs no state leaves the loop.
 3. Parameters that are added to a slice of a product are added to the whole product.
 4. Products of the same vector become one product, with the matrices stacked as (out, in).
-5. Sigmoids that can be computed at the same time become one, over their operands side by side.
+5. Sums of slices become slices of one sum.
+6. Sigmoids that can be computed at the same time become one, over their operands side by side.
 
 Regrouping changes the rounding of a sum in its last digit, so it is done in float32 and float64 only.
 """
@@ -44,7 +45,7 @@ def normalized(closed: ClosedJaxpr, params: int, state: int, merge_sigmoids: boo
         state: the number of its leaves of the state.
         merge_sigmoids: whether to do the last rewrite, which pays if the program runs over a batch.
     """
-    rewrites = [_share_equal, _regroup_sums, _add_before_slicing, _merge_products]
+    rewrites = [_share_equal, _regroup_sums, _add_before_slicing, _merge_products, _sums_of_slices]
     for rewrite in [*rewrites, _slices_of_sigmoids, _merge_sigmoids] if merge_sigmoids else rewrites:
         closed = rewrite(closed, _Kinds(closed, params, state))
     return closed
@@ -224,6 +225,33 @@ def _merge_products(closed: ClosedJaxpr, kinds: _Kinds) -> ClosedJaxpr:
     return retrace(closed, order, rules)
 
 
+def _sums_of_slices(closed: ClosedJaxpr, kinds: _Kinds) -> ClosedJaxpr:
+    """Sums of slices of two vectors as slices of their sum, if they cover the vectors."""
+    sliced = {v: (r.invars[0], start) for r in kinds.eqns if _slices_rows(r) for start, v in _starts(r)}
+    groups: dict[Any, list[tuple[int, Eqn]]] = {}
+    for e in kinds.eqns:
+        if e.primitive.name != "add" or e.outvars[0].aval.ndim != 1:
+            continue
+        (u, a), (w, b) = (sliced.get(v, (None, -1)) if not isinstance(v, Literal) else (None, -1) for v in e.invars)
+        if u is not None and w is not None and u is not w and a == b and u.aval.shape == w.aval.shape:
+            groups.setdefault((u, w), []).append((a, e))
+    rules: dict[int, Rule] = {}
+    for (u, w), members in groups.items():
+        members.sort(key=lambda member: member[0])
+        outs = [e.outvars[0] for _, e in members]
+        sizes = [out.aval.shape[0] for out in outs]
+        starts = [start for start, _ in members]
+        if len(members) < 2 or starts != [*itertools.accumulate([0, *sizes[:-1]])] or sum(sizes) != u.aval.shape[0]:
+            continue
+
+        def run(env: dict[Any, Any], read: Read, u: Any = u, w: Any = w, outs: Any = outs, sizes: Any = sizes) -> None:
+            env.update(zip(outs, _split(lax.add(read(u), read(w)), sizes), strict=True))
+
+        first = next(e for e in kinds.eqns if any(e is member for _, member in members))
+        rules |= {id(e): lambda env, read: None for _, e in members} | {id(first): run}
+    return retrace(closed, kinds.eqns, rules) if rules else closed
+
+
 def _slices_of_sigmoids(closed: ClosedJaxpr, kinds: _Kinds) -> ClosedJaxpr:
     """Slices of sigma(a) as sigma of slices of a, so that `_merge_sigmoids` decides what is computed together."""
     rules: dict[int, Rule] = {}
@@ -249,7 +277,7 @@ def _sigmoid_of_slice(e: Eqn, a: Any) -> Rule:
 
 
 def _merge_sigmoids(closed: ClosedJaxpr, kinds: _Kinds) -> ClosedJaxpr:
-    """XLA on a CPU computes sigma of a slice one number after the other, and sigma of a concatenation in vectors."""
+    """XLA on a CPU computes sigma of a slice one number after the other, and sigma of a whole array in vectors."""
     level: dict[Any, int] = {}  # of a variable: how many sigmoids in a row lead to it
     order: dict[tuple[int, bool], list[Eqn]] = {}
     for e in kinds.eqns:
@@ -258,23 +286,45 @@ def _merge_sigmoids(closed: ClosedJaxpr, kinds: _Kinds) -> ClosedJaxpr:
         is_sigmoid = e.primitive.name == "logistic" and kinds.is_late(out) and out.aval.ndim == 1
         level.update((v, at + is_sigmoid) for v in e.outvars)
         order.setdefault((at, is_sigmoid), []).append(e)
+    sliced = {v: (r.invars[0], start) for r in kinds.eqns if _slices_rows(r) for start, v in _starts(r)}
     rules: dict[int, Rule] = {}
     for (_, is_sigmoid), members in order.items():
-        if not is_sigmoid:
-            continue
-        for dtype in {e.outvars[0].aval.dtype for e in members}:
-            same = [e for e in members if e.outvars[0].aval.dtype == dtype]
-            if len(same) < 2:
-                continue
-
-            def run(env: dict[Any, Any], read: Read, same: Any = same) -> None:
-                sigmas = lax.logistic(_concatenated([read(e.invars[0]) for e in same]))
-                outs = [e.outvars[0] for e in same]
-                env.update(zip(outs, _split(sigmas, [out.aval.shape[0] for out in outs]), strict=True))
-
-            rules[id(same[0])] = run
-            rules |= {id(e): lambda env, read: None for e in same[1:]}
+        together: dict[Any, list[Eqn]] = {}
+        for e in members if is_sigmoid else ():
+            whole, _ = sliced.get(e.invars[0], (None, 0))
+            together.setdefault((whole, e.outvars[0].aval.dtype), []).append(e)
+        for (whole, _), same in together.items():
+            if len(same) > 1:
+                starts = None if whole is None else [sliced[e.invars[0]][1] for e in same]
+                if starts is not None and _overlap(starts, same):
+                    continue
+                rules[id(same[0])] = _one_sigmoid(same, whole, starts)
+                rules |= {id(e): lambda env, read: None for e in same[1:]}
     return retrace(closed, [e for key in sorted(order) for e in order[key]], rules) if rules else closed
+
+
+def _overlap(starts: list[int], same: list[Eqn]) -> bool:
+    ends = sorted((start, start + e.outvars[0].aval.shape[0]) for start, e in zip(starts, same, strict=True))
+    return any(start < stop for (_, stop), (start, _) in itertools.pairwise(ends))
+
+
+def _one_sigmoid(same: list[Eqn], whole: Any, starts: list[int] | None) -> Rule:
+    """Sigmoids of slices of one vector as slices of its sigmoid; of other vectors, over these side by side."""
+    outs = [e.outvars[0] for e in same]
+    sizes = [out.aval.shape[0] for out in outs]
+
+    def run(env: dict[Any, Any], read: Read) -> None:
+        if starts is None:
+            parts = _split(lax.logistic(_concatenated([read(e.invars[0]) for e in same])), sizes)
+        else:
+            sigma = lax.logistic(read(whole))
+            ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+            bounds = sorted({0, *starts, *ends, sigma.shape[0]})
+            pieces = dict(zip(bounds, _split(sigma, [b - a for a, b in itertools.pairwise(bounds)]), strict=False))
+            parts = [pieces[start] for start in starts]
+        env.update(zip(outs, parts, strict=True))
+
+    return run
 
 
 def _concatenated(parts: Iterable[Any]) -> Any:

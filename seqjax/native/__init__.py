@@ -1,7 +1,8 @@
-"""An optional kernel in C++ for the two loops of the built-in cells on a CPU; without it, XLA runs the same loops.
+"""An optional kernel in C++ for the loops of LSTM, GRU and tanh networks on a CPU; otherwise XLA runs the loops.
 
     python -m seqjax.native        compiles it with the C++ compiler that is there, once for each machine
 
+It runs every cell whose formulas it has, whoever wrote it (`seqjax.partition.kernel`).
 It is found by itself from then on. `SEQJAX_NATIVE=0` in the environment leaves it alone, which `jax.export` needs: a
 program with the kernel runs on this machine only.
 """

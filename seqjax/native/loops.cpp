@@ -1,5 +1,5 @@
-// The loops of seqjax.split for the built-in cells in float32: forward through a chunk; the chain of lambda_t = dL/ds_t
-// back through it; and an LSTM's c_t again, where only h_t was kept.
+// The loops of seqjax.partition for LSTM, GRU and tanh networks in float32: forward through a chunk; the chain of
+// lambda_t = dL/ds_t back through it; and an LSTM's c_t again, where only h_t was kept.
 //
 // Every step is one product with the recurrent weights and one pass over the units. The weights are packed into panels
 // of eight units, all gates of a unit beside each other, so that a unit's new state comes out of one panel's product;

@@ -201,7 +201,7 @@ def _slow(parts: Parts) -> list[str]:
 
 
 def _jacobian(traced: Traced) -> str:
-    parts = Parts(inline(traced.program), traced.params, traced.state, merge_sigmoids=False)
+    parts = Parts(inline(traced.program), traced.params, traced.state, with_sigmoids=False)
     if not parts.state:
         return "none: the cell carries no state"
     units = units_of(parts)

@@ -46,7 +46,7 @@ def step_jacobian(cell: Any, params: Params, state: State, at: PyTree) -> Callab
         A function of a state and of `at` that returns the matrix (n, n), over the leaves of the state in their order.
     """
     traced = traced_one(cell, _nothing, params, state, at)
-    parts = Parts(inline(traced.program), traced.params, traced.state, merge_sigmoids=False)
+    parts = Parts(inline(traced.program), traced.params, traced.state, with_sigmoids=False)
     leaves = [*parts.consts, *map(jnp.asarray, jax.tree.leaves(params))]
     units = units_of(parts)
     way = _ByColumns(parts, leaves) if units is None else _ByUnits(parts, units, leaves)

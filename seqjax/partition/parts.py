@@ -16,12 +16,10 @@ equations or inputs of the program, so they need no cases of their own.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 
@@ -40,6 +38,7 @@ from seqjax.partition.program import (
     readers,
     variables,
 )
+from seqjax.partition.sigmoids import rules_for_slices
 
 CUTS = ("dot_general", "conv_general_dilated")
 
@@ -116,8 +115,8 @@ class Parts:
             backward pass. The others are rematerialized without products.
     """
 
-    def __init__(self, closed: ClosedJaxpr, params: int, state: int, merge_sigmoids: bool = True) -> None:
-        closed = normalized(closed, params, state, merge_sigmoids)
+    def __init__(self, closed: ClosedJaxpr, params: int, state: int, with_sigmoids: bool = True) -> None:
+        closed = normalized(closed, params, state, with_sigmoids)
         jaxpr, self.consts = closed.jaxpr, closed.consts
         self.params = [*jaxpr.constvars, *jaxpr.invars[:params]]
         self.state = list(jaxpr.invars[params : params + state])
@@ -141,7 +140,7 @@ class Parts:
         given = [*self.x, *(v for e in self.drive for v in e.outvars)]
         self.passed = [v for v in dict.fromkeys(given) if v in in_loop]
         self.extra = [v in in_loop and inexact(v.aval) for v in self.hoisted]
-        self.sigmoids = _sigmoids_of_slices(self.rest)
+        self.sigmoids = rules_for_slices(self.rest)
         self.to_cuts, _ = needed(self.rest, [c.out for c in self.cuts])
         # A backward slice that stops at cuts: what a cut gave is known to the equations after it.
         _, by_cuts = needed([e for e in self.rest if id(e) not in known], [c.operand for c in self.cuts])
@@ -284,37 +283,6 @@ def _slices_for_the_rest(eqns: Sequence[Eqn], late: set[int], from_x: set[Any], 
         if by and all(r is not None and id(r) in late | found for r in by):
             found.add(id(e))
     return found
-
-
-def _sigmoids_of_slices(eqns: Sequence[Eqn]) -> dict[int, Rule]:
-    """Rules that compute sigma of a whole vector from the slices of it that are read.
-
-    XLA on a CPU computes sigma of the whole in vectors, unless one of its slices is not needed, as the output gate is
-    not where only states are rematerialized. Then sigma of the slices side by side is faster.
-    """
-    read_by, rules = readers(eqns, ()), {}
-    for e in eqns:
-        by = read_by.get(e.outvars[0], []) if e.primitive.name == "logistic" else []
-        if len(by) == 1 and by[0].primitive.name == "split":
-            ends = [int(end) for end in itertools.accumulate(by[0].params["sizes"])]
-            ranges = [
-                pair for pair, v in zip(itertools.pairwise([0, *ends]), by[0].outvars, strict=True) if v in read_by
-            ]
-            rules[id(e)] = _sigmoid_of_slices(e, ranges)
-    return rules
-
-
-def _sigmoid_of_slices(e: Eqn, ranges: list[tuple[int, int]]) -> Rule:
-    def run(env: dict[Any, Any], read: Callable[[Any], Any]) -> None:
-        a, out = read(e.invars[0]), e.outvars[0].aval
-        sigma = lax.logistic(jnp.concatenate([a[start:stop] for start, stop in ranges]))
-        parts, place = [], 0
-        for start, stop in ranges:
-            parts += [jnp.zeros(start - place, out.dtype), sigma[: stop - start]]
-            sigma, place = sigma[stop - start :], stop
-        env[e.outvars[0]] = jnp.concatenate([*parts, jnp.zeros(out.shape[0] - place, out.dtype)])
-
-    return run
 
 
 def known(cut: Cut, r: Any, v: Any, W: Any) -> Any:

@@ -125,7 +125,7 @@ def normal_step(cell: Any, params: PyTree, state: PyTree, at: PyTree) -> tuple[P
         The new state and the output.
     """
     traced = traced_one(cell, last_output, params, state, at)
-    program = normalized(inline(traced.program), traced.params, traced.state, merge_sigmoids=False)
+    program = normalized(inline(traced.program), traced.params, traced.state, with_sigmoids=False)
     leaves = jaxpr_as_fun(program)(*map(jnp.asarray, jax.tree.leaves((params, state, at))))
     after, output = traced.trees
     return after.unflatten(leaves[: traced.state]), output.unflatten(leaves[traced.state :])

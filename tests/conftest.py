@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # also for fixtures that are made before a test begins
 hypothesis.settings.register_profile("seqjax", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("seqjax")
 
@@ -45,3 +46,5 @@ def key():
 def compile_quickly(request):
     """Nearly all of a quick test is compilation; one that trains to a result is worth the optimising."""
     jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -105,7 +105,7 @@ def test_any_cell_has_one_product_per_step_forward_and_backward(name, xlas_own_l
     gradient = jax.grad(lambda params, xs: sj.unroll(cell, params, xs)[1].sum())
     innermost = [loop for loop in compiled_loops(gradient, params, xs) if loop.innermost]
     assert max(len(loop.products) for loop in innermost) == 1
-    weights = weight_shapes([leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2])
+    weights = weight_shapes([leaf for leaf in jax.tree.leaves(params) if leaf.size >= FEATURES * HIDDEN])
     assert not any(loop.makes(weights) for loop in innermost)
 
 

@@ -29,7 +29,7 @@ from seqjax import native
 from seqjax.guarded import last_output
 from seqjax.partition.backward import Loop
 from seqjax.partition.chunks import chunk_length
-from seqjax.partition.forward import over_chunk, run_chunk, transposed
+from seqjax.partition.forward import over_chunk, run_chunk, stored_weights
 from seqjax.partition.kernel import kernel_for
 from seqjax.partition.plan import plan_of, traced_one
 
@@ -83,7 +83,7 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
 
     def loop(leaves, state, drives):
         hoisted = loop_parts.hoist(leaves)
-        stored = transposed(loop_parts, hoisted[1], row.batch)
+        stored = stored_weights(loop_parts, hoisted)
         return run_chunk(loop_parts, kernel, False, hoisted, stored, state, drives, length)
 
     def recurrents(leaves, before, drives):

@@ -69,15 +69,16 @@ def backward(
         before = _states_before(parts, reverse, last, cut(seen, start, length))
 
         def early(fixed: Any, x: Leaves) -> Any:
-            drives = over_chunk(parts.drives, (length, batch), None, 0)(fixed, x)
+            inputs = over_chunk(parts.without_biases, (length, batch), None, 0)(fixed, x)
+            drives = parts.with_biases(fixed, inputs)
             constant = lax.stop_gradient(drives)
             results = over_chunk(parts.results, (length, batch), None, 0, 0)(fixed, before, constant)
-            return (pick(drives, moves.passed), pick(results, moves.cuts)), (drives, results)
+            return (pick(drives, moves.passed), pick(results, moves.cuts)), (inputs, results)
 
-        _, (drives, results), pull = _pullback(early, (hoisted, x), (moves.fixed, wanted_x))
+        _, (inputs, results), pull = _pullback(early, (hoisted, x), (moves.fixed, wanted_x))
         if not all(parts.seen):
-            before = loop.rematerialized(length, last, before, drives, results)
-        ct_after, ct_extra, cts = loop.run(length, ct_after, before, drives, results, cut(ct_kept, start, length))
+            before = loop.rematerialized(length, last, before, inputs, results)
+        ct_after, ct_extra, cts = loop.run(length, ct_after, before, inputs, results, cut(ct_kept, start, length))
         cts = pull(cts)
         ct_fixed = [total + ct.astype(total.dtype) for total, ct in zip(ct_fixed, cts[: len(ct_fixed)], strict=True)]
         places = [i for i, w in enumerate(pick(moves.extra, moves.fixed[0])) if w]
@@ -100,7 +101,10 @@ def backward(
 
 
 class Loop:
-    """The loops of the backward pass through one chunk."""
+    """The loops of the backward pass through one chunk.
+
+    Its inputs are the passed values without their biases, as in `forward.run_chunk`.
+    """
 
     def __init__(
         self, parts: Parts, kernel: Kernel | None, reverse: bool, hoisted: Any, floats: list[bool], moves: Any
@@ -109,11 +113,12 @@ class Loop:
         self.kernel = kernel
 
     def run(
-        self, length: int, ct_after: Leaves, before: Leaves, drives: Leaves, results: Leaves, ct_kept: Leaves
+        self, length: int, ct_after: Leaves, before: Leaves, inputs: Leaves, results: Leaves, ct_kept: Leaves
     ) -> tuple[Leaves, Leaves, tuple[Leaves, Leaves]]:
         """The cotangents of the state before the chunk, of the extra parameters, and of (drives, results)."""
         parts, hoisted, moves = self.parts, self.hoisted, self.moves
         if self.kernel is not None and self.kernel.runs_backward:
+            drives = parts.with_biases(hoisted, inputs)
             ct_before, ct_drives, ct_results = self.kernel.backward(
                 hoisted[1], ct_after, before, drives, results, ct_kept, self.reverse
             )
@@ -121,7 +126,8 @@ class Loop:
 
         def step(carry: Any, at: Any) -> Any:
             ct_after, ct_extra = carry
-            before, drives, results, ct_kept, _ = at
+            before, inputs, results, ct_kept, _ = at
+            drives = parts.with_biases(hoisted, inputs)
 
             def rest(state: Leaves, drives: Leaves, results: Leaves, extra: Leaves) -> Any:
                 out = jax.vmap(parts.finish_known, (None, 0, 0, 0))((extra, hoisted[1]), state, drives, results)
@@ -134,12 +140,12 @@ class Loop:
             ct_extra = [a + b.astype(a.dtype) for a, b in zip(ct_extra, ct_more, strict=True)]
             return (ct_before, ct_extra), (ct_drives, ct_results)
 
-        at = (before, drives, results, ct_kept, jnp.arange(length))
+        at = (before, inputs, results, ct_kept, jnp.arange(length))
         extra = [jnp.zeros(leaf.shape, _at_least_32_bits(leaf.dtype)) for leaf in pick(hoisted[0], moves.extra)]
         (ct_before, ct_extra), cts = scan_once(step, (ct_after, extra), at, not self.reverse)
         return ct_before, ct_extra, cts
 
-    def rematerialized(self, length: int, first: Leaves, before: Leaves, drives: Leaves, results: Leaves) -> Leaves:
+    def rematerialized(self, length: int, first: Leaves, before: Leaves, inputs: Leaves, results: Leaves) -> Leaves:
         """All leaves of s_{t-1} for every t: those that no cut reads are computed again by the steps, without products.
 
         Args:
@@ -148,19 +154,21 @@ class Loop:
         """
         parts = self.parts
         if self.kernel is not None:
+            drives = parts.with_biases(self.hoisted, inputs)
             return self.kernel.rematerialized(first, before, drives, results, self.reverse)
 
         def fill(some: Leaves, others: Leaves) -> Leaves:
             return [o if s is None else s for s, o in zip(some, others, strict=True)]
 
         def step(hidden: Leaves, at: Any) -> tuple[Leaves, Leaves]:
-            before, drives, results, _ = at
+            before, inputs, results, _ = at
             state = fill(before, hidden)
+            drives = parts.with_biases(self.hoisted, inputs)
             after = jax.vmap(parts.next_state, (None, 0, 0, 0))(self.hoisted, state, drives, results)
             return [None if seen else leaf for leaf, seen in zip(after, parts.seen, strict=True)], hidden
 
         hidden = [None if seen else leaf for leaf, seen in zip(first, parts.seen, strict=True)]
-        at = (before, drives, results, jnp.arange(length))
+        at = (before, inputs, results, jnp.arange(length))
         return fill(before, lax.scan(step, hidden, at, reverse=self.reverse)[1])
 
 

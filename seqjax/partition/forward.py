@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from seqjax.partition.chunks import Chunks, chunk_length, cut, scan_once
 from seqjax.partition.kernel import Kernel
-from seqjax.partition.parts import Parts, against_the_grain
+from seqjax.partition.parts import Parts
 
 Leaves = list[Any]
 
@@ -40,11 +40,11 @@ def forward(
     """
     batch, time = xs[0].shape[:2]
     hoisted = parts.hoist(params)
-    stored = transposed(parts, hoisted[1], batch)
+    stored = stored_weights(parts, hoisted)
 
     def chunk(state: Leaves, start: Array, length: int) -> tuple[Leaves, Any, Leaves]:
-        drives = over_chunk(parts.drives, (length, batch), None, 0)(hoisted, cut(xs, start, length))
-        return *run_chunk(parts, kernel, reverse, hoisted, stored, state, drives, length), state
+        inputs = over_chunk(parts.without_biases, (length, batch), None, 0)(hoisted, cut(xs, start, length))
+        return *run_chunk(parts, kernel, reverse, hoisted, stored, state, inputs, length), state
 
     after, (seen, kept), first = Chunks(time, chunk_length(batch, time), reverse).scan(chunk, state)
     return (after, kept), (seen, first)
@@ -57,7 +57,7 @@ def run_chunk(
     hoisted: Any,
     stored: Leaves,
     state: Leaves,
-    drives: Leaves,
+    inputs: Leaves,
     length: int,
 ) -> tuple[Leaves, tuple[Leaves, Leaves]]:
     """The loop over one chunk.
@@ -65,40 +65,36 @@ def run_chunk(
     Args:
         parts, kernel, reverse: as for `forward`.
         hoisted: from `parts.hoist`.
-        stored: the weights of the cuts from `transposed`.
+        stored: from `stored_weights`.
         state: the state before the chunk, (batch, ...).
-        drives: the passed values, (time, batch, ...).
+        inputs: the passed values without their biases, (time, batch, ...).
         length: of the chunk, in steps.
 
     Returns:
         The state after the chunk; the leaves of each state that the cuts read, and what is kept of each step, (time,
         batch, ...).
     """
-    batch = state[0].shape[0]
 
     def seen(states: Leaves) -> Leaves:
         return [leaf for leaf, is_seen in zip(states, parts.seen, strict=True) if is_seen]
 
     if kernel is not None:
-        states = kernel.forward(hoisted[1], state, drives, reverse)
+        states = kernel.forward(hoisted[1], state, parts.with_biases(hoisted, inputs), reverse)
         kept = [states[leaf] for leaf in kernel.kept]
         return [leaf[0 if reverse else -1] for leaf in states], (seen(states), kept)
 
+    def product(i: int, v: Array) -> Array:
+        return parts.cuts[i].value_of_stored(stored[i], v)
+
     def step(state: Leaves, at: Any) -> tuple[Leaves, Any]:
-        drives, _ = at  # the number of the step is there because there may be no drive
-        weights = transposed(parts, stored, batch)
-        after, kept = jax.vmap(parts.finish, (None, 0, 0))((hoisted[0], weights), state, drives)
+        inputs, _ = at  # the number of the step is there because there may be no inputs
+        drives = parts.with_biases(hoisted, inputs)
+        after, kept = jax.vmap(lambda state, drives: parts.finish(hoisted, state, drives, product))(state, drives)
         return after, (seen(after), kept)
 
-    return scan_once(step, state, (drives, jnp.arange(length)), reverse)
+    return scan_once(step, state, (inputs, jnp.arange(length)), reverse)
 
 
-def transposed(parts: Parts, weights: Sequence[Any], batch: int) -> list[Any]:
-    """The weights as the loop stores them; applied twice, the weights themselves.
-
-    Stores W^T instead of W if the batch has more than one row, because XLA's product on a CPU is faster on it. The
-    step transposes it back, which costs nothing. For one row the opposite is true.
-    """
-    return [
-        (W.T if against_the_grain(c) and batch > 1 else W, b) for c, (W, b) in zip(parts.cuts, weights, strict=True)
-    ]
+def stored_weights(parts: Parts, hoisted: Any) -> list[Any]:
+    """(W, b) of each cut, with W as the loop reads it."""
+    return [(c.stored(W), b) for c, (W, b) in zip(parts.cuts, hoisted[1], strict=True)]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 
@@ -75,10 +76,39 @@ class Cut:
         """W v, without b."""
         return bind(self.eqn, [v if a is self.operand else W for a in self.eqn.invars])[0]
 
+    @property
+    def _stands_across(self) -> bool:
+        """Whether W is a matrix whose rows the product over a batch reads as columns."""
+        e = self.eqn
+        if e.primitive.name != "dot_general" or self.weights.aval.ndim != 2:
+            return False
+        place = 0 if e.invars[0] is self.weights else 1
+        return self.is_matrix or contracted(e, place) == place
+
+    def stored(self, W: Any) -> Any:
+        """W as the loop reads it: W^T if XLA's product on a CPU is faster on that."""
+        return W.T if self._stands_across else W
+
+    def product_of_stored(self, stored: Any, v: Any) -> Any:
+        """`product` from `stored(W)`."""
+        if not self._stands_across:
+            return self.product(stored, v)
+        place = 0 if self.eqn.invars[0] is self.weights else 1
+        axes, batch = self.eqn.params["dimension_numbers"]
+        turned = tuple((1 - axes[place][0],) if k == place else axes[k] for k in (0, 1))
+        operands = [v if a is self.operand else stored for a in self.eqn.invars]
+        return self.eqn.primitive.bind(*operands, **{**self.eqn.params, "dimension_numbers": (turned, batch)})
+
     def value(self, weight: tuple[Any, Any], v: Any) -> Any:
         """W v + b."""
         W, b = weight
         r = self.product(W, v)
+        return r if b is None else r + b
+
+    def value_of_stored(self, weight: tuple[Any, Any], v: Any) -> Any:
+        """`value` from (stored(W), b)."""
+        stored, b = weight
+        r = self.product_of_stored(stored, v)
         return r if b is None else r + b
 
 
@@ -111,6 +141,7 @@ class Parts:
         hoisted: the variables of parameters only that the drive or the rest reads.
         passed: the variables of the input only that the rest reads.
         extra: for each of `hoisted`, whether the loop reads it beside the cuts.
+        biases: of the passed values that are u + b, u from the input and b parameters: u and b.
         seen: for each leaf of the state, whether a cut's operand is computed from it. Only these are saved for the
             backward pass. The others are rematerialized without products.
     """
@@ -140,6 +171,7 @@ class Parts:
         given = [*self.x, *(v for e in self.drive for v in e.outvars)]
         self.passed = [v for v in dict.fromkeys(given) if v in in_loop]
         self.extra = [v in in_loop and inexact(v.aval) for v in self.hoisted]
+        self.biases = self._find_biases(from_x)
         self.sigmoids = rules_for_slices(self.rest)
         self.to_cuts, _ = needed(self.rest, [c.out for c in self.cuts])
         # A backward slice that stops at cuts: what a cut gave is known to the equations after it.
@@ -169,6 +201,15 @@ class Parts:
                 is_matrix = is_product(e, 1, 2)
                 added = added_to(e.outvars[0]) if is_matrix else None
                 found.append(Cut(e, late[0], fixed[0], added, is_matrix))
+        return found
+
+    def _find_biases(self, from_x: set[Any]) -> dict[Any, tuple[Any, Any]]:
+        found = {}
+        for e in self.drive:
+            if e.primitive.name == "add" and e.outvars[0] in self.passed and inexact(e.outvars[0].aval):
+                u, b = e.invars if e.invars[0] in from_x else e.invars[::-1]
+                if b in self.hoisted and u.aval.shape == b.aval.shape:
+                    found[e.outvars[0]] = u, b
         return found
 
     @property
@@ -201,9 +242,21 @@ class Parts:
 
     def drives(self, hoisted: tuple[list[Any], list[Any]], x: Sequence[Any]) -> list[Any]:
         """The passed values of one example at one time."""
+        return self.with_biases(hoisted, self.without_biases(hoisted, x))
+
+    def without_biases(self, hoisted: tuple[list[Any], list[Any]], x: Sequence[Any]) -> list[Any]:
+        """`drives` before biases are added, which costs less in the loop than in a pass over a chunk."""
         env = dict(zip([*self.hoisted, *self.x], [*hoisted[0], *x], strict=True))
         read = evaluate(self.drive, env)
-        return [read(v) for v in self.passed]
+        return [read(self.biases[v][0] if v in self.biases else v) for v in self.passed]
+
+    def with_biases(self, hoisted: tuple[list[Any], list[Any]], drives: Sequence[Any]) -> list[Any]:
+        """`drives` from `without_biases`, for any number of axes in front."""
+        values = dict(zip(self.hoisted, hoisted[0], strict=True))
+        return [
+            u + jnp.broadcast_to(values[self.biases[v][1]], u.shape) if v in self.biases else u
+            for v, u in zip(self.passed, drives, strict=True)
+        ]
 
     def finish(
         self,
@@ -294,12 +347,3 @@ def known(cut: Cut, r: Any, v: Any, W: Any) -> Any:
 
     value.defjvp(lambda primals, tangents: (primals[0], tangents[0] + cut.product(W, tangents[1])))
     return value(r, v)
-
-
-def against_the_grain(cut: Cut) -> bool:
-    """Whether a product over a batch reads the weights across the order in which they lie in memory."""
-    e = cut.eqn
-    if e.primitive.name != "dot_general" or cut.weights.aval.ndim != 2:
-        return False
-    place = 0 if e.invars[0] is cut.weights else 1
-    return cut.is_matrix or contracted(e, place) == (0 if place == 0 else 1)

@@ -29,7 +29,7 @@ from seqjax import native
 from seqjax.guarded import last_output
 from seqjax.partition.backward import Loop
 from seqjax.partition.chunks import chunk_length
-from seqjax.partition.forward import over_chunk, run_chunk, stored_weights
+from seqjax.partition.forward import over_chunk, run_chunk
 from seqjax.partition.kernel import kernel_for
 from seqjax.partition.plan import plan_of, traced_one
 
@@ -83,8 +83,8 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
 
     def loop(leaves, state, drives):
         hoisted = loop_parts.hoist(leaves)
-        stored = stored_weights(loop_parts, hoisted)
-        return run_chunk(loop_parts, kernel, False, hoisted, stored, state, drives, length)
+        products = loop_parts.products_in_loop(hoisted, row.batch)
+        return run_chunk(loop_parts, kernel, False, hoisted, products, state, drives, length)
 
     def recurrents(leaves, before, drives):
         return over_chunk(loop_parts.results, shape, None, 0, 0)(loop_parts.hoist(leaves), before, drives)

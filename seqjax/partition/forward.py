@@ -40,11 +40,11 @@ def forward(
     """
     batch, time = xs[0].shape[:2]
     hoisted = parts.hoist(params)
-    stored = stored_weights(parts, hoisted)
+    products = parts.products_in_loop(hoisted, batch)
 
     def chunk(state: Leaves, start: Array, length: int) -> tuple[Leaves, Any, Leaves]:
         inputs = over_chunk(parts.without_biases, (length, batch), None, 0)(hoisted, cut(xs, start, length))
-        return *run_chunk(parts, kernel, reverse, hoisted, stored, state, inputs, length), state
+        return *run_chunk(parts, kernel, reverse, hoisted, products, state, inputs, length), state
 
     after, (seen, kept), first = Chunks(time, chunk_length(batch, time), reverse).scan(chunk, state)
     return (after, kept), (seen, first)
@@ -55,7 +55,7 @@ def run_chunk(
     kernel: Kernel | None,
     reverse: bool,
     hoisted: Any,
-    stored: Leaves,
+    products: Callable[[int, Array], Array],
     state: Leaves,
     inputs: Leaves,
     length: int,
@@ -65,7 +65,7 @@ def run_chunk(
     Args:
         parts, kernel, reverse: as for `forward`.
         hoisted: from `parts.hoist`.
-        stored: from `stored_weights`.
+        products: from `parts.products_in_loop`.
         state: the state before the chunk, (batch, ...).
         inputs: the passed values without their biases, (time, batch, ...).
         length: of the chunk, in steps.
@@ -83,18 +83,10 @@ def run_chunk(
         kept = [states[leaf] for leaf in kernel.kept]
         return [leaf[0 if reverse else -1] for leaf in states], (seen(states), kept)
 
-    def product(i: int, v: Array) -> Array:
-        return parts.cuts[i].value_of_stored(stored[i], v)
-
     def step(state: Leaves, at: Any) -> tuple[Leaves, Any]:
         inputs, _ = at  # the number of the step is there because there may be no inputs
         drives = parts.with_biases(hoisted, inputs)
-        after, kept = jax.vmap(lambda state, drives: parts.finish(hoisted, state, drives, product))(state, drives)
+        after, kept = jax.vmap(lambda state, drives: parts.finish(hoisted, state, drives, products))(state, drives)
         return after, (seen(after), kept)
 
     return scan_once(step, state, (inputs, jnp.arange(length)), reverse)
-
-
-def stored_weights(parts: Parts, hoisted: Any) -> list[Any]:
-    """(W, b) of each cut, with W as the loop reads it."""
-    return [(c.stored(W), b) for c, (W, b) in zip(parts.cuts, hoisted[1], strict=True)]

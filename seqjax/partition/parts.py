@@ -42,6 +42,7 @@ from seqjax.partition.program import (
 from seqjax.partition.sigmoids import rules_for_slices
 
 CUTS = ("dot_general", "conv_general_dilated")
+LARGE = 2**14  # numbers of a matrix, from which on turning it costs more than one row gains
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,39 +77,30 @@ class Cut:
         """W v, without b."""
         return bind(self.eqn, [v if a is self.operand else W for a in self.eqn.invars])[0]
 
-    @property
-    def _stands_across(self) -> bool:
-        """Whether W is a matrix whose rows the product over a batch reads as columns."""
+    def is_stored_turned(self, batch: int) -> bool:
+        """Whether the loop reads W^T: XLA's product on a CPU is faster on it, except for one row and a large matrix."""
         e = self.eqn
         if e.primitive.name != "dot_general" or self.weights.aval.ndim != 2:
             return False
-        place = 0 if e.invars[0] is self.weights else 1
-        return self.is_matrix or contracted(e, place) == place
+        place = self._place_of_weights
+        return contracted(e, place) == place and (batch > 1 or self.weights.aval.size <= LARGE)
 
-    def stored(self, W: Any) -> Any:
-        """W as the loop reads it: W^T if XLA's product on a CPU is faster on that."""
-        return W.T if self._stands_across else W
-
-    def product_of_stored(self, stored: Any, v: Any) -> Any:
-        """`product` from `stored(W)`."""
-        if not self._stands_across:
-            return self.product(stored, v)
-        place = 0 if self.eqn.invars[0] is self.weights else 1
+    def product_of_turned(self, turned: Any, v: Any) -> Any:
+        """`product` from W^T."""
+        place = self._place_of_weights
         axes, batch = self.eqn.params["dimension_numbers"]
-        turned = tuple((1 - axes[place][0],) if k == place else axes[k] for k in (0, 1))
-        operands = [v if a is self.operand else stored for a in self.eqn.invars]
-        return self.eqn.primitive.bind(*operands, **{**self.eqn.params, "dimension_numbers": (turned, batch)})
+        turned_axes = tuple((1 - axes[place][0],) if k == place else axes[k] for k in (0, 1))
+        operands = [v if a is self.operand else turned for a in self.eqn.invars]
+        return self.eqn.primitive.bind(*operands, **{**self.eqn.params, "dimension_numbers": (turned_axes, batch)})
+
+    @property
+    def _place_of_weights(self) -> int:
+        return 0 if self.eqn.invars[0] is self.weights else 1
 
     def value(self, weight: tuple[Any, Any], v: Any) -> Any:
         """W v + b."""
         W, b = weight
         r = self.product(W, v)
-        return r if b is None else r + b
-
-    def value_of_stored(self, weight: tuple[Any, Any], v: Any) -> Any:
-        """`value` from (stored(W), b)."""
-        stored, b = weight
-        r = self.product_of_stored(stored, v)
         return r if b is None else r + b
 
 
@@ -257,6 +249,18 @@ class Parts:
             u + jnp.broadcast_to(values[self.biases[v][1]], u.shape) if v in self.biases else u
             for v, u in zip(self.passed, drives, strict=True)
         ]
+
+    def products_in_loop(self, hoisted: tuple[list[Any], list[Any]], batch: int) -> Callable[[int, Any], Any]:
+        """The value of a cut, of its index and its operand, from weights that lie in memory as a loop wants them."""
+        turned = [c.is_stored_turned(batch) for c in self.cuts]
+        stored = [W.T if turns else W for (W, _), turns in zip(hoisted[1], turned, strict=True)]
+
+        def value(i: int, v: Any) -> Any:
+            b = hoisted[1][i][1]
+            r = (self.cuts[i].product_of_turned if turned[i] else self.cuts[i].product)(stored[i], v)
+            return r if b is None else r + b
+
+        return value
 
     def finish(
         self,

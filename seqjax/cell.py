@@ -32,6 +32,7 @@ program of `step` (`seqjax.partition`); `seqjax.explain` prints what was found. 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -87,8 +88,8 @@ def output_of(cell: Any, stepped: Any) -> tuple[State, Output]:
     """
     if not isinstance(stepped, tuple) or len(stepped) != 2:
         raise TypeError(
-            f"expected {type(cell).__name__}.step to return (new_state, output), got {type(stepped).__name__}: "
-            f"a cell whose output is its state returns it twice"
+            f"expected {type(cell).__name__}.step to return (new_state, output), got {type(stepped).__name__}"
+            f"{_at_line(cell.step)}: a cell whose output is its state returns it twice"
         )
     return stepped
 
@@ -106,18 +107,32 @@ def same_state_type(cell: Any, new: State, old: State) -> State:
     old_leaves, old_tree = jax.tree_util.tree_flatten_with_path(old)
     if new_tree != old_tree:
         raise TypeError(
-            f"expected {name}.step to return a state of the structure that it got, {old_tree}, got {new_tree}: "
-            f"return (new_state, output), in this order, with new_state built like initial_state(params)"
+            f"expected {name}.step to return a state of the structure that it got, {old_tree}, got {new_tree}"
+            f"{_at_line(cell.step)}: return (new_state, output), in this order, with new_state built like "
+            f"initial_state(params)"
         )
     for (path, new_leaf), (_, old_leaf) in zip(new_leaves, old_leaves, strict=True):
         got, expected = jnp.asarray(new_leaf).aval, jnp.asarray(old_leaf).aval
         if (got.shape, got.dtype) != (expected.shape, expected.dtype):
             raise TypeError(
                 f"expected {name}.step to keep the type of its state{jax.tree_util.keystr(path)}, "
-                f"{expected.str_short()}, got {got.str_short()}: cast it to the state's dtype, or start from an "
-                f"initial_state of the type that the step returns"
+                f"{expected.str_short()}, got {got.str_short()}{_at_line(cell.step)}: cast it to the state's dtype, or "
+                f"start from an initial_state of the type that the step returns"
             )
     return strong_type(new)
+
+
+def line_of(method: Any) -> str | None:
+    """Where a method of a user begins, as "file:line"; None for one of seqjax, or one that is not written in Python."""
+    code = getattr(method, "__code__", None)
+    if code is None or os.path.dirname(os.path.abspath(code.co_filename)).startswith(os.path.dirname(__file__)):
+        return None
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _at_line(method: Any) -> str:
+    line = line_of(method)
+    return f" from the method at {line}" if line else ""
 
 
 def as_feature(x: Any, size: int, dtype: Any, cell: str) -> Array:

@@ -16,6 +16,7 @@ import jaxlib
 import jaxtyping
 from jaxtyping import PyTree
 
+from seqjax.cell import line_of
 from seqjax.cells.learned_state import LearnedState
 from seqjax.cells.stack import Stack
 from seqjax.parameter_checks import described, differences_from_init, name_of
@@ -85,7 +86,7 @@ def explain_step_error(
     name, line = f"{name_of(raising)}.{method}", user_line(error)
     text = next(iter(str(error).splitlines()), "").strip().rstrip(".:")
     if isinstance(error, jax.errors.UnexpectedTracerError):
-        line = line or _line_of(getattr(raising, method, None))
+        line = line or line_of(getattr(raising, method, None))
         got = f"a value of an earlier trace{f' at {line}' if line else ''}"
     else:
         got = f"{type(error).__name__}{f' at {line}' if line else ''}{f', {text}' if text else ''}"
@@ -175,14 +176,6 @@ def user_line(error: BaseException | TracebackType | None) -> str | None:
     frames = [frame for frame in frames if not os.path.abspath(frame.filename).startswith(NOT_THE_USERS)]
     own = [frame for frame in frames if not os.path.abspath(frame.filename).startswith(INSTALLED)]
     return next((f"{frame.filename}:{frame.lineno}" for frame in reversed(own or frames)), None)
-
-
-def _line_of(method: Any) -> str | None:
-    """Where a method of the user begins."""
-    code = getattr(method, "__code__", None)
-    if code is None or os.path.abspath(code.co_filename).startswith(NOT_THE_USERS):
-        return None
-    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def check_effects(cell: Any, program: Any) -> None:

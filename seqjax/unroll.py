@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from seqjax.cell import Output, Params, State, is_value
 from seqjax.checkpointed import run_checkpointed
-from seqjax.checks import batch_of_states, check_flags, check_inputs, check_steps
+from seqjax.checks import batch_of_states, check_flags, check_inputs, check_methods, check_steps
 from seqjax.guarded import Emit, drawn_noise, guarded_step, last_output, new_state
 from seqjax.partition.plan import NoPlan, Plan, plan_of, traced_step
 from seqjax.partition.run import run_plan
@@ -150,6 +150,7 @@ def gates(
         >>> round(float(activations["forget"][0, 0, 0]), 4)  # sigma(1) at a zero state and input
         0.7311
     """
+    check_methods(cell)
     if not hasattr(cell, "gates"):
         raise TypeError(
             f"expected a cell that names its gates, got {type(cell).__name__}: "

@@ -7,7 +7,6 @@ give the derivatives of a plain `lax.scan` for each of them. `zoo(d, n)` builds 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any
 
 import equinox as eqx
@@ -545,7 +544,7 @@ EVERY = OURS | FOREIGN
 
 def zoo(d, n) -> dict[str, Any]:
     """Cells of every kind by name, with d features in one input and n hidden units."""
-    cells = {
+    return {
         "vanilla-tanh": sj.VanillaRNN(d, n),
         "vanilla-relu": sj.VanillaRNN(d, n, activation="relu"),
         "lstm": sj.LSTM(d, n),
@@ -598,10 +597,8 @@ def zoo(d, n) -> dict[str, Any]:
         "embedding": sj.Embedding(TOKENS, n),
         "embedding-stack": sj.stack([sj.Embedding(TOKENS, d), sj.LSTM(d, n)]),
         "dropout-stack": sj.stack([sj.LSTM(d, n), sj.Dropout(n, 0.3), sj.GRU(n, n)]),
+        "haiku-lstm": Haiku(d, n),
     }
-    if importlib.util.find_spec("haiku"):  # installed by the extra "peers" only
-        cells |= {"haiku-lstm": Haiku(d, n)}
-    return cells
 
 
 ZOO = zoo(D, N)

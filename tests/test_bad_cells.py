@@ -466,6 +466,27 @@ def test_an_error_of_the_right_form_passes():
         sj.unroll(LosesALeaf(), Leaky().init(jax.random.key(0)), XS)
 
 
+def test_a_step_that_returns_another_state_or_no_output_is_named_with_its_line():
+    class Other(Leaky):
+        wrong = staticmethod(lambda h: (h, h))
+
+        def step(self, params, h, x):
+            return self.wrong(h)
+
+    line = f"test_bad_cells.py:{Other.step.__code__.co_firstlineno}"
+    for wrong in (lambda h: ((h, h), h), lambda h: (h.astype("bfloat16"), h), lambda h: h):
+        cell = Other()
+        cell.wrong = wrong
+        with raises(TypeError, "expected Other.step", line):
+            sj.unroll(cell, cell.init(jax.random.key(0)), XS)
+
+
+def test_the_gates_of_swapped_arguments_and_of_a_class_are_not_a_cell_s():
+    for cell, params in ((PARAMS, LSTM), (sj.LSTM, PARAMS)):
+        with raises(TypeError, METHODS):
+            sj.gates(cell, params, XS)
+
+
 class NeedsACode(Exception):
     def __init__(self, code, reason):
         super().__init__(code, reason)

@@ -15,6 +15,7 @@ from seqjax.analysis.scaled import log_of_power, rescaled
 from seqjax.cell import Params, State
 from seqjax.compiled import compiled
 from seqjax.partition.jacobian import step_jacobian
+from seqjax.partition.plan import shapes_of_one
 
 
 class StepJacobians(NamedTuple):
@@ -95,7 +96,7 @@ def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[
     before, drive = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, given), given.inputs))
     step, params = flat_step(cell, given.params), given.params
     unravel = partial(unflatten, cell, params)
-    like, at = _one(before), _one((*drive, None))
+    like, at = shapes_of_one(before, 2), shapes_of_one((*drive, None), 2)
     jacobian = step_jacobian(cell, params, jax.eval_shape(unravel, like), at)
 
     def by_state(v: Array, at: PyTree) -> Array:
@@ -109,11 +110,6 @@ def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[
         return jax.vmap(jax.vmap(derivative))(before, drive)
 
     return everywhere(by_state), everywhere(by_input) if inputs else None
-
-
-def _one(sequences: PyTree) -> PyTree:
-    """The shapes and dtypes of one example at one time."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), sequences)
 
 
 class JacobianProduct(NamedTuple):

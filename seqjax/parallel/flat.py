@@ -19,6 +19,7 @@ from seqjax.guarded import guarded_step
 from seqjax.parallel.algebra import DENSE, Algebra
 from seqjax.parallel.layers import LoopCell
 from seqjax.partition.jacobian import step_jacobian
+from seqjax.partition.plan import shapes_of_one
 
 AT_ONCE = 2**22  # numbers of Jacobians that are held at once where only their diagonals are wanted
 
@@ -94,8 +95,7 @@ class FlatCell:
 
     def jacobians(self, algebra: Algebra, params: Params, before: Array, inputs: At) -> Array:
         """Those of every step, (time, n, n), or their diagonals, (time, n), without ever holding all the matrices."""
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (before, inputs))
-        jacobian = self.jacobian(params, one)
+        jacobian = self.jacobian(params, shapes_of_one((before, inputs), 1))
         if algebra is DENSE:
             return jax.vmap(jacobian)(before, inputs)
 
@@ -110,7 +110,7 @@ class FlatCell:
 
 def flat_cell(cell: Any, states: State) -> FlatCell:
     """The flat map of a cell, from states of a batch."""
-    return FlatCell(cell, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), states))
+    return FlatCell(cell, shapes_of_one(states, 1))
 
 
 def check_differentiable(flat: FlatCell, method: str, params: Params, first: Array, inputs: At) -> None:

@@ -14,7 +14,9 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params
+from seqjax.guarded import last_output
 from seqjax.partition.loops import Stage, stages
+from seqjax.partition.plan import traced_step
 from seqjax.partition.program import inline
 
 Leaves = tuple[Any, ...]
@@ -62,15 +64,7 @@ def loops_of(
         the output.
     """
 
-    def step(params: Params, state: PyTree, at: PyTree) -> Any:
-        x, noise = at
-        return cell.step(params, state, x) if noise is None else cell.step(params, state, x, noise)
-
-    def one(tree: PyTree, axes: int) -> PyTree:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), tree)
-
-    params = jax.tree.map(jnp.asarray, params)
-    closed, (_, output) = jax.make_jaxpr(step, return_shape=True)(params, one(state, 1), one((x, noise), 2))
-    program, sizes = inline(closed), (len(jax.tree.leaves(params)), len(jax.tree.leaves(state)))
+    traced = traced_step(cell, last_output, params, state, (x, None, None, noise))
+    program, sizes = inline(traced.program), (traced.params, traced.state)
     loops = [LoopCell(cell, stage) for stage in stages(program, *sizes)]
-    return loops, list(program.jaxpr.invars[sum(sizes) :]), jax.tree.structure(output)
+    return loops, list(program.jaxpr.invars[sum(sizes) :]), traced.trees[1]

@@ -64,11 +64,12 @@ def traced_step(cell: Any, emit: Emit, params: PyTree, state: PyTree, inputs: Py
         state: states (batch, ...).
         inputs: (xs, mask, reset, noise), leaves (batch, time, ...).
     """
+    return traced_one(cell, emit, params, shapes_of_one(state, 1), shapes_of_one(inputs, 2))
 
-    def one(tree: PyTree, axes: int) -> PyTree:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), tree)
 
-    return traced_one(cell, emit, params, one(state, 1), one(inputs, 2))
+def shapes_of_one(tree: PyTree, axes: int) -> PyTree:
+    """The shapes and dtypes of one example at one time: of leaves without their first axes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), tree)
 
 
 def traced_one(cell: Any, emit: Emit, params: PyTree, state: PyTree, at: PyTree) -> Traced:
@@ -82,7 +83,7 @@ def traced_one(cell: Any, emit: Emit, params: PyTree, state: PyTree, at: PyTree)
         return guarded_step(cell, params, state, *at, emit=emit)
 
     params = jax.tree.map(lambda p: p if isinstance(p, jax.ShapeDtypeStruct) else jnp.asarray(p), params)
-    with errors_of_step(cell, params, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), at[0])):
+    with errors_of_step(cell, params, shapes_of_one(at[0], 0)):
         program, out = jax.make_jaxpr(step, return_shape=True)(params, state, at)
     check_effects(cell, program)
     sizes = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))

@@ -7,7 +7,7 @@ What the whole takes beyond them is the cutting of chunks and the loss. It takes
 they do not, and by packing the kernel's weights once for all chunks. The peak is the fastest square product of matrices
 that XLA runs in the same minutes.
 
-Needs the kernel (`python -m seqjax.native`). Writes breakdown.json and breakdown.md beside this file.
+Needs the kernel (`python -m seqjax.kernels`). Writes breakdown.json and breakdown.md beside this file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from jax import lax
 import seqjax as sj
 from benchmarks.machine import call_times, in_turns, machine
 from benchmarks.peers.rows import GATES, Row
-from seqjax import native
-from seqjax.guarded import last_output
-from seqjax.partition.backward import Loop
-from seqjax.partition.chunks import chunk_length
-from seqjax.partition.forward import over_chunk, run_chunk
-from seqjax.partition.kernel import kernel_for
-from seqjax.partition.plan import plan_of, traced_one
+from seqjax import kernels
+from seqjax.sequence._execution.backward import Loop
+from seqjax.sequence._execution.chunks import chunk_length
+from seqjax.sequence._execution.forward import over_chunk, run_chunk
+from seqjax.sequence._execution.kernel import kernel_for
+from seqjax.sequence._masked_step import last_output
+from seqjax.sequence._partition.plan import plan_of, traced_one
 
 CELLS = {"vanilla": sj.VanillaRNN, "lstm": sj.LSTM, "gru": sj.GRU}
 ROWS = [Row(32, 128, 128, 128), Row(64, 150, 256, 256), Row(16, 128, 512, 512)]
@@ -41,10 +41,10 @@ SECONDS = 0.4  # for each part
 def switch(kernel: bool) -> None:
     """Lets the kernel run the loops, or XLA."""
     os.environ["SEQJAX_NATIVE"] = "1" if kernel else "0"
-    native.available.cache_clear()
+    kernels.available.cache_clear()
     jax.clear_caches()
-    if native.available() is not kernel:
-        sys.exit("expected the kernel for these rows, found none: build it with python -m seqjax.native")
+    if kernels.available() is not kernel:
+        sys.exit("expected the kernel for these rows, found none: build it with python -m seqjax.kernels")
 
 
 def peak() -> float:

@@ -31,7 +31,8 @@ EMBEDDING, HIDDEN, BATCH, WINDOW, LEARNING_RATE, CLIP = 64, 256, 32, 128, 2e-3, 
 def seqjax_curve(passes: int, seed: int) -> dict:
     import jax
 
-    from seqjax import character_model, data
+    from seqjax import data
+    from seqjax.command import character_model
 
     corpus = data.manual_topics()
     training, validation, _ = data.split(corpus.tokens)

@@ -17,9 +17,9 @@ def machine(*packages: str) -> str:
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = named[0].split(":")[1].strip() if named else platform.processor()
     versions = ", ".join(f"{name} {version(name)}" for name in packages if is_installed(name))
-    from seqjax import native
+    from seqjax import kernels
 
-    loops = "seqjax with its kernel" if native.available() else "seqjax without its kernel"
+    loops = "seqjax with its kernel" if kernels.available() else "seqjax without its kernel"
     return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {versions}, {loops}"
 
 

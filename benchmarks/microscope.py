@@ -218,7 +218,7 @@ def jacobians() -> dict:
 
     import seqjax as sj
     from benchmarks.any_cell.cells import Peephole
-    from seqjax.partition.jacobian import step_jacobian
+    from seqjax.sequence._execution.jacobian import step_jacobian
 
     cells = {
         "VanillaRNN": sj.VanillaRNN(32, 128),

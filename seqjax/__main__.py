@@ -13,7 +13,7 @@ def main() -> None:
         import tyro  # noqa: F401
     except ModuleNotFoundError as error:
         sys.exit(f'seqjax: expected the packages of the command line, got no {error.name}: pip install "seqjax[cli]"')
-    from seqjax.cli import run
+    from seqjax.command.cli import run
 
     sys.exit(run(sys.argv[1:]))
 

@@ -19,7 +19,7 @@ What a cell promises, and what `seqjax.testing.check_cell` checks:
   rebuilt.
 
 Nothing else is needed for anything. How a cell is unrolled fast, its gradients and its Jacobian are derived from the
-program of `step` (`seqjax.partition`); `seqjax.explain` prints what was found. A cell may also have:
+program of `step` (`seqjax.sequence._partition`); `seqjax.explain` prints what was found. A cell may also have:
 
 - `input_shape`: the shape of one input, `(8,)` for eight features and `()` for a token. Sequence calls then check `xs`
   before anything compiles.
@@ -37,6 +37,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 Params = PyTree
@@ -80,7 +81,7 @@ def strong_type(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(jnp.asarray(leaf), jnp.asarray(leaf).dtype), tree)
 
 
-def output_of(cell: Any, stepped: Any) -> tuple[State, Output]:
+def output_of(cell: Cell, stepped: Any) -> tuple[State, Output]:
     """Returns what a step returned, if it is a new state and an output.
 
     Raises:
@@ -94,7 +95,7 @@ def output_of(cell: Any, stepped: Any) -> tuple[State, Output]:
     return stepped
 
 
-def same_state_type(cell: Any, new: State, old: State) -> State:
+def same_state_type(cell: Cell, new: State, old: State) -> State:
     """Returns `new` if it has the tree, shapes and dtypes of `old`; otherwise raises, naming the leaf.
 
     A state that changes its type cannot be carried by `lax.scan`. Caught here, the message can name the cell's step.
@@ -135,7 +136,7 @@ def _at_line(method: Any) -> str:
     return f" from the method at {line}" if line else ""
 
 
-def as_feature(x: Any, size: int, dtype: Any, cell: str) -> Array:
+def as_feature(x: Any, size: int, dtype: DTypeLike, cell: str) -> Array:
     """One step's input as a vector of the parameters' dtype, so that no input can change the type of the state.
 
     Raises:

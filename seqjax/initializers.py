@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 Initializer = Callable[..., Array]
@@ -37,7 +38,7 @@ class Orthogonal:
 
     gain: float = 1.0
 
-    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         wide = _at_least_float32(dtype)
         return jax.nn.initializers.orthogonal(self.gain)(key, shape, wide).astype(dtype)
 
@@ -52,7 +53,7 @@ class Glorot:
         True
     """
 
-    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)(key, shape, dtype)
 
 
@@ -71,7 +72,7 @@ class Uniform:
 
     bound: float | None = None
 
-    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         bound = 1 / math.sqrt(shape[0]) if self.bound is None else self.bound
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -95,7 +96,7 @@ class SpectralRadius:
 
     radius: float = 1.0
 
-    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         if len(shape) != 2 or shape[0] != shape[1]:
             raise ValueError(f"expected a square matrix for a spectral radius, got {shape}: use it for W_hh")
         wide = _at_least_float32(dtype)
@@ -112,16 +113,16 @@ class SpectralRadius:
         return (W * (self.radius / jnp.exp(log_radius))).astype(dtype)
 
 
-def _at_least_float32(dtype: Any) -> Any:
+def _at_least_float32(dtype: DTypeLike) -> Any:
     """Matrix factorisations do not exist in the half precisions."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
-def gate_matrices(initializer: Initializer, key: Array, gates: int, shape: tuple[int, int], dtype: Any) -> Array:
+def gate_matrices(initializer: Initializer, key: Array, gates: int, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     """`gates` matrices, each drawn on its own, above one another: (gates * n, m)."""
     return jnp.concatenate([initializer(k, shape, dtype) for k in jax.random.split(key, gates)])
 
 
-def chrono_bias(key: Array, size: int, longest: int, dtype: Any) -> Array:
+def chrono_bias(key: Array, size: int, longest: int, dtype: DTypeLike) -> Array:
     """b ~ ln U[1, longest - 1], so that sigmoid(b) forgets over 2 to `longest` steps (Tallec and Ollivier 2018)."""
     return jnp.log(jax.random.uniform(key, (size,), dtype, 1.0, longest - 1.0))

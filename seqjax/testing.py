@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell
-from seqjax.step_errors import explain_step_error
-from seqjax.unroll import length_mask, trajectory, unroll
+from seqjax.sequence._step_errors import explain_step_error
+from seqjax.sequence.unroll import length_mask, trajectory, unroll
 
 BATCH, TIME = 3, 5
 
 
 def check_cell(
-    cell: Any, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True
+    cell: Cell, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True
 ) -> list[str]:
     """Runs the contract of `seqjax.Cell` on a cell.
 
@@ -64,7 +65,7 @@ def _holds(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def _example_input(cell: Any, key: Array) -> Array:
+def _example_input(cell: Cell, key: Array) -> Array:
     shape = getattr(cell, "input_shape", None)
     _holds(
         shape is not None,
@@ -97,7 +98,7 @@ def _pick(tree: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _cast(tree: PyTree, dtype: Any) -> PyTree:
+def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """The floating-point leaves in another dtype."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
@@ -110,7 +111,7 @@ def _close(a: PyTree, b: PyTree, tolerance: float = 1e-5) -> bool:
     return all(map(near, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def _is_pure(cell: Any, params: PyTree, x: PyTree) -> None:
+def _is_pure(cell: Cell, params: PyTree, x: PyTree) -> None:
     state = cell.initial_state(params)
     inputs = [np.array(leaf) for leaf in jax.tree.leaves((params, state, x))]
     first, second = cell.step(params, state, x), cell.step(params, state, x)
@@ -126,7 +127,7 @@ def _is_pure(cell: Any, params: PyTree, x: PyTree) -> None:
     _leaks_nothing(cell, params, state, x)
 
 
-def _leaks_nothing(cell: Any, params: PyTree, state: PyTree, x: PyTree) -> None:
+def _leaks_nothing(cell: Cell, params: PyTree, state: PyTree, x: PyTree) -> None:
     try:
         with jax.checking_leaks():
             jax.eval_shape(cell.step, params, state, x)
@@ -139,7 +140,7 @@ def _leaks_nothing(cell: Any, params: PyTree, state: PyTree, x: PyTree) -> None:
         ) from error
 
 
-def _keeps_the_type_of_its_state(cell: Any, params: PyTree, x: PyTree) -> None:
+def _keeps_the_type_of_its_state(cell: Cell, params: PyTree, x: PyTree) -> None:
     state = jax.tree.map(jnp.asarray, cell.initial_state(params))
     result = cell.step(params, state, x)
     _holds(
@@ -153,7 +154,7 @@ def _keeps_the_type_of_its_state(cell: Any, params: PyTree, x: PyTree) -> None:
     )
 
 
-def _follows_the_dtype_of_its_parameters(cell: Any, params: PyTree, x: PyTree) -> None:
+def _follows_the_dtype_of_its_parameters(cell: Cell, params: PyTree, x: PyTree) -> None:
     floating = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if not floating:
         return
@@ -168,14 +169,14 @@ def _follows_the_dtype_of_its_parameters(cell: Any, params: PyTree, x: PyTree) -
     _keeps_the_type_of_its_state(cell, half, x)
 
 
-def _takes_wrong_dtypes(cell: Any, params: PyTree, x: PyTree) -> None:
+def _takes_wrong_dtypes(cell: Cell, params: PyTree, x: PyTree) -> None:
     if not jax.tree.leaves(params):
         return  # nothing fixes the dtype but the input itself
     for dtype in (jnp.bfloat16, jnp.float16):
         _keeps_the_type_of_its_state(cell, params, _cast(x, dtype))
 
 
-def _traces_once(cell: Any, params: PyTree, x: PyTree) -> None:
+def _traces_once(cell: Cell, params: PyTree, x: PyTree) -> None:
     traces = 0
 
     def step(params: PyTree, state: PyTree, x: PyTree) -> Any:
@@ -190,7 +191,7 @@ def _traces_once(cell: Any, params: PyTree, x: PyTree) -> None:
     _holds(traces == 1, f"expected one trace for three steps, got {traces}: the state's type changes from step to step")
 
 
-def _scans_as_it_loops(cell: Any, params: PyTree, x: PyTree) -> None:
+def _scans_as_it_loops(cell: Cell, params: PyTree, x: PyTree) -> None:
     xs = _sequence(x)
     final, outputs = unroll(cell, params, xs)
     for row in range(BATCH):
@@ -203,7 +204,7 @@ def _scans_as_it_loops(cell: Any, params: PyTree, x: PyTree) -> None:
         _holds(_close(state, _pick(final, row)), f"expected the loop's final state in row {row}: is step pure?")
 
 
-def _holds_its_state_under_a_mask(cell: Any, params: PyTree, x: PyTree) -> None:
+def _holds_its_state_under_a_mask(cell: Cell, params: PyTree, x: PyTree) -> None:
     xs, mask = _sequence(x), length_mask(jnp.arange(BATCH), TIME)
     spoilt = jax.tree.map(lambda leaf: _spoil(leaf, mask), xs)
     final, outputs = unroll(cell, params, spoilt, mask=mask)
@@ -225,7 +226,7 @@ def _spoil(leaf: Array, mask: Array) -> Array:
     return jax.vmap(jax.vmap(lambda valid, x: jnp.where(valid, x, jnp.full_like(x, nan))))(mask, leaf)
 
 
-def _has_finite_gradients(cell: Any, params: PyTree, x: PyTree) -> None:
+def _has_finite_gradients(cell: Cell, params: PyTree, x: PyTree) -> None:
     def step_loss(params: PyTree, state: PyTree) -> Array:
         return _energy(cell.step(params, state, x))
 

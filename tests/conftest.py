@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("seqjax", "beartype.beartype")
+hook = install_import_hook("seqjax", "typechecking.checked")
 
 import hypothesis  # noqa: E402 - the hook above must come before jax and seqjax
 import jax  # noqa: E402

@@ -15,11 +15,11 @@ from cells import D, Leaky, N
 from plot_results import DOWN, GATES, STATES, exponents, lag_result, matrix, product, spectrum
 
 import seqjax as sj
-from seqjax.analysis.cell_path import CellPath
-from seqjax.analysis.fixed_points import FixedPoints
-from seqjax.analysis.verdict import Verdict
-from seqjax.report import one, report
-from seqjax.report.measure import Measured
+from seqjax.analysis.cell_gradient_path import CellPath
+from seqjax.analysis.fixed_point_search import FixedPoints
+from seqjax.analysis.verdicts import Verdict
+from seqjax.reports.cell_page import report
+from seqjax.reports.measure import Measured
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "col"}
 SECTIONS = ("verdict", "gradients", "exponents", "jacobians", "gates", "states", "settings")

@@ -15,11 +15,11 @@ import numpy as np
 import pandas
 import pytest
 
-import seqjax.cli
-from seqjax import character_model
-from seqjax.character_model import Settings
-from seqjax.job import restore
-from seqjax.runs import MetricsTable, Run
+import seqjax.command.cli
+from seqjax.command import character_model
+from seqjax.command.character_model import Settings
+from seqjax.command.job import restore
+from seqjax.command.run_folder import MetricsTable, Run
 
 TEXT = "the cat sat on the mat; the dog did not.\n" * 10 + "what is it that the dog did? it sat.\n" * 3
 WINDOWS = 7  # in one pass over the first 90 % of the text, with these settings
@@ -53,7 +53,7 @@ def seqjax_run(*arguments):
     with once, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # orbax warns of its own code
         try:
-            return seqjax.cli.run([str(argument) for argument in arguments])
+            return seqjax.command.cli.run([str(argument) for argument in arguments])
         except SystemExit as stopped:
             return stopped.code
 

@@ -12,13 +12,13 @@ import pytest
 from errors import raises
 
 import seqjax as sj
-from seqjax.analysis.ablation import ablation
 from seqjax.analysis.by_length import score_by_length
 from seqjax.analysis.clipping import clipping_statistics
+from seqjax.analysis.gate_ablation import ablation
 from seqjax.analysis.gates import gate_statistics
-from seqjax.analysis.verdict import verdict
+from seqjax.analysis.verdicts import verdict
 
-MODULE = sys.modules["seqjax.analysis.ablation"]  # the package gives the function this name
+MODULE = sys.modules["seqjax.analysis.gate_ablation"]  # the package gives the function this name
 N, STEPS = 3, 4
 HEAD, LOSS = sj.Gaussian(N, 1, std=1.0), sj.ManyToOne()
 OPTIONS = {"steps": STEPS, "loss": LOSS, "clip_norm": 0.5, "key": jax.random.key(2)}

@@ -11,10 +11,10 @@ import pytest
 from cells import TOKENS, ZOO, D, Leaky, N, PeepholeLSTM, Spiking, zoo
 
 import seqjax as sj
-from seqjax.analysis.flow import flat_step, pull, push
+from seqjax.analysis._flow import flat_step, pull, push
 from seqjax.cell import strong_type
-from seqjax.guarded import drawn_noise
-from seqjax.unroll import _run_compiled
+from seqjax.sequence._masked_step import drawn_noise
+from seqjax.sequence.unroll import _run_compiled
 
 BATCH, TIME = 2, 6
 FLAGS = np.random.default_rng(3).random((2, 6, 203)) < 0.7
@@ -238,7 +238,7 @@ def test_a_partition_that_fails_falls_back_and_explain_says_why(monkeypatch):
     cell = PeepholeLSTM(D, 5)
     params, xs = cell.init(jax.random.key(0)), jnp.ones((1, 3, D))
     expected = plain(cell, params, xs)
-    monkeypatch.setattr("seqjax.partition.plan.Parts", broken)
+    monkeypatch.setattr("seqjax.sequence._partition.plan.Parts", broken)
     jax.clear_caches()
     got = sj.unroll(cell, params, xs)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), got, expected)

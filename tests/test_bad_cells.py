@@ -19,8 +19,8 @@ from flax import nnx
 from jax.experimental import io_callback
 
 import seqjax as sj
-from seqjax.parameter_checks import check_params
-from seqjax.step_errors import check_effects, errors_of_step, explain_step_error, user_line
+from seqjax.sequence._parameter_checks import check_params
+from seqjax.sequence._step_errors import check_effects, errors_of_step, explain_step_error, user_line
 
 XS = jnp.zeros((2, 5, D))
 LSTM = sj.LSTM(D, N)

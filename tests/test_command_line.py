@@ -22,7 +22,7 @@ from small_runs import seqjax_run as run
 
 import seqjax as sj
 import seqjax.__main__
-from seqjax.character_model import Settings, build
+from seqjax.command.character_model import Settings, build
 
 
 def number(printed, name):

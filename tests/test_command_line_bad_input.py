@@ -12,8 +12,8 @@ from small_runs import seqjax_run as run
 from small_runs import text as text
 
 import seqjax as sj
-from seqjax.character_model import Settings
-from seqjax.job import begin
+from seqjax.command.character_model import Settings
+from seqjax.command.job import begin
 
 
 @pytest.mark.parametrize(

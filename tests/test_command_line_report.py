@@ -14,9 +14,9 @@ from small_runs import finished as finished
 from small_runs import seqjax_run as run
 
 import seqjax as sj
-import seqjax.cli
-from seqjax.report import measure as measuring
-from seqjax.report.html import text
+import seqjax.command.cli
+from seqjax.reports import measure as measuring
+from seqjax.reports.html import text
 
 
 def page_at(path):
@@ -109,7 +109,7 @@ def test_training_ends_with_its_report_unless_told_not_to(report, quick, tmp_pat
 
 
 def test_by_default_training_writes_a_report():
-    assert seqjax.cli.Train().report
+    assert seqjax.command.cli.Train().report
 
 
 @pytest.mark.parametrize("reason", ["matplotlib", "anything"])
@@ -117,7 +117,7 @@ def test_a_report_that_fails_loses_no_run(reason, tmp_path, monkeypatch, capsys)
     if reason == "matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     else:
-        monkeypatch.setattr(seqjax.cli, "report_run", lambda _: 1 / 0)
+        monkeypatch.setattr(seqjax.command.cli, "report_run", lambda _: 1 / 0)
     path = tmp_path / "run"
     words = write(tmp_path / "text.txt")
     assert run("train", "--text", words, "--out", path, "--report", *small(steps=2)) == 0

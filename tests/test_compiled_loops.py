@@ -22,7 +22,7 @@ def optimised(compile_quickly):
 @pytest.fixture
 def xlas_own_loops(optimised, monkeypatch):
     """Without the kernel in C++, inside of which there would be nothing to see."""
-    monkeypatch.setattr("seqjax.partition.run.kernel_for", lambda parts: None)
+    monkeypatch.setattr("seqjax.sequence._execution.run.kernel_for", lambda parts: None)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -6,8 +6,8 @@ from jax.flatten_util import ravel_pytree
 
 import seqjax as sj
 from seqjax.cells.product import product
-from seqjax.guarded import last_output
-from seqjax.unroll import _run_plainly
+from seqjax.sequence._masked_step import last_output
+from seqjax.sequence.unroll import _run_plainly
 from tests.errors import raises
 
 CELLS = [sj.VanillaRNN, sj.LSTM, sj.GRU, lambda *sizes, **how: sj.GRU(*sizes, reset="before", **how)]

@@ -15,9 +15,9 @@ from oracles import assert_close, drawn, drawn_states, like, scanned, weighted
 
 import seqjax as sj
 from seqjax.cells.stack import Stack
-from seqjax.guarded import last_output, new_state
-from seqjax.partition.chunks import chunk_length
-from seqjax.unroll import _run_plainly
+from seqjax.sequence._execution.chunks import chunk_length
+from seqjax.sequence._masked_step import last_output, new_state
+from seqjax.sequence.unroll import _run_plainly
 
 BATCH = 2
 FLAGS = np.random.default_rng(0).random((2, 40, 1100)) < 0.7

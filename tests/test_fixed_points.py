@@ -203,7 +203,7 @@ def test_a_cell_that_computes_in_float32_needs_a_wider_tolerance():
 def test_many_starts_are_descended_in_turn(monkeypatch):
     cell, params = Saddle(), {"eps": jnp.array(-0.25)}  # it compares by identity, so every search compiles
     whole = sj.analysis.fixed_points(cell, params, count=10)
-    monkeypatch.setattr("seqjax.analysis.descent.AT_ONCE", 4)
+    monkeypatch.setattr("seqjax.analysis._descent.AT_ONCE", 4)
     parts = sj.analysis.fixed_points(cell, params, count=10)
     np.testing.assert_allclose(parts.points, whole.points, atol=1e-12)
     assert parts.search.outcome.tolist() == whole.search.outcome.tolist()

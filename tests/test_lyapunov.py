@@ -12,8 +12,8 @@ from oracles import drawn
 from scipy.special import psi
 
 import seqjax as sj
-from seqjax.analysis.flow import random_frame
-from seqjax.analysis.statistics import bootstrap_interval
+from seqjax.analysis._flow import random_frame
+from seqjax.analysis._statistics import bootstrap_interval
 
 
 class Map:

@@ -20,8 +20,8 @@ from flax import nnx
 from oracles import drawn, drawn_states, like, weighted
 
 import seqjax as sj
-from seqjax import native
-from seqjax.partition import kernel
+from seqjax import kernels
+from seqjax.sequence._partition import kernel
 
 pytestmark = pytest.mark.skipif(
     shutil.which((os.environ.get("CXX") or "g++").split()[0]) is None, reason="there is no C++ compiler"
@@ -40,11 +40,11 @@ def library(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("SEQJAX_NATIVE", raising=False)
-        path = native.build()
+        path = kernels.build()
         jax.clear_caches()
-        assert native.available()
+        assert kernels.available()
         yield path
-    native.available.cache_clear()
+    kernels.available.cache_clear()
     jax.clear_caches()
 
 
@@ -57,7 +57,7 @@ def switched(patch, on):
         chosen.append(None if found is None else found.name)
         return found
 
-    patch.setattr("seqjax.partition.run.kernel_for", kernel_for)
+    patch.setattr("seqjax.sequence._execution.run.kernel_for", kernel_for)
     jax.clear_caches()
     return chosen
 
@@ -347,7 +347,7 @@ def test_calls_from_many_threads_agree(monkeypatch):
 
 def command(**environment):
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "seqjax.native"],
+        [sys.executable, "-W", "error", "-m", "seqjax.kernels"],
         env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -355,8 +355,8 @@ def command(**environment):
 def test_the_command_says_where_the_kernel_lies_and_a_running_process_keeps_its_own(library, monkeypatch):
     result = command()
     assert (result.stdout, result.stderr, result.returncode) == (f"compiled {library}\n", "", 0)
-    native.available.cache_clear()
-    assert native.available()
+    kernels.available.cache_clear()
+    assert kernels.available()
     chosen = switched(monkeypatch, True)
     cell, params, xs, _ = case("gru", 5, 2, 6)
     assert np.all(np.isfinite(sj.unroll(cell, params, xs)[1]))
@@ -381,38 +381,38 @@ def test_what_hinders_the_command_is_said_in_one_line(library, tmp_path):
 
 def test_the_command_takes_no_arguments():
     for argument, code, said in (("--help", 0, "$CXX"), ("--hlep", 2, "--hlep")):
-        result = subprocess.run([sys.executable, "-m", "seqjax.native", argument], capture_output=True, text=True)
+        result = subprocess.run([sys.executable, "-m", "seqjax.kernels", argument], capture_output=True, text=True)
         assert (result.returncode, said in result.stdout + result.stderr) == (code, True)
         assert "compiled" not in result.stdout
 
 
 def test_without_a_library_a_home_or_a_wish_xla_runs_the_loops(tmp_path, monkeypatch):
-    native.available.cache_clear()
+    kernels.available.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not native.available()
+    assert not kernels.available()
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
-    native.available.cache_clear()
-    assert not native.available()
+    kernels.available.cache_clear()
+    assert not kernels.available()
     monkeypatch.setattr("pathlib.Path.home", lambda: pytest.fail("raises where a user has no home"))
-    assert native.library().name.startswith("loops-")
+    assert kernels.library().name.startswith("loops-")
     monkeypatch.undo()
     monkeypatch.setenv("SEQJAX_NATIVE", "0")
-    native.available.cache_clear()
-    assert not native.available()
+    kernels.available.cache_clear()
+    assert not kernels.available()
     monkeypatch.undo()
-    native.available.cache_clear()
-    assert native.available()
+    kernels.available.cache_clear()
+    assert kernels.available()
 
 
 def test_a_library_that_does_not_load_is_named_in_a_warning(tmp_path, monkeypatch):
-    native.available.cache_clear()
+    kernels.available.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_loaded", [])
-    native.library().parent.mkdir()
-    native.library().write_text("not a library")
-    with pytest.warns(UserWarning, match="python -m seqjax.native builds it anew"):
-        assert not native.available()
+    kernels.library().parent.mkdir()
+    kernels.library().write_text("not a library")
+    with pytest.warns(UserWarning, match="python -m seqjax.kernels builds it anew"):
+        assert not kernels.available()
     monkeypatch.undo()
-    native.available.cache_clear()
-    assert native.available()
+    kernels.available.cache_clear()
+    assert kernels.available()

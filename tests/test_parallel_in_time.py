@@ -14,9 +14,9 @@ from errors import raises
 from oracles import MASK, RESET, assert_close, drawn, drawn_states, looped, weighted
 
 import seqjax as sj
-from seqjax.parallel.algebra import DENSE, DIAGONAL
-from seqjax.parallel.linear_scan import linear_scan
-from seqjax.parallel.smoother import smoothed_step
+from seqjax.parallel._algebra import DENSE, DIAGONAL
+from seqjax.parallel._linear_scan import linear_scan
+from seqjax.parallel._smoother import smoothed_step
 
 METHODS = [sj.DEER(), sj.QuasiDEER(), sj.ELK(), sj.QuasiELK()]
 NEWTON = METHODS[:2]
@@ -171,7 +171,7 @@ def test_diagonals_are_enough_where_units_do_not_mix(x64):
 
 
 def test_diagonals_are_taken_in_pieces_where_all_jacobians_are_too_many(monkeypatch, x64):
-    monkeypatch.setattr("seqjax.parallel.flat.AT_ONCE", 7 * 16)
+    monkeypatch.setattr("seqjax.parallel._flat.AT_ONCE", 7 * 16)
     cell = sj.GRU(D, 4, chrono=4)
     params, xs = drawn(cell, "float64", time=30)
     got, found = sj.unroll_parallel(cell, params, xs, method=sj.QuasiDEER(), tolerance=1e-13)

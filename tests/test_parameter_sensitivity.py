@@ -14,7 +14,7 @@ from errors import raises
 from oracles import MASK, RESET, drawn, drawn_states, weighted
 
 import seqjax as sj
-from seqjax.analysis.leaves import floating_leaves
+from seqjax.analysis._leaves import floating_leaves
 
 LONG = 2000
 FLAGS = dict(mask=MASK, reset=RESET)

@@ -31,9 +31,9 @@ from plot_results import (
 
 import seqjax as sj
 from seqjax import plots
-from seqjax.analysis.cell_path import cell_path
+from seqjax.analysis.cell_gradient_path import cell_path
 from seqjax.analysis.clipping import clipping_statistics
-from seqjax.analysis.fixed_points import fixed_points
+from seqjax.analysis.fixed_point_search import fixed_points
 from seqjax.plots.canvas import COLOURS, GREY, power, tell_missing
 
 
@@ -244,5 +244,5 @@ def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch):
 
 
 def test_importing_seqjax_imports_no_matplotlib():
-    code = "import sys, seqjax, seqjax.plots, seqjax.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, seqjax, seqjax.plots, seqjax.reports; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

@@ -15,11 +15,10 @@ from report_pages import CELLS, HISTORY, SECTIONS, Page, assert_accessible, asse
 from report_pages import page_of as page_of
 
 import seqjax as sj
-from seqjax.analysis.verdict import verdict
-from seqjax.report import measure as measuring
-from seqjax.report import report
-from seqjax.report.html import text
-from seqjax.report.one import memory_gates
+from seqjax.analysis.verdicts import verdict
+from seqjax.reports import measure as measuring
+from seqjax.reports.cell_page import memory_gates, report
+from seqjax.reports.html import text
 
 slow = pytest.mark.slow
 ANALYSES = (

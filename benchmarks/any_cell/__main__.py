@@ -6,7 +6,7 @@
 
 The cells: LSTM and GRU of flax linen, flax nnx and equinox, the LSTM of haiku, and four cells as a user writes them.
 Without haiku (`pip install dm-haiku`) its cell is left out. Each call of seqjax is measured with XLA's loops only, and
-with the C++ kernel if it is built (`python -m seqjax.native`) and the compiled program calls it.
+with the C++ kernel if it is built (`python -m seqjax.kernels`) and the compiled program calls it.
 
 Writes any_cell.json and any_cell.md beside this package. A partial run replaces the rows that it measures and keeps the
 others.

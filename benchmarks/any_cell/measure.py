@@ -20,7 +20,7 @@ from benchmarks.hlo import loops
 from benchmarks.machine import OtherLoad, call_times, in_turns
 from benchmarks.peers.measure import DIRECTIONS, GRADIENT_WITHIN, OUTPUTS_WITHIN, Disagreement
 from benchmarks.peers.rows import Row, inputs
-from seqjax import native
+from seqjax import kernels
 
 XLA, KERNEL, OWN = "seqjax, XLA's loops", "seqjax, kernel", "own library"
 KERNEL_CALL = 'custom_call_target="seqjax_'
@@ -67,7 +67,7 @@ def seqjax_ways() -> dict[str, SeqjaxWay]:
             XLA: SeqjaxWay(sj.unroll, partial(native_variable, "0")),
             KERNEL: SeqjaxWay(sj.unroll, partial(native_variable, "1")),
         }
-    return ways if native.available() else {XLA: ways[XLA]}
+    return ways if kernels.available() else {XLA: ways[XLA]}
 
 
 @contextlib.contextmanager
@@ -75,14 +75,14 @@ def native_variable(value: str) -> Iterator[None]:
     """Sets SEQJAX_NATIVE for a while."""
     before = os.environ.get("SEQJAX_NATIVE")
     os.environ["SEQJAX_NATIVE"] = value
-    native.available.cache_clear()
+    kernels.available.cache_clear()
     try:
         yield
     finally:
         os.environ.pop("SEQJAX_NATIVE")
         if before is not None:
             os.environ["SEQJAX_NATIVE"] = before
-        native.available.cache_clear()
+        kernels.available.cache_clear()
 
 
 def products_per_step(text: str) -> list[int]:

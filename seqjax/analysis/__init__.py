@@ -1,20 +1,20 @@
 """The gradient microscope: how information and gradients move through any recurrent cell."""
 
-from .ablation import Ablation as Ablation
-from .ablation import AblationRow as AblationRow
-from .ablation import ablation as ablation
+from ._flow import state_parts as state_parts
 from .by_length import ScoreByLength as ScoreByLength
 from .by_length import score_by_length as score_by_length
-from .cell_path import CellPath as CellPath
-from .cell_path import cell_path as cell_path
+from .cell_gradient_path import CellPath as CellPath
+from .cell_gradient_path import cell_path as cell_path
 from .cliff import LossCliff as LossCliff
 from .cliff import loss_cliff as loss_cliff
 from .clipping import ClippingStatistics as ClippingStatistics
 from .clipping import clipping_statistics as clipping_statistics
-from .fixed_points import FixedPoints as FixedPoints
-from .fixed_points import Search as Search
-from .fixed_points import fixed_points as fixed_points
-from .flow import state_parts as state_parts
+from .fixed_point_search import FixedPoints as FixedPoints
+from .fixed_point_search import Search as Search
+from .fixed_point_search import fixed_points as fixed_points
+from .gate_ablation import Ablation as Ablation
+from .gate_ablation import AblationRow as AblationRow
+from .gate_ablation import ablation as ablation
 from .gates import GateStatistics as GateStatistics
 from .gates import gate_statistics as gate_statistics
 from .gradient_flow import GradientByLag as GradientByLag
@@ -36,5 +36,5 @@ from .spectra import Spectrum as Spectrum
 from .spectra import matrix_spectrum as matrix_spectrum
 from .spectra import recurrent_matrices as recurrent_matrices
 from .spectra import spectrum as spectrum
-from .verdict import Verdict as Verdict
-from .verdict import verdict as verdict
+from .verdicts import Verdict as Verdict
+from .verdicts import verdict as verdict

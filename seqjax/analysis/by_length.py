@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from seqjax.batch import Batch, check_batch
 from seqjax.cell import State
-from seqjax.compiled import compiled
-from seqjax.model import Model, ModelParams, head_log_probs
-from seqjax.objectives import ManyToOne, Objective, every_step
-from seqjax.unroll import unroll
+from seqjax.data.batch import Batch, check_batch
+from seqjax.models.model import Model, ModelParams, head_log_probs
+from seqjax.models.objectives import ManyToOne, Objective, every_step
+from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence.unroll import unroll
 
 Score = Literal["loss", "accuracy"]
 

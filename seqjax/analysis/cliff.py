@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from seqjax.compiled import compiled
-from seqjax.unroll import unroll
+from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence.unroll import unroll
 
 
 class OneUnitParams(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from seqjax.training import LEAF_PREFIX
+from seqjax.training.loop import LEAF_PREFIX
 
 
 class ClippingStatistics(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from seqjax.cell import Params, State
-from seqjax.unroll import gates
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence.unroll import gates
 
 BINS = 20
 
@@ -46,7 +46,7 @@ class GateStatistics(NamedTuple):
 
 
 def gate_statistics(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,

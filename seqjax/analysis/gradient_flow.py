@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis.flow import driven, flat_trajectory, random_frame, state_parts, unflatten
-from seqjax.analysis.gradient_traces import loss_gradient, norms_by_lag, turns
-from seqjax.analysis.spans import check_horizon, check_times
-from seqjax.cell import Params, State
-from seqjax.compiled import compiled
+from seqjax.analysis._flow import driven, flat_trajectory, random_frame, state_parts, unflatten
+from seqjax.analysis._gradient_traces import loss_gradient, norms_by_lag, turns
+from seqjax.analysis._spans import check_horizon, check_times
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._cached_jit import compiled
 
 EXACT = 256  # numbers in a state up to which every column is pulled back
 PROBES = 64  # random columns beyond that
@@ -64,7 +64,7 @@ class GradientByLag(NamedTuple):
 
 
 def gradient_by_lag(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,

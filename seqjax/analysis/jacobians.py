@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, push, state_parts, unflatten
-from seqjax.analysis.scaled import log_of_power, rescaled
-from seqjax.cell import Params, State
-from seqjax.compiled import compiled
-from seqjax.partition.jacobian import step_jacobian
-from seqjax.partition.plan import shapes_of_one
+from seqjax.analysis._flow import Driven, driven, flat_step, flat_trajectory, push, state_parts, unflatten
+from seqjax.analysis._scaled import log_of_power, rescaled
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._execution.jacobian import step_jacobian
+from seqjax.sequence._partition.plan import shapes_of_one
 
 
 class StepJacobians(NamedTuple):
@@ -44,7 +44,7 @@ class StepJacobians(NamedTuple):
 
 
 def step_jacobians(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,
@@ -57,8 +57,8 @@ def step_jacobians(
 
         J_t = D_s + sum_i D_i W_i
 
-    from the parts of the step (`seqjax.partition.jacobian`), for any cell. Memory grows with batch * time * n^2; the
-    other functions of this package never form these matrices.
+    from the parts of the step (`seqjax.sequence._execution.jacobian`), for any cell. Memory grows with
+    batch * time * n^2. The other functions of this package never form these matrices.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
@@ -91,7 +91,7 @@ def step_jacobians(
     return StepJacobians(by_state, by_input, state_parts(cell, params))
 
 
-def jacobians_at(cell: Any, inputs: bool, given: Driven, times: Array) -> tuple[Array, Array | None]:
+def jacobians_at(cell: Cell, inputs: bool, given: Driven, times: Array) -> tuple[Array, Array | None]:
     """`StepJacobians` of the steps `times`, from 0, alone."""
     before, drive = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, given), given.inputs))
     step, params = flat_step(cell, given.params), given.params
@@ -125,7 +125,7 @@ class JacobianProduct(NamedTuple):
 
 
 def jacobian_product(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,
@@ -177,7 +177,7 @@ def check_span(start: int, stop: int | None, time: int) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def _jacobian_product(cell: Any, start: int, stop: int, given: Driven) -> JacobianProduct:
+def _jacobian_product(cell: Cell, start: int, stop: int, given: Driven) -> JacobianProduct:
     states = flat_trajectory(cell, given.until(stop))
     step, params = flat_step(cell, given.params), given.params
 

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis.flow import Driven, driven, random_frame
-from seqjax.analysis.frames import (
+from seqjax.analysis._flow import Driven, driven, random_frame
+from seqjax.analysis._frames import (
     advance,
     check_count,
     counted_steps,
@@ -35,9 +36,9 @@ from seqjax.analysis.frames import (
     sweep,
     sweep_all,
 )
-from seqjax.analysis.statistics import bootstrap_interval
-from seqjax.cell import Params, State
-from seqjax.compiled import compiled
+from seqjax.analysis._statistics import bootstrap_interval
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._cached_jit import compiled
 
 BLOCKS = 32  # at least, where the run is that long, so that an interval can be had from them
 
@@ -82,7 +83,7 @@ class LyapunovExponents(NamedTuple):
 
 
 def lyapunov_exponents(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,
@@ -158,7 +159,7 @@ def lyapunov_exponents(
 
 
 def _warm_up(
-    cell: Any, k: int, burn_in: int, frame_burn_in: int, given: Driven, key: Array
+    cell: Cell, k: int, burn_in: int, frame_burn_in: int, given: Driven, key: Array
 ) -> tuple[Array, Array, Array]:
     """The states and the frames after their burn-in, and ln R_ii of single steps, to choose the interval from."""
     states = advance(cell, given.until(burn_in))
@@ -170,7 +171,7 @@ def _warm_up(
     return (warm_states, warm_frames, logs) if frame_burn_in else (states, frames, logs)
 
 
-def _count(cell: Any, start: int, every: int, given: Driven, states: Array, frames: Array) -> Array:
+def _count(cell: Cell, start: int, every: int, given: Driven, states: Array, frames: Array) -> Array:
     """ln R_ii of every block after the burn-in."""
     return sweep_all(cell, log_diagonal, every, given.between(start, given.time), states, frames)
 
@@ -194,7 +195,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _result(
-    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strained: np.ndarray, dtype: Any
+    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strained: np.ndarray, dtype: DTypeLike
 ) -> LyapunovExponents:
     total = steps.sum(axis=1)
     lost = lost_directions(logs, dtype) if every == 1 else np.isneginf(logs)

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.analysis.flow import Driven, driven, flat_step
-from seqjax.analysis.gradient_share import gradient_shares
-from seqjax.analysis.leaves import floating_leaves, with_leaves
-from seqjax.analysis.scaled import common_scale, rescaled_rows, times_power
-from seqjax.cell import Params, State
-from seqjax.compiled import compiled
-from seqjax.unroll import unroll
+from seqjax.analysis._flow import Driven, driven, flat_step
+from seqjax.analysis._gradient_share import gradient_shares
+from seqjax.analysis._leaves import floating_leaves, with_leaves
+from seqjax.analysis._scaled import common_scale, rescaled_rows, times_power
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence.unroll import unroll
 
 EXACT = 2**18  # entries of one S_t, up to which every column is pushed
 PROBES = 16
@@ -57,7 +57,7 @@ class ParameterSensitivity(NamedTuple):
 
 
 def parameter_sensitivity(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,
@@ -135,7 +135,7 @@ def _starting_anew(given: Driven) -> Driven:
     return given._replace(inputs=(xs, mask, first if reset is None else reset | first))
 
 
-def _pushed(cell: Any, probes: int, given: Driven, key: Array) -> tuple[Array, Array]:
+def _pushed(cell: Cell, probes: int, given: Driven, key: Array) -> tuple[Array, Array]:
     """|S_t|_F^2 of each leaf, a number and the exponent of the power of four that scales it, (batch, time, leaves)."""
     step, leaves = flat_step(cell, given.params), list(floating_leaves(given.params).values())
     rows = [probes or leaf.size for leaf in leaves]

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.analysis.flow import Driven, driven, flat_step, flat_trajectory, held, orthonormal, pull, random_frame
-from seqjax.analysis.frames import (
+from seqjax.analysis._flow import Driven, driven, flat_step, flat_trajectory, held, orthonormal, pull, random_frame
+from seqjax.analysis._frames import (
     advance,
     check_count,
     log_diagonal,
@@ -29,8 +29,8 @@ from seqjax.analysis.frames import (
     whole_factor,
 )
 from seqjax.analysis.jacobians import check_span
-from seqjax.cell import Params, State
-from seqjax.compiled import compiled
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._cached_jit import compiled
 
 OVERSAMPLED = 8  # columns beyond the k that are asked for: they make the k-th converge
 MOST_SWEEPS = 30
@@ -56,7 +56,7 @@ class ProductSingularValues(NamedTuple):
 
 
 def product_singular_values(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,
@@ -173,7 +173,7 @@ def _chunks(given: Driven, every: int) -> PyTree:
     return jax.tree.map(split, inputs)
 
 
-def _forward(cell: Any, every: int, given: Driven, frames: Array) -> tuple[Array, Array, Array]:
+def _forward(cell: Cell, every: int, given: Driven, frames: Array) -> tuple[Array, Array, Array]:
     """M V^T = Q R_m ... R_1: the states where chunks start, (chunks, batch, n), Q as rows, and all R."""
 
     def chunk(carry: tuple[Array, Array], inputs: PyTree) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -187,7 +187,7 @@ def _forward(cell: Any, every: int, given: Driven, frames: Array) -> tuple[Array
     return starts, frames, jnp.swapaxes(factors, 0, 1).reshape(batch, chunks * blocks, k, k)
 
 
-def _backward(cell: Any, every: int, given: Driven, starts: Array, frames: Array) -> Array:
+def _backward(cell: Cell, every: int, given: Driven, starts: Array, frames: Array) -> Array:
     """An orthonormal frame of M^T Q, rows (batch, k, n); each chunk's states are computed again from its start."""
     step, params = flat_step(cell, given.params), given.params
 

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Complex, Float, Int, PyTree
 
-from seqjax.analysis.flow import driven
+from seqjax.analysis._flow import driven
+from seqjax.analysis._spans import check_times
 from seqjax.analysis.jacobians import jacobians_at
-from seqjax.analysis.spans import check_times
-from seqjax.cell import Params, State
+from seqjax.cell import Cell, Params, State
 from seqjax.cells.vanilla import VanillaRNN
-from seqjax.compiled import compiled
+from seqjax.sequence._cached_jit import compiled
 
 BLOCKS = {1: ("",), 3: ("r", "z", "h~"), 4: ("i", "f", "c~", "o")}  # gates in the rows of our cells' W_hh
 ANGLES = 32
@@ -135,7 +135,7 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,

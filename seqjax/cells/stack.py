@@ -78,7 +78,7 @@ class Stack:
         return named
 
 
-def features_given(cell: Any) -> int | None:
+def features_given(cell: Cell) -> int | None:
     """The length of a cell's output, where the cell says it."""
     return getattr(cell, "hidden_size", None) or getattr(cell, "features", None)
 

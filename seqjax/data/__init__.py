@@ -2,8 +2,8 @@
 
 from .batching import batches as batches
 from .batching import pad as pad
-from .digits import Digits as Digits
-from .digits import digits as digits
+from .handwritten_digits import Digits as Digits
+from .handwritten_digits import digits as digits
 from .synthetic import ADDING_BASELINE as ADDING_BASELINE
 from .synthetic import adding_problem as adding_problem
 from .synthetic import copy_baseline as copy_baseline

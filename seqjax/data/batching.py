@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from seqjax.batch import Batch
+from seqjax.data.batch import Batch
 
 
 def pad(sequences: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

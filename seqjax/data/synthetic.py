@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from seqjax.batch import Batch
+from seqjax.data.batch import Batch
 
 ADDING_BASELINE = 1 / 6  # the variance of the sum of two U[0, 1]: the mean squared error of always answering 1
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from seqjax.batch import Batch
+from seqjax.data.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)

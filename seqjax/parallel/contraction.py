@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params
-from seqjax.parallel.flat import At, FlatCell
+from seqjax.parallel._flat import At, FlatCell
 
 HOP = 32  # steps of one stretch: the depth of the measurement is twice that
 

@@ -21,9 +21,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array
 
-from seqjax.parallel.algebra import DENSE, DIAGONAL, Algebra
-from seqjax.parallel.linear_scan import linear_scan
-from seqjax.parallel.smoother import smoothed_step
+from seqjax.parallel._algebra import DENSE, DIAGONAL, Algebra
+from seqjax.parallel._linear_scan import linear_scan
+from seqjax.parallel._smoother import smoothed_step
 
 
 @runtime_checkable

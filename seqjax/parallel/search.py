@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqjax.cell import Params, State
-from seqjax.guarded import guarded_step, new_state
+from seqjax.parallel._flat import At, FlatCell
+from seqjax.parallel._newton import newton
 from seqjax.parallel.contraction import largest_exponent
-from seqjax.parallel.flat import At, FlatCell
 from seqjax.parallel.methods import Method
-from seqjax.parallel.newton import newton
-from seqjax.unroll import trajectory
+from seqjax.sequence._masked_step import guarded_step, new_state
+from seqjax.sequence.unroll import trajectory
 
 
 class Convergence(NamedTuple):

@@ -1,6 +1,6 @@
 """Unrolling a cell with all steps at once: the trajectory is the root of one large equation, found by Newton's method.
 
-What a mask, a reset and noise mean is what they mean in `seqjax.unroll`: every step is the same guarded step.
+What a mask, a reset and noise mean is what they mean in `seqjax.sequence.unroll`: every step is the same guarded step.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from seqjax.cell import Output, Params, State
-from seqjax.checks import batch_of_states, check_flags, check_inputs
-from seqjax.compiled import compiled
-from seqjax.guarded import drawn_noise
+from seqjax.cell import Cell, Output, Params, State
+from seqjax.parallel._flat import At, FlatCell, check_differentiable, flat_cell
+from seqjax.parallel._implicit import implicit
+from seqjax.parallel._layers import loops_of
+from seqjax.parallel._linear_scan import delayed
 from seqjax.parallel.contraction import warn_of_growth
-from seqjax.parallel.flat import At, FlatCell, check_differentiable, flat_cell
-from seqjax.parallel.implicit import implicit
-from seqjax.parallel.layers import loops_of
-from seqjax.parallel.linear_scan import delayed
 from seqjax.parallel.methods import DEER, Method
 from seqjax.parallel.search import Convergence, nothing_to_find, search, together
+from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._checks import batch_of_states, check_flags, check_inputs
+from seqjax.sequence._masked_step import drawn_noise
 
 
 def unroll_parallel(
-    cell: Any,
+    cell: Cell,
     params: Params,
     xs: PyTree,
     *,
@@ -95,7 +95,7 @@ def unroll_parallel(
 
 
 def _run(
-    cell: Any,
+    cell: Cell,
     method: Method,
     reverse: bool,
     fallback: bool,
@@ -117,7 +117,7 @@ def _backwards(tree: PyTree) -> PyTree:
 
 
 def _layers(
-    cell: Any, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
+    cell: Cell, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
 ) -> tuple[tuple[State, Output], Convergence]:
     """A cell loop by loop: the same function, with smaller Jacobians and searches that end on their own."""
     xs, mask, reset, noise = inputs
@@ -142,7 +142,7 @@ def _layers(
 
 
 def _batch(
-    cell: Any, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
+    cell: Cell, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Any
 ) -> tuple[tuple[State, Output], Convergence]:
     """One loop: the states, with their derivatives, and then every step once more for its output."""
     flat = flat_cell(cell, state)
@@ -190,7 +190,7 @@ def _check_options(method: Any, tolerance: Any, max_iterations: Any) -> None:
         )
 
 
-def _check_state(cell: Any, method: Any, state: State) -> None:
+def _check_state(cell: Cell, method: Any, state: State) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(

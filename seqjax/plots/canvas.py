@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:  # matplotlib is imported when the first figure is drawn
+    from matplotlib.axes import Axes as Axes
+else:
+    Axes = Any
 
 # Okabe and Ito's colours for every kind of colour vision, those with a contrast of 3 to both white and black.
 BLUE, VERMILLION, GREEN, PURPLE = COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -19,7 +24,7 @@ MARKERS = "osD^vPX*"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def axes(ax: Any, size: tuple[float, float] = (5.0, 3.4)) -> Any:
+def axes(ax: Axes | None, size: tuple[float, float] = (5.0, 3.4)) -> Axes:
     """The axes given, or those of a new figure of `size` inches.
 
     Raises:
@@ -43,7 +48,7 @@ def need_matplotlib() -> None:
         ) from None
 
 
-def label(ax: Any, title: str, x: str, y: str) -> Any:
+def label(ax: Axes, title: str, x: str, y: str) -> Axes:
     """Title and axes in words; returns the axes."""
     ax.set_title(title, loc="left", fontsize="medium")
     ax.set(xlabel=x, ylabel=y)
@@ -53,7 +58,7 @@ def label(ax: Any, title: str, x: str, y: str) -> Any:
     return ax
 
 
-def legend(ax: Any, **options: Any) -> None:
+def legend(ax: Axes, **options: Any) -> None:
     """A legend of what has a name, where anything has."""
     handles, names = ax.get_legend_handles_labels()
     if names:
@@ -61,7 +66,7 @@ def legend(ax: Any, **options: Any) -> None:
         ax.legend(handles, names, **(look | options))
 
 
-def style(number: int) -> dict[str, str]:
+def style(number: int) -> dict[str, Any]:
     """Colour and dashes of the line with this number; both change, so that neither alone has to be told apart."""
     return {"color": COLOURS[number % 4], "linestyle": DASHES[(number + number // 4) % 4]}
 
@@ -120,7 +125,7 @@ def finite(values: Any) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def tell_missing(ax: Any, *drawn: Any) -> None:
+def tell_missing(ax: Axes, *drawn: Any) -> None:
     """Says on the figure how many of the values are not finite and so are not drawn; nothing where all are."""
     values = np.concatenate([np.zeros(0), *(np.ravel(np.asarray(part, np.float64)) for part in drawn)])
     missing = int(np.sum(~np.isfinite(values)))
@@ -132,11 +137,11 @@ def tell_missing(ax: Any, *drawn: Any) -> None:
         remark(ax, f"{missing} of {values.size} values not finite, not drawn")
 
 
-def remark(ax: Any, text: str, **options: Any) -> None:
+def remark(ax: Axes, text: str, **options: Any) -> None:
     """A remark in the lower left corner."""
     ax.text(0.02, 0.03, text, transform=ax.transAxes, fontsize="small", style="italic", va="bottom", **options)
 
 
-def named(results: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, str]]]:
+def named(results: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
     """Each result with its name and its line's look."""
     return [(name, result, style(number)) for number, (name, result) in enumerate(results.items())]

@@ -8,10 +8,10 @@ import numpy as np
 
 from seqjax.analysis.cliff import LossCliff
 
-from .canvas import VERMILLION, axes, label, legend, remark, tell_missing
+from .canvas import VERMILLION, Axes, axes, label, legend, remark, tell_missing
 
 
-def loss_cliff(result: LossCliff, *, ax: Any = None) -> Any:
+def loss_cliff(result: LossCliff, *, ax: Axes | None = None) -> Any:
     """The loss of a one-unit network over its two parameters, and gradient descent on it with clipping and without.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from seqjax.analysis.cell_path import CellPath
+from seqjax.analysis.cell_gradient_path import CellPath
 from seqjax.analysis.clipping import ClippingStatistics
 from seqjax.analysis.gradient_flow import GradientByLag
 
@@ -16,6 +16,7 @@ from .canvas import (
     GREEN,
     GREY,
     VERMILLION,
+    Axes,
     axes,
     base_ten,
     decades,
@@ -30,7 +31,7 @@ from .canvas import (
 )
 
 
-def gradient_by_lag(result: GradientByLag, *, ax: Any = None) -> Any:
+def gradient_by_lag(result: GradientByLag, *, ax: Axes | None = None) -> Any:
     """Gradient norm by lag: the expected and the largest ||ds_t/ds_{t-k}|| against k, with threshold and horizon.
 
     Args:
@@ -60,7 +61,7 @@ def gradient_by_lag(result: GradientByLag, *, ax: Any = None) -> Any:
     return _by_lag(ax, "Gradient norm by lag")
 
 
-def gradients_by_lag(results: Mapping[str, GradientByLag], *, ax: Any = None) -> Any:
+def gradients_by_lag(results: Mapping[str, GradientByLag], *, ax: Axes | None = None) -> Any:
     """Expected gradient norm by lag of several cells on the same axes.
 
     Args:
@@ -87,7 +88,7 @@ def gradients_by_lag(results: Mapping[str, GradientByLag], *, ax: Any = None) ->
     return _by_lag(ax, "Expected gradient norm by lag")
 
 
-def gradient_heat_map(result: GradientByLag, *, ax: Any = None) -> Any:
+def gradient_heat_map(result: GradientByLag, *, ax: Axes | None = None) -> Any:
     """Gradient norm by time and lag: colour is the expected ||ds_t/ds_{t-k}||, averaged in logarithms over the batch.
 
     Args:
@@ -125,7 +126,7 @@ def gradient_heat_map(result: GradientByLag, *, ax: Any = None) -> Any:
     return ax
 
 
-def loss_gradient(result: GradientByLag, *, ax: Any = None) -> Any:
+def loss_gradient(result: GradientByLag, *, ax: Axes | None = None) -> Any:
     """Norm of dL/ds_t against t, of the whole state and of each of its parts, averaged in logarithms over the batch.
 
     Args:
@@ -154,7 +155,7 @@ def loss_gradient(result: GradientByLag, *, ax: Any = None) -> Any:
     return label(ax, "Gradient of the loss through time", "time t (steps)", "norm of dL/ds_t")
 
 
-def cell_path(result: CellPath, *, ax: Any = None) -> Any:
+def cell_path(result: CellPath, *, ax: Axes | None = None) -> Any:
     """The LSTM's additive path: the norm of the true dc_t/dc_{t-k} beside that of the forget gates' product.
 
     Args:
@@ -180,7 +181,7 @@ def cell_path(result: CellPath, *, ax: Any = None) -> Any:
     return _by_lag(ax, "Memory of the cell state")
 
 
-def clipping(result: ClippingStatistics, *, ax: Any = None) -> Any:
+def clipping(result: ClippingStatistics, *, ax: Axes | None = None) -> Any:
     """The gradient's norm before clipping at every update, and the threshold above which it is scaled down.
 
     Args:
@@ -213,7 +214,7 @@ def clipping(result: ClippingStatistics, *, ax: Any = None) -> Any:
     return label(ax, "Gradient norm and clipping", "update", "gradient norm before clipping")
 
 
-def clipping_factor(result: ClippingStatistics, *, ax: Any = None) -> Any:
+def clipping_factor(result: ClippingStatistics, *, ax: Axes | None = None) -> Any:
     """The factor min(1, c / |g|) by which clipping scaled every gradient.
 
     Args:
@@ -238,13 +239,13 @@ def clipping_factor(result: ClippingStatistics, *, ax: Any = None) -> Any:
     return label(ax, "How hard clipping acted", "update", "factor on the gradient")
 
 
-def _by_lag(ax: Any, title: str) -> Any:
+def _by_lag(ax: Axes, title: str) -> Any:
     decades(ax.yaxis)
     legend(ax)
     return label(ax, title, "lag k (steps)", "gradient norm (ratio)")
 
 
-def _threshold(ax: Any, threshold: float) -> None:
+def _threshold(ax: Axes, threshold: float) -> None:
     if threshold > 0:
         ax.axhline(np.log10(threshold), color=GREY, linestyle=":", linewidth=1, label=f"threshold {threshold:g}")
     else:

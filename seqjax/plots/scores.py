@@ -9,10 +9,10 @@ import numpy as np
 
 from seqjax.analysis.by_length import ScoreByLength
 
-from .canvas import BLUE, GREY, VERMILLION, axes, finite, label, legend, named, tell_missing, whole_numbers
+from .canvas import BLUE, GREY, VERMILLION, Axes, axes, finite, label, legend, named, tell_missing, whole_numbers
 
 
-def loss_by_position(result: ScoreByLength, *, ax: Any = None) -> Any:
+def loss_by_position(result: ScoreByLength, *, ax: Axes | None = None) -> Any:
     """The score at each place of a sequence, over all sequences that reach it.
 
     Args:
@@ -37,7 +37,7 @@ def loss_by_position(result: ScoreByLength, *, ax: Any = None) -> Any:
     return label(ax, "Score by position", "position in the sequence (steps)", _unit(result))
 
 
-def loss_by_length(result: ScoreByLength, *, ax: Any = None) -> Any:
+def loss_by_length(result: ScoreByLength, *, ax: Axes | None = None) -> Any:
     """The score of sequences by their length, with the mean of the short ones and that of the long ones.
 
     Args:
@@ -68,7 +68,9 @@ def loss_by_length(result: ScoreByLength, *, ax: Any = None) -> Any:
     return label(ax, "Score by length", "length of the sequence (steps)", _unit(result))
 
 
-def learning_curves(curves: Mapping[str, tuple[Any, Any]], *, ax: Any = None, unit: str = "bits per character") -> Any:
+def learning_curves(
+    curves: Mapping[str, tuple[Any, Any]], *, ax: Axes | None = None, unit: str = "bits per character"
+) -> Any:
     """Scores over a training.
 
     Args:

@@ -17,6 +17,7 @@ from .canvas import (
     GREY,
     MARKERS,
     VERMILLION,
+    Axes,
     axes,
     base_ten,
     decades,
@@ -31,7 +32,7 @@ from .canvas import (
 )
 
 
-def singular_values(result: Spectrum, *, ax: Any = None) -> Any:
+def singular_values(result: Spectrum, *, ax: Axes | None = None) -> Any:
     """Singular values of one step's Jacobian J_t: the largest, the middle and the smallest one against t.
 
     Where there is one time only, all of them are drawn in falling order.
@@ -70,7 +71,7 @@ def singular_values(result: Spectrum, *, ax: Any = None) -> Any:
     return label(ax, "Singular values of J_t", x, "singular value (ratio)")
 
 
-def product_singular_values(results: Mapping[int, ProductSingularValues], *, ax: Any = None) -> Any:
+def product_singular_values(results: Mapping[int, ProductSingularValues], *, ax: Axes | None = None) -> Any:
     """Singular values of the product J_T ... J_1 against its length T.
 
     Args:
@@ -102,7 +103,7 @@ def product_singular_values(results: Mapping[int, ProductSingularValues], *, ax:
     return label(ax, "Singular values of products of Jacobians", "steps T in the product", "singular value (ratio)")
 
 
-def eigenvalues(result: MatrixSpectrum, *, ax: Any = None, title: str = "Eigenvalues") -> Any:
+def eigenvalues(result: MatrixSpectrum, *, ax: Axes | None = None, title: str = "Eigenvalues") -> Any:
     """Eigenvalues in the complex plane, with the unit circle.
 
     Args:
@@ -138,7 +139,7 @@ def eigenvalues(result: MatrixSpectrum, *, ax: Any = None, title: str = "Eigenva
     return label(ax, title, "real part", "imaginary part")
 
 
-def lyapunov_spectrum(result: LyapunovExponents, *, ax: Any = None) -> Any:
+def lyapunov_spectrum(result: LyapunovExponents, *, ax: Axes | None = None) -> Any:
     """Lyapunov exponents in falling order with their 95 % intervals: above zero what grows, below what is lost.
 
     Args:
@@ -171,7 +172,7 @@ def lyapunov_spectrum(result: LyapunovExponents, *, ax: Any = None) -> Any:
     return label(ax, "Lyapunov exponents", "number", "exponent (nats per step)")
 
 
-def lyapunov_spectra(results: Mapping[str, LyapunovExponents], *, ax: Any = None) -> Any:
+def lyapunov_spectra(results: Mapping[str, LyapunovExponents], *, ax: Axes | None = None) -> Any:
     """Mean Lyapunov exponents of several cells on the same axes.
 
     Args:
@@ -200,7 +201,7 @@ def lyapunov_spectra(results: Mapping[str, LyapunovExponents], *, ax: Any = None
     return label(ax, "Lyapunov exponents", "number", "exponent (nats per step)")
 
 
-def lyapunov_convergence(result: LyapunovExponents, *, ax: Any = None, most: int = 4) -> Any:
+def lyapunov_convergence(result: LyapunovExponents, *, ax: Axes | None = None, most: int = 4) -> Any:
     """The running estimate of the largest exponents as more steps are counted, with the first one's final interval.
 
     Args:

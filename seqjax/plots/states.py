@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from seqjax.analysis.fixed_points import FixedPoints
+from seqjax.analysis.fixed_point_search import FixedPoints
 from seqjax.analysis.gates import GateStatistics
 from seqjax.cell import State
 
@@ -19,6 +19,7 @@ from .canvas import (
     MARKERS,
     PURPLE,
     VERMILLION,
+    Axes,
     axes,
     decades,
     finite,
@@ -31,7 +32,7 @@ from .canvas import (
 _KINDS = {"stable": (GREEN, "o"), "unstable": (VERMILLION, "X"), "slow point": (PURPLE, "^")}
 
 
-def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Any = None) -> Any:
+def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Any:
     """How often each unit's gate is shut and how often it is open: right-saturated against left-saturated fraction.
 
     A unit near the origin is in neither state; on the diagonal it is always in one of them.
@@ -73,7 +74,7 @@ def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Any = None) ->
     return label(ax, "Gate saturation, one mark a unit", "fraction of steps shut", "fraction of steps open")
 
 
-def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Any = None) -> Any:
+def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Any:
     """How often each gate takes each value, over all units and steps.
 
     Args:
@@ -101,7 +102,7 @@ def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Any = None) -> 
     return label(ax, "Gate values", "place in the gate's range (0 shut, 1 open)", "fraction of units and steps")
 
 
-def time_constants(results: Mapping[str, GateStatistics], *, ax: Any = None) -> Any:
+def time_constants(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Any:
     """Memory of each unit in steps, tau = -1 / ln(mean gate), from the shortest to the longest.
 
     Args:
@@ -169,7 +170,9 @@ def flat_states(states: State) -> np.ndarray:
     return np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=-1)
 
 
-def state_portrait(states: State, fixed_points: FixedPoints | None = None, *, ax: Any = None, most: int = 8) -> Any:
+def state_portrait(
+    states: State, fixed_points: FixedPoints | None = None, *, ax: Axes | None = None, most: int = 8
+) -> Any:
     """The state's path in the plane in which it varies most, with fixed points where there are any.
 
     Args:

@@ -1,0 +1,1 @@
+"""The command line: parsing, run folders, the character model, and the pages about runs."""

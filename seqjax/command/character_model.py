@@ -1,0 +1,176 @@
+"""The main job: a character model of a text, from its settings to its score, without a screen or a disk.
+
+`seqjax.command.run_folder` keeps such a job in a folder, and `seqjax.command.cli` shows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from seqjax.cells.embedding import Embedding
+from seqjax.cells.gru import GRU
+from seqjax.cells.lstm import LSTM
+from seqjax.cells.stack import stack
+from seqjax.cells.vanilla import VanillaRNN
+from seqjax.data.text import windows
+from seqjax.models.generation import generate
+from seqjax.models.heads import Categorical
+from seqjax.models.model import Model, ModelParams, log_probs
+from seqjax.training.fit import evaluate
+from seqjax.training.loop import Metrics, TrainState, clipped, start, updates
+
+CELLS = {"vanilla": VanillaRNN, "lstm": LSTM, "gru": GRU}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a training run, besides the text."""
+
+    text: Path | None = None
+    """A UTF-8 file to learn; by default the topics of the Python manual."""
+    cell: Literal["vanilla", "lstm", "gru"] = "lstm"
+    """The recurrent cell."""
+    embedding: int = 64
+    """Length of a character's vector."""
+    hidden: int = 256
+    """Hidden units of each layer."""
+    layers: int = 1
+    """Recurrent layers."""
+    window: int = 128
+    """Steps through which the gradient flows; the state itself is carried on."""
+    batch: int = 32
+    """Places of the text that are read side by side."""
+    steps: int | None = None
+    """Updates in all; 600 where neither steps nor minutes is given."""
+    minutes: float | None = None
+    """Minutes of training in all."""
+    learning_rate: float = 2e-3
+    """Of Adam."""
+    clip_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    seed: int = 0
+    """Of the parameters at the start."""
+    validate_every: int = 50
+    """Updates between two looks at the validation text."""
+    checkpoint_every: int = 100
+    """Updates between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.cell not in CELLS:
+            raise ValueError(f"expected cell to be one of {', '.join(CELLS)}, got {self.cell!r}")
+        for name in ("embedding", "hidden", "layers", "window", "batch", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm", "minutes", "steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"expected {name} to be a positive number, got {value}")
+
+    @property
+    def last_step(self) -> int | None:
+        """The number of updates, or None where only time ends the training."""
+        return 600 if self.steps is None and self.minutes is None else self.steps
+
+
+def build(settings: Settings, vocabulary: str) -> Model:
+    """Embedding, recurrent layers, and a softmax over the vocabulary."""
+    kind = CELLS[settings.cell]
+    below = [settings.embedding] + [settings.hidden] * (settings.layers - 1)
+    layers = [kind(size, settings.hidden) for size in below]
+    head = Categorical(settings.hidden, len(vocabulary))
+    return Model(stack([Embedding(len(vocabulary), settings.embedding), *layers]), head)
+
+
+adam = functools.lru_cache(optax.adam)  # one object for one learning rate, so that its update compiles once
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """Adam on clipped gradients."""
+    return clipped(adam(settings.learning_rate), settings.clip_norm)
+
+
+def first_state(settings: Settings, model: Model) -> TrainState:
+    """The state before the first update, which also carries the cell's state, so that every later one looks like it."""
+    state = start(model, optimizer(settings), jax.random.key(settings.seed))
+    rows = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (settings.batch, *leaf.shape)),
+        model.cell.initial_state(state.params.cell),
+    )
+    return state._replace(carried=rows)
+
+
+def train(
+    settings: Settings, model: Model, tokens: np.ndarray, state: TrainState
+) -> Iterator[tuple[TrainState, Metrics]]:
+    """Updates from `state` to the last step of the settings, without end where they name none."""
+    done = int(state.step)
+    stream = windows(tokens, settings.batch, settings.window, skip=done)
+    left = None if settings.last_step is None else max(settings.last_step - done, 0)
+    return updates(
+        model, itertools.islice(stream, left), state, optimizer=optimizer(settings), clip_norm=settings.clip_norm
+    )
+
+
+def bits(settings: Settings, model: Model, params: ModelParams, tokens: np.ndarray) -> float:
+    """Bits per character on a text read as in training: `batch` rows in windows, or one row where it is short."""
+    enough = (len(tokens) - 1) // settings.batch >= settings.window
+    batch, window = (settings.batch, settings.window) if enough else (1, min(settings.window, len(tokens) - 1))
+    return evaluate(model, params, windows(tokens, batch, window, passes=1)) / math.log(2)
+
+
+def log_probability(model: Model, params: ModelParams, tokens: np.ndarray, chunk: int = 1024) -> float:
+    """log p(x_{2:T} | x_1) of a whole text in nats, read in one go with the state carried from chunk to chunk."""
+
+    @jax.jit
+    def read(state, xs, ys, mask):
+        state, log_p = log_probs(model, params, xs[None], ys[None], state=state, mask=mask[None])
+        return state, log_p.sum()
+
+    state, total = None, 0.0
+    for at in range(0, len(tokens) - 1, chunk):
+        xs, ys = tokens[at : at + chunk], tokens[at + 1 : at + chunk + 1]
+        xs, valid = xs[: len(ys)], len(ys)
+        padding = (0, chunk - valid)
+        state, part = read(state, np.pad(xs, padding), np.pad(ys, padding), np.arange(chunk) < valid)
+        total += float(part)
+    return total
+
+
+def speak(
+    model: Model,
+    params: ModelParams,
+    prompt: np.ndarray,
+    length: int,
+    seed: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Iterator[int]:
+    """Tokens that continue a prompt, one by one as they are drawn."""
+    key, state, heard = jax.random.key(seed), None, np.asarray(prompt, np.int32)[None]
+    for n in range(length):
+        said = generate(
+            model,
+            params,
+            heard,
+            1,
+            jax.random.fold_in(key, n),
+            state=state,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        state, heard = said.state, said.tokens
+        yield int(said.tokens[0, 0])

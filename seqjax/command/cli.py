@@ -1,0 +1,286 @@
+"""The command line: parse, call, print.
+
+seqjax train    trains a character model and keeps it in a folder
+seqjax sample   lets it write
+seqjax score    lets it read
+seqjax report   writes a page on how information and gradients move through it
+seqjax compare  writes a page that lays runs side by side
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from seqjax.command import character_model
+from seqjax.command.character_model import Settings
+from seqjax.command.job import Job, begin, restore, resume, work
+from seqjax.command.run_folder import Run, RunError
+from seqjax.command.run_report import compare_runs, report_run
+from seqjax.data.text import decode, encode, manual_topics, read_text, unigram_entropy
+from seqjax.training.loop import Metrics, NotFinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a character model on the Python manual, or on any text, and keep it in a folder."""
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Settings)
+    out: Path | None = None
+    """The folder to make; by default a new one in runs/."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its own settings."""
+    report: bool = True
+    """Write RUN/report.html at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Let a trained model write."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of a run."""
+    prompt: str = "The "
+    """The beginning of the text."""
+    length: int = 500
+    """Characters to write."""
+    temperature: float = 0.8
+    """0 takes the likeliest character, 1 samples from the model itself."""
+    top_k: int | None = None
+    """Sample among this many of the likeliest characters."""
+    top_p: float | None = None
+    """Sample among the likeliest characters that together reach this probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Let a trained model read a file: log-probability, bits per character, perplexity."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of a run."""
+    file: tyro.conf.Positional[Path]
+    """A UTF-8 text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write a page on how information and gradients move through a trained model."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of a run."""
+    out: Path | None = None
+    """The file to write; by default report.html in that folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Write a page that lays runs side by side."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The folders of two runs or more."""
+    out: Path = Path("comparison.html")
+    """The file to write."""
+
+
+Command = Train | Sample | Score | Report | Compare
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit status: 0 done; 1 not done, with one sentence on stderr that says why; 130 interrupted.
+    """
+    try:
+        command = _parse(arguments)
+        does: Any = {Train: train, Sample: sample, Score: score, Report: report, Compare: compare}[type(command)]
+        return does(command)
+    except (RunError, ValueError, ModuleNotFoundError) as error:
+        print(f"seqjax: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read the output has gone, so there is nobody to tell
+    except OSError as error:
+        where = f"got {error.filename}" if error.filename else "got none"
+        print(f"seqjax: expected a file to read, {where}: {error.strerror or error}; check the path", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("seqjax: interrupted", file=sys.stderr)
+        return 130
+    return 1
+
+
+def train(command: Train) -> int:
+    """Trains until the last step, the last minute or an interruption, and says what came of it."""
+    settings, console = command.settings, Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    corpus = manual_topics() if settings.text is None else read_text(settings.text)
+    if command.resume is not None:
+        job = resume(settings, corpus, command.resume)
+    else:
+        new = Path("runs") / f"{settings.cell}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        job = begin(settings, corpus, command.out or new)
+    path = job.run.path
+    console.print(f"{path}: {_describe(job)}")
+    try:
+        with _Display(console, settings) as display:
+            interrupted = work(job, display.show)
+    except NotFinite as error:
+        job.run.save(job.state)
+        raise RunError(
+            f"training stopped, {error}: step {job.step}, the last good one, is kept in {path}; go on with "
+            f"seqjax train --resume {path} --learning-rate {settings.learning_rate / 4:g}"
+        ) from None
+    if interrupted:
+        console.print(f"interrupted at step {job.step}, which is kept: seqjax train --resume {path}")
+        return 130
+    _conclude(job, console)
+    if command.report:
+        _add_report(path, console)
+    return 0
+
+
+def sample(command: Sample) -> int:
+    """Prints the prompt and what the model writes after it, as it writes it."""
+    if command.length < 1:
+        raise ValueError(f"expected --length of at least 1, got {command.length}")
+    if not command.prompt:
+        raise ValueError('expected a --prompt of at least one character, got none: --prompt "The "')
+    run = Run.open(command.run)
+    prompt = encode(command.prompt, run.corpus.vocabulary, "--prompt")
+    model, state = restore(run)
+    options = {"temperature": command.temperature, "top_k": command.top_k, "top_p": command.top_p}
+    said = character_model.speak(model, state.params, prompt, command.length, command.seed, **options)
+    first = next(said)  # so that a wrong option is refused before anything is written
+    print(command.prompt + run.corpus.vocabulary[first], end="", flush=True)
+    for token in said:
+        print(run.corpus.vocabulary[token], end="", flush=True)
+    print()
+    return 0
+
+
+def score(command: Score) -> int:
+    """Prints how well the model predicts each character of a file from those before it."""
+    run = Run.open(command.run)
+    tokens = encode(read_text(command.file).text, run.corpus.vocabulary, str(command.file))
+    if len(tokens) < 2:
+        raise ValueError(
+            f"expected at least 2 characters in {command.file}, got {len(tokens)}: the first one is not predicted"
+        )
+    model, state = restore(run)
+    nats = character_model.log_probability(model, state.params, tokens)
+    predicted = len(tokens) - 1
+    print(f"characters predicted   {predicted}")
+    print(f"log-probability        {nats:.4f} nats")
+    print(f"bits per character     {-nats / predicted / math.log(2):.4f}")
+    print(f"perplexity             {math.exp(-nats / predicted):.4f}")
+    print(f"unigram entropy        {unigram_entropy(tokens):.4f} bits per character, of this file")
+    return 0
+
+
+def report(command: Report) -> int:
+    """Writes the report on a run and prints its path."""
+    print(report_run(command.run, command.out))
+    return 0
+
+
+def compare(command: Compare) -> int:
+    """Writes the page on several runs and prints its path."""
+    print(compare_runs(command.runs, command.out))
+    return 0
+
+
+class _Display:
+    """A live line on a terminal; elsewhere one plain line at each validation."""
+
+    def __init__(self, console: Console, settings: Settings) -> None:
+        self.console, self.settings = console, settings
+        columns = (TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("compiling", total=settings.last_step)
+        self.since: tuple[float, int] | None = None
+
+    def __enter__(self) -> _Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, job: Job, metrics: Metrics, validated: bool) -> None:
+        """Shows an update. The speed is that since the last validation, without compiling and validating."""
+        now = time.monotonic()
+        since, at = self.since or (now, job.step)
+        speed = (job.step - at) * self.settings.batch * self.settings.window / max(now - since, 1e-9)
+        if self.since is None or validated:
+            self.since = (now, job.step)
+        validation = "-" if math.isnan(job.validation_bits) else f"{job.validation_bits:.2f}"
+        line = (
+            f"step {job.step}  bits/char {metrics.loss / math.log(2):.2f} valid {validation}  "
+            f"grad {metrics.grad_norm:.2f}  clipped {job.table.clipped / job.step:.0%}  {speed:,.0f} char/s"
+        )
+        self.progress.update(self.task, completed=job.step, description=line)
+        if validated and not self.console.is_terminal:
+            self.console.print(line)
+
+
+def _describe(job: Job) -> str:
+    settings, corpus = job.run.settings, job.run.corpus
+    shape = f"{settings.cell}, {settings.layers} x {settings.hidden} hidden units, embedding {settings.embedding}"
+    where = f", going on after step {job.step}" if job.step else ""
+    return f"{shape}, on {corpus.name} ({corpus.length:,} characters, {len(corpus.vocabulary)} different){where}"
+
+
+def _conclude(job: Job, console: Console) -> None:
+    """What shows that it worked: the score on text that it has not seen beside that of no memory, and a sample."""
+    _, validation, test = job.parts
+    validation_bits = job.bits(validation) if math.isnan(job.validation_bits) else job.validation_bits
+    console.print(f"after {job.step} steps, {job.table.seconds:.0f} s of training")
+    console.print(f"bits per character, validation text    {validation_bits:.3f}")
+    console.print(f"bits per character, test text          {job.bits(test):.3f}")
+    entropy = unigram_entropy(np.concatenate(job.parts))
+    console.print(f"unigram entropy of the corpus          {entropy:.3f}  (a model without memory)")
+    prompt, vocabulary = validation[:20], job.run.corpus.vocabulary
+    said = character_model.speak(job.model, job.state.params, prompt, 200, seed=0, temperature=0.8)
+    text = f"{decode(prompt, vocabulary)}|{decode(np.array(list(said)), vocabulary)}"
+    console.print("a sample, after the bar:\n")
+    console.print("    " + text.replace("\n", "\n    "))
+    console.print(f"\nmore: seqjax sample {job.run.path}")
+
+
+def _add_report(path: Path, console: Console) -> None:
+    try:
+        console.print(f"report: {report_run(path)}")
+    except Exception as error:  # noqa: BLE001 - the training is done and kept, whatever becomes of its report
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        console.print(f"no report ({said}); the run is kept: seqjax report {path}")
+
+
+def _parse(arguments: Sequence[str]) -> Command:
+    command = _parse_with(arguments, Train())
+    if isinstance(command, Train) and command.resume is not None:
+        # Read again, so that what is not said is as the run began.
+        command = _parse_with(arguments, Train(settings=Run.open(command.resume).settings))
+    return command
+
+
+def _parse_with(arguments: Sequence[str], defaults: Train) -> Any:
+    kinds: Any = (
+        Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Score, tyro.conf.subcommand("score")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
+    )
+    options = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kinds, args=list(arguments), prog="seqjax", description=__doc__, config=options)

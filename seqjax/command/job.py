@@ -1,0 +1,178 @@
+"""A training run at work: begun or gone on with, one update after the other, each kept as the folder promises."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqjax.command import character_model
+from seqjax.command.character_model import Settings
+from seqjax.command.run_folder import MetricsTable, Run, RunError
+from seqjax.data.text import Corpus, encode, split
+from seqjax.models.model import Model
+from seqjax.training.loop import Metrics, TrainState
+
+MAY_CHANGE = ("steps", "minutes", "learning_rate", "clip_norm", "validate_every", "checkpoint_every")
+
+
+@dataclasses.dataclass
+class Job:
+    """A run in memory: what is trained, on what, and how far it is.
+
+    Attributes:
+        run: its folder.
+        model: an embedding, recurrent layers and a softmax.
+        parts: tokens to train on, to validate and to test.
+        state: after the last finished update.
+        table: its metrics on disk.
+        validation_bits: bits per character on the validation text when it was last read; NaN before.
+    """
+
+    run: Run
+    model: Model
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray]
+    state: TrainState
+    table: MetricsTable
+    validation_bits: float = math.nan
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.state.step)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step or the last minute of the settings has passed."""
+        settings = self.run.settings
+        out_of_time = settings.minutes is not None and self.table.seconds >= 60 * settings.minutes
+        return out_of_time or (settings.last_step is not None and self.step >= settings.last_step)
+
+    def bits(self, tokens: np.ndarray) -> float:
+        """Bits per character on a text."""
+        return character_model.bits(self.run.settings, self.model, self.state.params, tokens)
+
+
+def begin(settings: Settings, corpus: Corpus, path: Path) -> Job:
+    """A new run in a new folder.
+
+    Raises:
+        ValueError: the text is too short.
+        RunError: the folder cannot be made.
+    """
+    model, parts = character_model.build(settings, corpus.vocabulary), _parts(settings, corpus)
+    run = Run.create(path, settings, corpus)
+    return Job(run, model, parts, character_model.first_state(settings, model), MetricsTable(run, 0))
+
+
+def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
+    """An earlier run, after its last checkpoint.
+
+    Raises:
+        RunError: the folder, the text or the settings are not those of that run.
+        UnknownCharacter: the text holds characters that the run does not know.
+    """
+    stored = Run.open(path)
+    encode(corpus.text, stored.corpus.vocabulary, corpus.name)
+    if corpus.sha256 != stored.corpus.sha256:
+        raise RunError(
+            f"expected the text that {path} was trained on, {stored.corpus.name} ({stored.corpus.length} characters, "
+            f"sha256 {stored.corpus.sha256[:12]}), got {corpus.name} ({len(corpus.text)} characters, "
+            f"sha256 {corpus.sha256[:12]}): restore that text, or train anew"
+        )
+    for name in (field.name for field in dataclasses.fields(Settings)):
+        given, before = getattr(settings, name), getattr(stored.settings, name)
+        if name != "text" and given != before and name not in MAY_CHANGE:
+            raise RunError(
+                f"expected {name} {before}, with which {path} began, got {given}: "
+                f"leave it out, or train anew; a resumed run may change {', '.join(MAY_CHANGE)}"
+            )
+    run = dataclasses.replace(stored, settings=dataclasses.replace(settings, text=stored.settings.text))
+    model, state = restore(run)
+    job = Job(run, model, _parts(run.settings, corpus), state, MetricsTable(run, int(state.step)))
+    run.set_aside_after(job.step)
+    if run.settings != stored.settings:
+        run.write_settings()
+    return job
+
+
+def restore(run: Run) -> tuple[Model, TrainState]:
+    """The model of a run and its last state.
+
+    Raises:
+        RunError: there is no finished checkpoint.
+    """
+    model = character_model.build(run.settings, run.corpus.vocabulary)
+    return model, run.restore(character_model.first_state(run.settings, model))
+
+
+def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:
+    """Trains until the job is finished or interrupted.
+
+    What is kept of an update is kept before the next one is looked at: its row, and its checkpoint where one is due.
+
+    Args:
+        job: from `begin` or `resume`; it is brought forward in place.
+        show: called after each update with the job, its metrics, and whether the validation text was read.
+
+    Returns:
+        Whether it was interrupted before it was finished.
+
+    Raises:
+        NotFinite: an update failed; the job is at the last good one.
+    """
+    settings, earlier, began = job.run.settings, job.table.seconds, time.monotonic()
+    stop = job.finished
+    with _interruptible() as interrupted, contextlib.closing(job.table):
+        updates = character_model.train(settings, job.model, job.parts[0], job.state)
+        while not stop:
+            job.state, metrics = next(updates)
+            job.table.seconds = earlier + time.monotonic() - began
+            stop = job.finished or bool(interrupted)
+            validate = job.finished or job.step % settings.validate_every == 0
+            if validate:
+                job.validation_bits = job.bits(job.parts[1])
+            characters = job.step * settings.batch * settings.window
+            job.table.add(job.step, metrics, job.validation_bits if validate else None, characters)
+            show(job, metrics, validate)
+            if stop or job.step % settings.checkpoint_every == 0:
+                job.run.save(job.state)
+    return not job.finished
+
+
+def _parts(settings: Settings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training, validation and test text, all long enough to be of use."""
+    parts = split(corpus.tokens)
+    need = settings.batch * settings.window + 1
+    if len(parts[0]) < need or min(map(len, parts)) < 2:
+        raise ValueError(
+            f"expected a text of at least {max(math.ceil(need / 0.9), 40)} characters, one window of "
+            f"{settings.window} steps in {settings.batch} rows within its first 90 %, got {len(corpus.text)} in "
+            f"{corpus.name}: use a longer text, or a smaller --batch or --window"
+        )
+    return parts
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Notes Ctrl-C and termination, so that the step at hand is finished and kept; a second one acts at once."""
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,264 @@
+"""A training run as a folder, from which it can go on.
+
+    RUN/run.json       the settings, the versions, and the corpus: its name, length, hash and vocabulary
+    RUN/metrics.csv    one row an update
+    RUN/checkpoints/   the last states, by orbax: parameters, optimiser, carried state, step
+
+Every file appears whole or not at all: it is written beside its place and moved there.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from seqjax import kernels
+from seqjax.command.character_model import Settings, build
+from seqjax.data.text import Corpus
+from seqjax.sequence.explain import explain
+from seqjax.training.loop import Metrics, TrainState
+
+FORMAT = 1
+COLUMNS = ("step", "train_bits", "validation_bits", "grad_norm", "clipped", "param_norm", "characters", "seconds")
+
+
+class RunError(Exception):
+    """A run folder cannot be used; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusRecord:
+    """What a run remembers of its text."""
+
+    name: str
+    length: int
+    sha256: str
+    vocabulary: str
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> CorpusRecord:
+        """The record of a corpus."""
+        return cls(corpus.name, len(corpus.text), corpus.sha256, corpus.vocabulary)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder and what its run.json says."""
+
+    path: Path
+    settings: Settings
+    corpus: CorpusRecord
+
+    @classmethod
+    def create(cls, path: Path, settings: Settings, corpus: Corpus) -> Run:
+        """Makes the folder.
+
+        Raises:
+            RunError: something is there already, or the place cannot be written to.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(
+                f"expected a new folder, got {path}, which holds something: "
+                f"choose another --out, or go on from it with --resume {path}"
+            )
+        if strange := sorted(set(str(path.resolve())) & set("[]*?{}")):
+            raise RunError(
+                f"expected a path without any of []*?{{}}, which the checkpoints' store takes for patterns, "
+                f"got {path} with {' '.join(strange)}: choose another --out"
+            )
+        run = cls(path, settings, CorpusRecord.of(corpus))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run.write_settings()
+            _write(path / "metrics.csv", ",".join(COLUMNS) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"expected a place to write to, got {path}: {error.strerror}; choose another --out"
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Reads the folder of an earlier run.
+
+        Raises:
+            RunError: it is missing, half-written, or of another version.
+        """
+        file = path / "run.json"
+        if not path.is_dir():
+            raise RunError(f"expected the folder of a run, got {path}, which is not there: seqjax train makes one")
+        if not file.is_file():
+            raise RunError(
+                f"expected {file}, got a folder without it: this is not a run, or it stopped while being made"
+            )
+        try:
+            content = json.loads(file.read_text("utf-8"))
+            found = content["format"]
+            if found == FORMAT:
+                settings = dict(content["settings"])
+                settings["text"] = None if settings["text"] is None else Path(settings["text"])
+                return cls(path, Settings(**settings), CorpusRecord(**content["corpus"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"expected settings in {file}, got something unreadable ({error}): restore it, or train anew"
+            ) from None
+        raise RunError(
+            f"expected a run of format {FORMAT}, got format {found!r} in {file}, written by seqjax "
+            f"{content.get('versions', {}).get('seqjax', 'of another version')}: use that version, or train anew"
+        )
+
+    def write_settings(self) -> None:
+        """Writes run.json."""
+        settings = dataclasses.asdict(self.settings)
+        settings["text"] = None if self.settings.text is None else str(self.settings.text.resolve())
+        content = {
+            "format": FORMAT,
+            "settings": settings,
+            "corpus": dataclasses.asdict(self.corpus),
+            "versions": _versions(),
+            "kernels": _kernels(self.settings, self.corpus.vocabulary),
+        }
+        _write(self.path / "run.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def save(self, state: TrainState) -> None:
+        """Adds a checkpoint; the last two are kept."""
+        with _manager(self.path) as manager:
+            step = int(state.step)
+            if step not in manager.all_steps():
+                manager.save(step, args=_orbax().args.StandardSave(state._asdict()))
+                manager.wait_until_finished()
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The columns of metrics.csv by name; NaN where there is no number. Nothing is changed.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        try:
+            with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if row["seconds"]]
+            return {name: np.array([float(row[name] or math.nan) for row in rows]) for name in COLUMNS}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(
+                f"expected a table of metrics in {self.path / 'metrics.csv'}, got something unreadable: "
+                f"restore it, or train anew"
+            ) from None
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves checkpoints of later steps, which could not be read, out of the way of those that will be made."""
+        for folder in (self.path / "checkpoints").iterdir():
+            if folder.name.isdigit() and int(folder.name) > step:
+                aside = self.path / "unreadable"
+                aside.mkdir(exist_ok=True)
+                os.replace(folder, aside / f"{folder.name}-{time.time_ns()}")
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest checkpoint that can be read.
+
+        Args:
+            like: a state of this run's types, such as the first one.
+
+        Raises:
+            RunError: there is none.
+        """
+        abstract = jax.tree.map(_abstract, like._asdict())
+        reasons = []
+        if (self.path / "checkpoints").is_dir():
+            with _manager(self.path) as manager:
+                for step in sorted(manager.all_steps(), reverse=True):
+                    try:
+                        return TrainState(**manager.restore(step, args=_orbax().args.StandardRestore(abstract)))
+                    except Exception as error:  # noqa: BLE001 - a damaged file fails in as many ways as it has layers
+                        reasons.append(f"step {step}: {type(error).__name__}")
+        found = f"only unreadable ones ({', '.join(reasons)})" if reasons else "none"
+        raise RunError(
+            f"expected a finished checkpoint in {self.path / 'checkpoints'}, got {found}: "
+            f"the run stopped before its first one, or files were lost; train anew"
+        )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+class MetricsTable:
+    """metrics.csv: one row an update, on disk as soon as it is written."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        """Opens the table to go on after `step`; rows of later steps, which no checkpoint has, are dropped."""
+        self.path = run.path / "metrics.csv"
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if row["seconds"] and int(row["step"]) <= step]
+        except (OSError, ValueError, KeyError):
+            raise RunError(
+                f"expected a table of metrics in {self.path}, got something unreadable: restore it, or train anew"
+            ) from None
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.clipped = sum(float(row["clipped"]) for row in rows)
+        lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
+        _write(self.path, "\n".join(lines) + "\n")
+        self.file = self.path.open("a", newline="", encoding="utf-8")
+
+    def add(self, step: int, metrics: Metrics, validation_bits: float | None, characters: int) -> None:
+        """Writes the row of one update, after `self.seconds` of training in all."""
+        validation = "" if validation_bits is None else validation_bits
+        numbers = (metrics.loss / math.log(2), validation, metrics.grad_norm, metrics.clipped, metrics.param_norm)
+        self.file.write(",".join(map(str, (step, *numbers, characters, f"{self.seconds:.3f}"))) + "\n")
+        self.file.flush()
+        self.clipped += metrics.clipped
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+    import platform
+
+    packages = {
+        name: importlib.metadata.version(name) for name in ("seqjax", "jax", "jaxlib", "optax", "orbax-checkpoint")
+    }
+    return {"python": platform.python_version()} | packages
+
+
+def _kernels(settings: Settings, vocabulary: str) -> list[str | None]:
+    """For each loop of the model's cell the compiled kernel that runs it; None if XLA does."""
+    cell = build(settings, vocabulary).cell
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    loops = explain(cell, params, jax.ShapeDtypeStruct((), "int32")).loops
+    return [loop.kernel if kernels.available() else None for loop in loops if loop.carried]
+
+
+def _orbax() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own imports
+        import orbax.checkpoint
+
+    # It logs what is raised as well, and the sentence that the user gets is made from the exception.
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    return orbax.checkpoint
+
+
+def _manager(path: Path) -> Any:
+    ocp = _orbax()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((path / "checkpoints").resolve(), options=options)

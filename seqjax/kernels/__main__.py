@@ -1,0 +1,16 @@
+"""`python -m seqjax.kernels`: compiles the kernel for this machine and says where it lies."""
+
+import argparse
+import sys
+
+from seqjax.kernels import build
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m seqjax.kernels",
+        description="Compiles the kernel for this machine, with g++ or the compiler that $CXX names.",
+    ).parse_args()
+    try:
+        print(f"compiled {build()}")
+    except RuntimeError as error:
+        sys.exit(str(error))

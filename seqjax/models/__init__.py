@@ -1,0 +1,1 @@
+"""A cell with a head: losses, objectives, pooling and generation."""

@@ -1,0 +1,1 @@
+"""One self-contained page about a cell: the verdict first, then the figures, then every number."""

@@ -1,0 +1,1 @@
+"""How a partitioned step runs: the forward loop, the backward loop, the compiled kernel, and the Jacobian."""

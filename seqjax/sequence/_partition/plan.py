@@ -1,0 +1,133 @@
+"""The partition of a cell's masked step: traced once, taken apart into loops, and each loop into parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import PyTree
+
+from seqjax.cell import Cell
+from seqjax.sequence._masked_step import Emit, guarded_step, last_output
+from seqjax.sequence._partition.loops import Stage, stages
+from seqjax.sequence._partition.normalize import normalized
+from seqjax.sequence._partition.parts import Parts
+from seqjax.sequence._partition.program import inline, source_line
+from seqjax.sequence._step_errors import check_effects, errors_of_step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """How a step is unrolled.
+
+    Attributes:
+        x: the variables of the inputs of the whole step.
+        stages: its loops.
+        parts: the parts of each loop.
+        state, kept: the trees of the new state and of what is kept of a step.
+        kernel: whether the compiled kernel may run a loop that it supports.
+    """
+
+    x: list[Any]
+    stages: list[Stage]
+    parts: list[Parts]
+    state: Any
+    kept: Any
+    kernel: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """The program of a cell's masked step for one example at one time.
+
+    Attributes:
+        program: (params.., state.., inputs..) -> (after.., kept..).
+        params, state: the numbers of leaves of the first two.
+        trees: of the new state and of what is kept.
+    """
+
+    program: ClosedJaxpr
+    params: int
+    state: int
+    trees: tuple[Any, Any]
+
+
+def traced_step(cell: Cell, emit: Emit, params: PyTree, state: PyTree, inputs: PyTree) -> Traced:
+    """Traces the masked step.
+
+    Args:
+        cell: any cell.
+        emit: what is kept of a step.
+        params: the parameters.
+        state: states (batch, ...).
+        inputs: (xs, mask, reset, noise), leaves (batch, time, ...).
+    """
+    return traced_one(cell, emit, params, shapes_of_one(state, 1), shapes_of_one(inputs, 2))
+
+
+def shapes_of_one(tree: PyTree, axes: int) -> PyTree:
+    """The shapes and dtypes of one example at one time: of leaves without their first axes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), tree)
+
+
+def traced_one(cell: Cell, emit: Emit, params: PyTree, state: PyTree, at: PyTree) -> Traced:
+    """`traced_step` for the state and the inputs of one example at one time, given as arrays or shapes.
+
+    Raises:
+        Exception: the step raises, or has ordered side effects; the message names the user's line.
+    """
+
+    def step(params: PyTree, state: PyTree, at: PyTree) -> Any:
+        return guarded_step(cell, params, state, *at, emit=emit)
+
+    params = jax.tree.map(lambda p: p if isinstance(p, jax.ShapeDtypeStruct) else jnp.asarray(p), params)
+    with errors_of_step(cell, params, shapes_of_one(at[0], 0)):
+        program, out = jax.make_jaxpr(step, return_shape=True)(params, state, at)
+    check_effects(cell, program)
+    sizes = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
+    return Traced(program, *sizes, (jax.tree.structure(out[0]), jax.tree.structure(out[1])))
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPlan:
+    """Why a step runs as a plain scan."""
+
+    reason: str
+
+
+def plan_of(traced: Traced, kernel: bool) -> Plan | NoPlan:
+    """Takes the program of a step apart. A step that cannot be taken apart runs as a plain scan."""
+    effects = traced.program.effects
+    if effects:
+        line = next((source_line(e) for e in traced.program.jaxpr.eqns if e.effects), "")
+        names = ", ".join(sorted({type(effect).__name__ for effect in effects}))
+        return NoPlan(f"the step has side effects ({names}){line and ' at ' + line}, which run once per step")
+    try:
+        program = inline(traced.program)
+        loops = stages(program, traced.params, traced.state)
+        parts = [Parts(loop.program, traced.params, len(loop.leaves)) for loop in loops]
+    except Exception as error:  # noqa: BLE001 - what ran without the partition must run when it fails
+        return NoPlan(f"the partition failed: {type(error).__name__}: {error}")
+    x = list(program.jaxpr.invars[traced.params + traced.state :])
+    return Plan(x, loops, parts, *traced.trees, kernel)
+
+
+def normal_step(cell: Cell, params: PyTree, state: PyTree, at: PyTree) -> tuple[PyTree, PyTree]:
+    """`guarded_step` by the normal form of its program: products of the same vector are one product.
+
+    Args:
+        cell, params: any cell.
+        state: of one example.
+        at: (x_t, valid, restart, noise) of one example at one time.
+
+    Returns:
+        The new state and the output.
+    """
+    traced = traced_one(cell, last_output, params, state, at)
+    program = normalized(inline(traced.program), traced.params, traced.state, with_sigmoids=False)
+    leaves = jaxpr_as_fun(program)(*map(jnp.asarray, jax.tree.leaves((params, state, at))))
+    after, output = traced.trees
+    return after.unflatten(leaves[: traced.state]), output.unflatten(leaves[traced.state :])

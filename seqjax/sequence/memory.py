@@ -1,0 +1,105 @@
+"""What an unroll would need, asked of the compiler before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from seqjax.cell import Cell
+from seqjax.sequence.unroll import unroll
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes that a compiled unroll takes.
+
+    Args:
+        arguments: parameters and inputs.
+        outputs: what is returned: the outputs, or the gradient of every parameter.
+        temporaries: what stands between, above all the states kept for the way back.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{_readable(size)} {name}" for name, size in self._asdict().items())
+        return f"{_readable(self.total)} ({parts})"
+
+
+def memory_estimate(
+    cell: Cell,
+    batch: int,
+    time: int,
+    *,
+    gradient: bool = True,
+    checkpoint_every: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> MemoryEstimate:
+    """The memory of an unroll, or of backpropagation through it, found by compiling it and not by running it.
+
+        temporaries ~ batch * time * saved    saved ~ the leaves of the state that `seqjax.explain` lists as saved
+
+    With `checkpoint_every` = k, time / k + k stands for time.
+
+    Args:
+        cell: any cell that says its `input_shape`.
+        batch: rows.
+        time: steps of each.
+        gradient: of the sum of the outputs with respect to the parameters; False for the outputs alone.
+        checkpoint_every: as for `unroll`.
+        dtype: of the inputs; by default float32, and int32 for inputs without features, which are tokens.
+
+    Returns:
+        `MemoryEstimate`, bytes on the default device.
+
+    Raises:
+        TypeError: the cell does not say what one input is.
+        ValueError: a size is not positive.
+        RuntimeError: the backend does not say what a compiled function takes.
+
+    Example:
+        >>> import seqjax as sj
+        >>> cell = sj.stack([sj.GRU(8, 32), sj.GRU(32, 32)])
+        >>> all_states = sj.memory_estimate(cell, 4, 4096)
+        >>> some = sj.memory_estimate(cell, 4, 4096, checkpoint_every=64)
+        >>> some.temporaries < all_states.temporaries / 2
+        True
+    """
+    shape = getattr(cell, "input_shape", None)
+    if shape is None:
+        raise TypeError(
+            f"expected a cell that says its input_shape, got {type(cell).__name__}: "
+            f"give it a field or property input_shape, (features,) or () for tokens"
+        )
+    if batch < 1 or time < 1:
+        raise ValueError(f"expected at least one row and one step, got batch {batch} and time {time}")
+    dtype = dtype or (jnp.float32 if shape else jnp.int32)
+    xs = jax.ShapeDtypeStruct((batch, time, *shape), dtype)
+
+    def outputs(params: Any, xs: Any) -> Any:
+        return unroll(cell, params, xs, checkpoint_every=checkpoint_every)[1]
+
+    def loss(params: Any, xs: Any) -> Any:
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(outputs(params, xs)))
+
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    function = jax.grad(loss, allow_int=True) if gradient else outputs
+    used = jax.jit(function).lower(params, xs).compile().memory_analysis()
+    if used is None:
+        raise RuntimeError(f"the backend {jax.default_backend()} does not say what a compiled function takes")
+    return MemoryEstimate(used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
+
+
+def _readable(size: int) -> str:
+    power = 0 if size < 1000 else min(4, int(math.log10(size) / 3))
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,11 +1,11 @@
-"""Where the time of an unroll goes on a CPU: every part of it alone, beside the whole and the machine's peak.
+"""The time of each part of an unroll on a CPU, beside the time of the whole unroll and the machine's peak.
 
-    python -m benchmarks.breakdown        three cells, three sizes, with the kernel and without it; a few minutes
+    python -m benchmarks.breakdown        three cells, three sizes, with and without the kernel; a few minutes
 
-Each part is compiled alone and timed on one chunk, in turns with the others, and multiplied by the number of chunks.
-What the whole takes beyond them is the cutting of chunks and the loss. It takes less where it finds in a cache what
-they do not, and by packing the kernel's weights once for all chunks. The peak is the fastest square product of matrices
-that XLA runs in the same minutes.
+Each part is compiled separately, timed on one chunk in turns with the other parts, and multiplied by the number of
+chunks. The whole takes longer than the sum by the slicing of chunks and the loss. It takes less time if its data is
+still in a cache, and because it packs the kernel's weights once for all chunks. The peak is the fastest square matrix
+product of XLA in the same minutes.
 
 Needs the kernel (`python -m seqjax.kernels`). Writes breakdown.json and breakdown.md beside this file.
 """
@@ -26,20 +26,20 @@ import seqjax as sj
 from benchmarks.machine import call_times, in_turns, machine
 from benchmarks.peers.rows import GATES, Row
 from seqjax import kernels
-from seqjax.sequence._execution.backward import Loop
+from seqjax.sequence._execution.backward import BackwardLoop, KnownSteps
 from seqjax.sequence._execution.chunks import chunk_length
-from seqjax.sequence._execution.forward import over_chunk, run_chunk
+from seqjax.sequence._execution.forward import Loop, over_chunk, run_chunk
 from seqjax.sequence._execution.kernel import kernel_for
 from seqjax.sequence._masked_step import last_output
 from seqjax.sequence._partition.plan import plan_of, traced_one
 
 CELLS = {"vanilla": sj.VanillaRNN, "lstm": sj.LSTM, "gru": sj.GRU}
 ROWS = [Row(32, 128, 128, 128), Row(64, 150, 256, 256), Row(16, 128, 512, 512)]
-SECONDS = 0.4  # for each part
+SECONDS = 0.4  # per part
 
 
 def switch(kernel: bool) -> None:
-    """Lets the kernel run the loops, or XLA."""
+    """Selects the kernel or XLA for the loops, and clears what was compiled for the other."""
     os.environ["SEQJAX_NATIVE"] = "1" if kernel else "0"
     kernels.available.cache_clear()
     jax.clear_caches()
@@ -48,7 +48,7 @@ def switch(kernel: bool) -> None:
 
 
 def peak() -> float:
-    """GFLOP/s of the fastest square product."""
+    """GFLOP/s of the fastest square matrix product."""
     best = 0.0
     for n in (512, 1024, 2048):
         A = jax.random.normal(jax.random.key(0), (n, n))
@@ -59,13 +59,13 @@ def peak() -> float:
 
 
 def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
-    """Calls of one chunk by name with the multiplications of their products, and how many chunks there are."""
+    """The parts of one chunk by name, each a call with its number of multiplications, and the number of chunks."""
     cell = CELLS[kind](row.features, row.hidden)
     params = cell.init(jax.random.key(0))
     one = (jnp.zeros(row.features), None, None, None)
     plan = plan_of(traced_one(cell, last_output, params, cell.initial_state(params), one), True)
     loop_parts, leaves = plan.parts[0], [*plan.parts[0].consts, *jax.tree.leaves(params)]
-    kernel = kernel_for(loop_parts)
+    forward_loop = Loop(loop_parts, kernel_for(loop_parts), False)
     length, n = chunk_length(row.batch, row.time), row.hidden
     shape = (length, row.batch)
     keys = jax.random.split(jax.random.key(1), 4)
@@ -76,29 +76,29 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
     ct_kept = [jax.random.normal(keys[2], (*shape, n))]
     drives, results = ([jax.random.normal(key, (*shape, GATES[kind] * n))] for key in jax.random.split(keys[3]))
     everything = [True] * (len(leaves) + len(state) + 1)
-    moves = loop_parts.moving(everything)
+    active = loop_parts.active(everything)
 
     def inputs(leaves, x):
-        return over_chunk(loop_parts.drives, shape, None, 0)(loop_parts.hoist(leaves), x)
+        return over_chunk(loop_parts.compute_drives, shape, None, 0)(loop_parts.hoist(leaves), x)
 
     def loop(leaves, state, drives):
         hoisted = loop_parts.hoist(leaves)
         products = loop_parts.products_in_loop(hoisted, row.batch)
-        return run_chunk(loop_parts, kernel, False, hoisted, products, state, drives, length)
+        return run_chunk(forward_loop, hoisted, products, state, drives, length)
 
     def recurrents(leaves, before, drives):
-        return over_chunk(loop_parts.results, shape, None, 0, 0)(loop_parts.hoist(leaves), before, drives)
+        return over_chunk(loop_parts.cut_results, shape, None, 0, 0)(loop_parts.hoist(leaves), before, drives)
 
     def back(leaves):
-        return Loop(loop_parts, kernel, False, loop_parts.hoist(leaves), [True] * len(state), moves)
+        return BackwardLoop(forward_loop, loop_parts.hoist(leaves), [True] * len(state), active)
 
     def replay(leaves, before, drives, results):
         first = [leaf[0] for leaf in before]
-        seen = [leaf if is_seen else None for leaf, is_seen in zip(before, loop_parts.seen, strict=True)]
-        return back(leaves).rematerialized(length, first, seen, drives, results)
+        saved = [leaf if is_saved else None for leaf, is_saved in zip(before, loop_parts.is_saved, strict=True)]
+        return back(leaves).rematerialized(length, first, KnownSteps(saved, drives, results))
 
     def chain(leaves, state, before, drives, results, ct_kept):
-        return back(leaves).run(length, state, before, drives, results, ct_kept)
+        return back(leaves).run(length, state, KnownSteps(before, drives, results), ct_kept)
 
     def of_weights(leaves, x, before, drives, results):
         _, pull = jax.vjp(lambda leaves: (inputs(leaves, x), recurrents(leaves, before, drives)), leaves)
@@ -116,13 +116,13 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
             partial(jax.jit(of_weights), leaves, x, before, drives, results), of_x + of_h
         ),
     }  # fmt: skip
-    if not all(loop_parts.seen):
+    if not all(loop_parts.is_saved):
         calls["back: states that were not saved"] = (partial(jax.jit(replay), leaves, before, drives, results), 0)
     return calls, -(-row.time // length)
 
 
 def whole(kind: str, row: Row) -> dict[str, object]:
-    """The unroll, and its gradient by the parameters."""
+    """The unroll, and its gradient with respect to the parameters."""
     cell = CELLS[kind](row.features, row.hidden)
     params = cell.init(jax.random.key(0))
     xs = jax.random.normal(jax.random.key(1), (row.batch, row.time, row.features))

@@ -1,13 +1,14 @@
-"""Learning parity with torch: the character model of `seqjax train` beside the same one written in torch.
+"""Learning parity with torch: the character model of `seqjax train` and the same model in torch.
 
-Same data, model and schedule: embedding 64, LSTM 256, batch 32, window 128 with the state carried and detached, Adam
-at 2e-3, gradients clipped to norm 1, ten passes over the first 90 % of the Python manual's topics; bits per character
-on the next 5 % after each pass. Each library begins from its own default initialisation, in a process of its own.
+Both use the same data, model and schedule: embedding 64, LSTM 256, batch 32, window 128 with the state carried over and
+detached, Adam at 2e-3, gradients clipped to norm 1, and ten passes over the first 90 % of the Python manual's topics.
+After each pass, bits per character are measured on the next 5 %. Each library uses its own default initialization and
+runs in its own process.
 
-    python -m benchmarks.character_parity            ten passes; some six minutes on two cores
+    python -m benchmarks.character_parity            ten passes; about six minutes on two cores
     python -m benchmarks.character_parity --passes 1
 
-Needs the extra "parity". Writes character_parity.json and character_parity.md beside this file.
+Needs torch (`pip install --group parity`). Writes character_parity.json and character_parity.md beside this file.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""The ways to run an LSTM over time on a GPU, beside each other.
+"""Compares the ways to run an LSTM over time on a GPU.
 
     python -m benchmarks.gpu               all sizes, under ten minutes on one GPU; writes gpu.json and gpu.md
-    python -m benchmarks.gpu --dry-run     tiny sizes on whatever there is, a CPU too; writes nothing
+    python -m benchmarks.gpu --dry-run     tiny sizes on any device, also a CPU; writes nothing
 
 - scan: `lax.scan` over `jax.vmap(cell.step)`, as a user would write it.
 - seqjax: `sj.unroll`.
 - jax.experimental.rnn: cuDNN, called from JAX; on a GPU only.
-- torch: cuDNN, called from torch, in a process of its own; where torch sees the GPU.
-- DEER: `sj.unroll_parallel`, Newton over all steps at once, where all Jacobians fit into --jacobians gigabytes.
+- torch: cuDNN, called from torch in a separate process, if torch sees the GPU.
+- DEER: `sj.unroll_parallel`, Newton over all steps at once, if all Jacobians fit into --jacobians gigabytes.
 
-Each forward, and forward with backward (the gradient by the parameters of sum(outputs * fixed weights)). Share of the
-roofline is the least time that the arithmetic and the traffic leave, over the time measured. The arithmetic is that of
-the matrix products, at the device's float32 rate without tensor cores unless --precision is tf32; the traffic reads
-inputs and weights and writes outputs once, and three times as much with backward; what must wait for the step before is
-left out, so at small sizes no way can come near 1. Kernels a step are the launches in the innermost compiled loops.
+Each way runs forward, and forward with backward (the gradient of sum(outputs * fixed weights) with respect to the
+parameters). The share of the roofline is the least possible time over the measured time. The least possible time is the
+larger of arithmetic and memory traffic. The arithmetic is the matrix products at the device's float32 rate, without
+tensor cores unless --precision is tf32. The traffic reads inputs and weights and writes outputs once; with backward it
+is three times as much. The model ignores that each step waits for the step before, so no way can come near 1 at small
+sizes. Kernels per step are the launches in the innermost compiled loops.
 
 Needs `jax[cuda]` and seqjax; torch is optional.
 """
@@ -47,7 +48,7 @@ SIZES = [
 ]
 TINY = [Row(2, 12, 3, 5), Row(3, 40, 1, 2)]
 DIRECTIONS = ("forward", "backward")
-DEVICES = {  # operations a second in float32 and in TF32, both dense, and bytes a second; the makers' data sheets
+DEVICES = {  # dense float32 and TF32 operations per second, and bytes per second, from the data sheets
     "H200": (67e12, 494e12, 4.8e12),
     "H100": (67e12, 494e12, 3.35e12),
     "A100": (19.5e12, 156e12, 1.555e12),
@@ -58,11 +59,11 @@ DEVICES = {  # operations a second in float32 and in TF32, both dense, and bytes
 
 
 class Left(Exception):
-    """Why a way is left out."""
+    """The reason why a way is left out."""
 
 
 class Way(NamedTuple):
-    """Parameters in the form that the way wants, and outputs from them and xs."""
+    """One way to run the LSTM: its parameters, and a function from (params, xs) to the outputs."""
 
     params: Any
     unroll: Callable
@@ -137,7 +138,7 @@ WAYS = {"scan": scan, "seqjax": fast, "jax.experimental.rnn": cudnn, "DEER": dee
 
 
 def measure(row: Row, arguments: argparse.Namespace, torch: TorchProcess | None) -> dict:
-    """{way: {direction: numbers}}, or {way: {"left out": why}}."""
+    """Returns {way: {direction: numbers}}, or {way: {"left out": reason}}."""
     import jax
 
     w, arrays = weights("lstm", row), jax.device_put(inputs(row))
@@ -167,7 +168,7 @@ def measure(row: Row, arguments: argparse.Namespace, torch: TorchProcess | None)
 
 
 def compile_way(way: Way, direction: str, arrays: tuple) -> dict:
-    """The compiled call, and what is known of it before it runs."""
+    """The compiled call, with its compile time, temporaries and kernels per step."""
     import jax
     import jax.numpy as jnp
 
@@ -192,11 +193,11 @@ def compile_way(way: Way, direction: str, arrays: tuple) -> dict:
 
 
 def least_seconds(row: Row, direction: str, arguments: argparse.Namespace) -> float:
-    """What arithmetic and traffic alone take."""
+    """The larger of the seconds of arithmetic and the seconds of memory traffic."""
     B, T, D, H = row
     by_input, by_state = 2 * B * T * 4 * H * D, 2 * B * T * 4 * H * H
     traffic = 4 * (B * T * (D + H) + 4 * H * (D + H))
-    if direction == "backward":  # the state's product once more, and both weights' gradients
+    if direction == "backward":  # the state's product again, and the gradients of both weights
         by_input, by_state, traffic = 2 * by_input, 3 * by_state, 3 * traffic
     return max((by_input + by_state) / arguments.flops, traffic / arguments.bandwidth)
 
@@ -241,7 +242,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def set_roofline(arguments: argparse.Namespace, device: str) -> None:
-    """Fills in the device's figures where none were given.
+    """Sets the rates of the device that the options leave open.
 
     Raises:
         SystemExit: the device is not in the table.
@@ -267,7 +268,7 @@ def torch_process(arguments: argparse.Namespace, on_gpu: bool) -> TorchProcess |
 
 def main() -> int:
     arguments = read_arguments()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch uses the same GPU and needs memory
     import jax
 
     on_gpu = jax.default_backend() == "gpu"

@@ -1,4 +1,4 @@
-"""What a compiled loop does at every step, read from the optimised program: its kernels, its products, what it carries.
+"""Reads the loops of an optimized XLA program: their kernel launches, matrix products and carried values per step.
 
 for loop in loops(jax.jit(f).lower(*arguments).compile().as_text()):
     print(loop.steps, loop.kernels, loop.products)
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-# These cost no launch: they name values, or are loops of their own, or end what was counted where it began.
+# Not launches: they name values, are loops that are counted separately, or end an operation whose start is counted.
 NO_KERNEL = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "after-all", "call"}
 MATRIX_LIBRARY = re.compile(r'custom_call_target="[^"]*(gemm|matmul)', re.IGNORECASE)
 INNER = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
@@ -21,10 +21,10 @@ Shape = tuple[int, ...]
 
 
 class Instruction(NamedTuple):
-    """One line of a computation."""
+    """One instruction of a computation."""
 
     name: str
-    shapes: list[Shape]  # one, or those of a tuple
+    shapes: list[Shape]  # one shape, or the shapes of a tuple
     opcode: str
     operands: list[str]
     rest: str
@@ -32,23 +32,23 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A compiled while loop; what loops inside it do is counted with them, and not here."""
+    """A compiled while loop, without the work of the loops inside it."""
 
     name: str
-    steps: int | None  # where the compiler knows
-    kernels: Counter[str]  # launches a step, by opcode
-    products: list[Shape]  # results of the matrix products of a step
-    changed: list[Shape]  # what is carried and not merely passed along
+    steps: int | None  # None if the compiler does not know it
+    kernels: Counter[str]  # launches per step, by opcode
+    products: list[Shape]  # shapes of the results of the matrix products of one step
+    changed: list[Shape]  # shapes of the carried values that the body changes
     innermost: bool
 
     def makes(self, shapes: Iterable[Shape]) -> bool:
-        """Whether a product or a carried value has one of these shapes, axes of length one left out."""
+        """Whether a product or a changed carried value has one of these shapes, ignoring axes of length one."""
         wanted = {_squeezed(shape) for shape in shapes}
         return any(_squeezed(shape) in wanted for shape in self.products + self.changed)
 
 
 def loops(text: str) -> list[Loop]:
-    """Every while loop of a compiled program, given as its text."""
+    """Returns every while loop in the text of a compiled program."""
     program = _computations(text)
     found = []
     for instruction in (line for lines in program.values() for line in lines if line.opcode == "while"):
@@ -68,7 +68,7 @@ def loops(text: str) -> list[Loop]:
 
 
 def weight_shapes(weights: Iterable) -> set[Shape]:
-    """The shapes that a gradient of these matrices could be summed up in: as they are, turned, and by gates."""
+    """The shapes in which a loop could accumulate a gradient of these matrices: plain, transposed, or per gate."""
     shapes = set()
     for rows, columns in (w.shape for w in weights if w.ndim == 2 and min(w.shape) > 1):
         shapes |= {(rows, columns), (columns, rows)}
@@ -101,7 +101,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """The end of the bracket that opens at the beginning."""
+    """The index after the bracket that closes the first one."""
     depth = 0
     for at, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -116,7 +116,7 @@ def _inner(line: Instruction) -> list[str]:
 
 
 def _all_lines(program: dict[str, list[Instruction]], computation: str) -> Iterator[Instruction]:
-    """With those of the computations that it calls, but for the bodies of loops."""
+    """The instructions of a computation and of the computations that it calls, except the bodies of loops."""
     for line in program[computation]:
         yield line
         for inner in _inner(line):

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how two ways of doing the same are timed beside each other."""
+"""The description of the machine, and timers that alternate between several ways to compute the same result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def machine(*packages: str) -> str:
-    """The processor, the Python, the packages and what runs the loops, in one line."""
+    """One line with the processor, the Python, the package versions, and whether the kernel is available."""
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = named[0].split(":")[1].strip() if named else platform.processor()
     versions = ", ".join(f"{name} {version(name)}" for name in packages if is_installed(name))
@@ -24,7 +24,7 @@ def machine(*packages: str) -> str:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package is there."""
+    """Whether a package is installed."""
     try:
         return bool(version(package))
     except PackageNotFoundError:
@@ -32,9 +32,9 @@ def is_installed(package: str) -> bool:
 
 
 def alternating(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each way, in turns within one run: the minimum and the median. The first call of each is not timed.
+    """The minimum and median seconds of each way, in alternating calls. The first call of each way is not timed.
 
-    The machine may be shared, so only ratios of times of the same run mean something.
+    Other processes may use the machine, so only ratios within one run are meaningful.
     """
     import jax
 
@@ -48,7 +48,7 @@ def alternating(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def call_times(way: Callable[[], object], calls: int) -> list[float]:
-    """Seconds of each of so many calls of a JAX computation."""
+    """The seconds of each of `calls` calls of a JAX computation."""
     import jax
 
     seconds = []
@@ -62,10 +62,17 @@ def call_times(way: Callable[[], object], calls: int) -> list[float]:
 def in_turns(
     timers: dict[str, Callable[[int], list[float]]], budget: float, rounds: int = 3, turn: float = 0.03
 ) -> dict[str, dict[str, float]]:
-    """Like `alternating`, for some `budget` seconds a way, each timer giving the seconds of as many calls as asked.
+    """Like `alternating`, with several calls per turn and a time budget.
 
-    A turn is as many calls as fit into `turn` seconds, so that short calls do not always begin with another's data in
-    the cache, and every other round goes through the ways backwards. At least so many `rounds` are run.
+    Args:
+        timers: for each way, a function from a number of calls to the seconds of each call.
+        budget: seconds per way.
+        rounds: the least number of rounds.
+        turn: seconds per turn. A turn has several short calls, because otherwise every call would start with the
+            data of another way in the cache. Every second round runs the ways in reverse order for the same reason.
+
+    Returns:
+        For each way, the minimum and median seconds and the number of calls.
     """
     calls = {}
     for name, timer in timers.items():
@@ -84,7 +91,7 @@ def in_turns(
 
 
 class OtherLoad:
-    """How many processors the other processes kept busy since this was made; on Linux, and None elsewhere."""
+    """The mean number of processors that other processes used since construction. On Linux only, otherwise None."""
 
     def __init__(self, *ours: int) -> None:
         self.ours = ours
@@ -97,7 +104,7 @@ class OtherLoad:
         return max(0.0, (now - self.before) / (time.perf_counter() - self.began))
 
     def _elsewhere(self) -> float | None:
-        """Seconds that all processors have worked, or were taken from this machine, less those of our processes."""
+        """Busy and stolen seconds of all processors, minus those of our processes."""
         try:
             user, nice, system, _, _, interrupt, soft, stolen = map(int, Path("/proc/stat").read_text().split()[1:9])
             own = sum(map(_clock_ticks, self.ours))
@@ -107,6 +114,7 @@ class OtherLoad:
 
 
 def _clock_ticks(process: int) -> int:
-    """That a process has worked, all its threads together."""
+    """The processor time of all threads of a process, in clock ticks."""
+    # The name of the process is in parentheses and may contain spaces, so the fields are counted after it.
     after_its_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return int(after_its_name[11]) + int(after_its_name[12])

@@ -1,15 +1,15 @@
-"""The speed and the memory of `seqjax.analysis`, beside the plain way of doing the same and beside lyapax.
+"""Speed and memory of `seqjax.analysis`, compared with a direct implementation and with lyapax.
 
-    python -m benchmarks.microscope              everything, some five minutes on two cores
+    python -m benchmarks.microscope              everything, about five minutes on two cores
     python -m benchmarks.microscope --only lyapunov
 
-- lyapunov: LSTM H = 128, T = 1000, k = 8 against `jacfwd` and a QR at every step; the same exponents.
-- lyapax: the Lorenz system by RK4 and a random tanh network, which both can run, in float64. lyapax is compiled once
-  by `jax.jit` around it, with a QR at every step (its default) and with the interval that seqjax chose.
-- memory: peak resident memory of a process of its own, less that of one which only builds the inputs.
-- jacobians: all step Jacobians at H = 128, of our cells and others, from the parts of the step against `vmap(jacfwd)`.
+- lyapunov: LSTM H = 128, T = 1000, k = 8, against `jacfwd` and a QR at every step. The exponents agree.
+- lyapax: the Lorenz system by RK4 and a random tanh network in float64, which both libraries can run. lyapax is
+  compiled once by `jax.jit`, with a QR at every step (its default) and with the interval that seqjax chose.
+- memory: peak resident memory of a separate process, beside that of a process that only builds the inputs.
+- jacobians: all step Jacobians at H = 128, from the parts of the step, against `vmap(jacfwd)`.
 
-Needs lyapax for its rows (`pip install lyapax`). Writes microscope.json and microscope.md beside this file.
+The lyapax rows need `pip install lyapax`. Writes microscope.json and microscope.md beside this file.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def driven_lstm(hidden: int, time: int, features: int = 32):
 
 
 def lyapunov() -> dict:
-    """Against jacfwd and QR at every step, with the same burn-in and first frame.
+    """Compares with jacfwd and QR at every step, with the same burn-in and first frame.
 
-    Once in one compiled scan, out of which XLA hoists W_hh times the basis of jacfwd, the same at every step, so that
-    it costs nothing there; and once as notebooks do it, one compiled step after the other.
+    The direct implementation runs in two ways. One is a single compiled scan. XLA moves W_hh times the basis of jacfwd
+    out of this scan, because it is the same at every step. The other calls one compiled step in a Python loop.
     """
     import jax
     import jax.numpy as jnp
@@ -110,7 +110,7 @@ def lyapunov() -> dict:
 
 
 def lyapax() -> dict:
-    """Two systems without inputs, in float64."""
+    """Compares two systems without inputs, in float64."""
     import jax
     import jax.numpy as jnp
     from lyapax import lyapunov_spectrum
@@ -169,7 +169,7 @@ def lyapax() -> dict:
 
 
 class _Map:
-    """A map without inputs or parameters as a cell. One object, so that it is compiled once."""
+    """A map without inputs or parameters, as a cell. It compares by identity, because its function may be a closure."""
 
     def __init__(self, step: Callable, first) -> None:
         self.f, self.first = step, first
@@ -192,7 +192,7 @@ class _Map:
 
 
 def peak(what: str | None, hidden: int, time_steps: int, k: int) -> dict:
-    """Peak resident memory in MB of this process, after one call, or after building the inputs alone."""
+    """Peak resident memory of this process in MB, after one call of `what`, or without a call if it is None."""
     import jax
 
     cell, params, xs = driven_lstm(hidden, time_steps)
@@ -209,7 +209,7 @@ def peak(what: str | None, hidden: int, time_steps: int, k: int) -> dict:
 
 
 def jacobians() -> dict:
-    """Every J_t, flat (n, n), at given states and inputs; 300 steps."""
+    """Times all J_t (n, n) of 300 steps, from given states and inputs."""
     import jax
     import jax.numpy as jnp
     from equinox.nn import GRUCell
@@ -296,7 +296,7 @@ def table(found: dict, versions: str) -> str:
 
 
 def _machines(found: dict, versions: str) -> dict[str, list[str]]:
-    """The parts that were measured on each machine."""
+    """The measured parts by machine."""
     machines: dict[str, list[str]] = {}
     for part in found:
         if part != "machines":
@@ -319,7 +319,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def run(function: Callable, *given):
-        # A process of its own, so that precision, memory and compiled code of one row do not reach the next.
+        # A new process per row, because precision, memory and compiled code would otherwise affect the next row.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(function, given)
 

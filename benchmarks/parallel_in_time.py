@@ -1,19 +1,20 @@
-"""Parallel-in-time evaluation: its iterations, its work and its time beside the sequential scan.
+"""Parallel-in-time evaluation: iterations, work and time, compared with the sequential scan.
 
-    python -m benchmarks.parallel_in_time              everything, some seven minutes on one core
-    python -m benchmarks.parallel_in_time --only chaos one part anew, beside the rows of the last run
+    python -m benchmarks.parallel_in_time              everything, about seven minutes on one core
+    python -m benchmarks.parallel_in_time --only chaos one part again; the other rows stay
 
-Tanh networks of H units in float32, one sequence, T steps, W_hh random with a gain of 0.7 (contracting) and of 3
-(chaotic for H of some tens; a network of one or two units only flips or turns). At most 100 iterations.
+The cells are tanh networks of H units in float32, on one sequence of T steps. W_hh is random with a gain of 0.7
+(contracting) or 3. With a gain of 3, networks with tens of units are chaotic, and networks of one or two units only
+oscillate. A row has at most 100 iterations.
 
-- iterations, converged, residual and exponent are those of the record; they do not depend on the machine.
-- work is by a model, in floating-point operations an iteration: DEER T (2 H^2 + 4 H^3), two products of matrices for
-  each step in an associative scan; QuasiDEER T (2 H^2 + 6 H); ELK T (2 H^2 + 52 H^3), two joins of eight products and
-  an inverse, and the way back. The scan has T * 2 H^2.
-- time is the minimum of two calls after a first one, in turns with `sj.unroll` in the same run.
-- the break-even on a GPU is a prediction from a model, not a measurement.
+- Iterations, converged, residual and exponent come from the returned record and do not depend on the machine.
+- Work is modelled, in floating-point operations per iteration. DEER: T (2 H^2 + 4 H^3), two matrix products per step in
+  an associative scan. QuasiDEER: T (2 H^2 + 6 H). ELK: T (2 H^2 + 52 H^3), two joins of eight products and an inverse,
+  and the backward sweep. The sequential scan: T * 2 H^2.
+- Time is the minimum of two calls after a first call, in turns with `sj.unroll` in the same run.
+- The break-even on a GPU is a prediction from a model, not a measurement.
 
-Rows whose Jacobians or whose time would not fit are left out, with the number. Writes parallel_in_time.json and
+Rows that need too much memory or time are left out, with the number that is too large. Writes parallel_in_time.json and
 parallel_in_time.md beside this file.
 """
 
@@ -34,23 +35,23 @@ from benchmarks.machine import machine
 TIMES, UNITS, GAINS = (1_000, 10_000, 100_000), (1, 2, 8, 32, 64), {"contracting": 0.7, "chaotic": 3.0}
 METHODS = ("DEER", "QuasiDEER", "ELK")
 MOST = 100  # iterations
-MEMORY = 6e9  # bytes of matrices that a row may hold
-SPEED = 4e9  # operations a second that small products reach on this kind of machine, to leave out what takes too long
-ROW = 6.0  # seconds that one call of a row may be expected to take
+MEMORY = 6e9  # bytes of matrices per row, at most
+SPEED = 4e9  # operations per second of small products on a two-core CPU, to predict which rows take too long
+ROW = 6.0  # expected seconds of one call, at most
 
-# A GPU, for the prediction: an H100 as published, and the step of a scan as XLA runs it, one loop turn from the host.
+# The GPU of the prediction: the data sheet of an H100, and a scan step that the host launches, as XLA does it.
 BLOCK, STEP, LAUNCH, BANDWIDTH, FLOPS = 16, 8e-6, 4e-6, 3.0e12, 2.5e13
-TURN = {"DEER": 0, "QuasiDEER": 0, "ELK": 10}  # launches in a turn of the scan's loops beyond the first few
-OTHERS = 20  # launches of an iteration outside the scan
+TURN = {"DEER": 0, "QuasiDEER": 0, "ELK": 10}  # additional launches per turn of the associative scan's loops
+OTHERS = 20  # launches per iteration outside the associative scan
 
 
 def matrices(method: str, T: int, H: int) -> float:
-    """Bytes that are held at once: Jacobians, the levels of the scan and its results; ELK has three matrices a step."""
+    """Bytes of Jacobians, scan levels and results that are live together. ELK has three matrices per step."""
     return {"DEER": 16.0 * T * H * H, "QuasiDEER": 16.0 * T * H, "ELK": 48.0 * T * H * H}[method]
 
 
 def work(method: str, T: int, H: int) -> float:
-    """Floating-point operations of one iteration."""
+    """Modelled floating-point operations of one iteration."""
     return T * {"DEER": 2.0 * H**2 + 4 * H**3, "QuasiDEER": 2.0 * H**2 + 6 * H, "ELK": 52.0 * H**3 + 2 * H**2}[method]
 
 
@@ -82,7 +83,7 @@ def row(kind: str, name: str, T: int, H: int, per_iteration: dict) -> dict:
     found = {"kind": kind, "method": name, "T": T, "H": H, "work": work(name, T, H), "bytes": matrices(name, T, H)}
     if found["bytes"] > MEMORY:
         return found | {"left out": f"{found['bytes'] / 1e9:.1f} GB of matrices"}
-    known = per_iteration.get((name, H))  # seconds an iteration at the last length, which grow with T
+    known = per_iteration.get((name, H))  # (T, seconds per iteration) of the last length; seconds grow with T
     expected = known[1] * T / known[0] if known else found["work"] / SPEED
     most = int(min(MOST, ROW / expected))
     if most < 10:
@@ -90,7 +91,7 @@ def row(kind: str, name: str, T: int, H: int, per_iteration: dict) -> dict:
     cell, params, xs = problem(kind, T, H)
     method = getattr(sj, name)()
 
-    def parallel(params, xs):  # not jitted again: both kinds of cells then share what is compiled
+    def parallel(params, xs):  # no jit here, so that the contracting and the chaotic row share compiled code
         return sj.unroll_parallel(cell, params, xs, method=method, max_iterations=most)
 
     def scan(params, xs):
@@ -119,7 +120,7 @@ def row(kind: str, name: str, T: int, H: int, per_iteration: dict) -> dict:
 
 
 def predicted(method: str, T: int, H: int, iterations: float) -> float:
-    """Seconds on a GPU: turns and launches, and the larger of the matrices' traffic and their products."""
+    """Predicted seconds on a GPU: turns and launches, plus the larger of memory traffic and matrix products."""
     turns = BLOCK + math.log2(max(2.0, T / BLOCK))
     launches = turns * (STEP + TURN[method] * LAUNCH) + OTHERS * LAUNCH
     traffic = 2.5 * matrices(method, T, H) / BANDWIDTH
@@ -127,7 +128,7 @@ def predicted(method: str, T: int, H: int, iterations: float) -> float:
 
 
 def chaos() -> list[dict]:
-    """Iterations until convergence against T, where perturbations grow: as many as it takes."""
+    """Iterations until convergence for several T, for a chaotic cell and without a small limit."""
     import seqjax as sj
 
     found = []
@@ -141,7 +142,7 @@ def chaos() -> list[dict]:
 
 
 def break_even(rows: list[dict]) -> list[dict]:
-    """For each method and H, the iterations that contracting rows took, and from which T on the model says it pays."""
+    """For each method and H: the iterations of the contracting rows, and the T from which the model predicts a gain."""
     found = []
     for method in METHODS:
         for H in UNITS:
@@ -215,7 +216,7 @@ def table(found: dict, versions: str) -> str:
 
 
 def rows(seconds: float) -> list[dict]:
-    """The table, until the time is up."""
+    """Measures the rows of the table, until `seconds` have passed."""
     began, found, per_iteration = time.perf_counter(), [], {}
     for T, H, kind, name in itertools.product(TIMES, UNITS, GAINS, METHODS):
         if time.perf_counter() - began > seconds:

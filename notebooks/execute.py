@@ -1,10 +1,11 @@
-"""Runs the notebooks and writes what they show: NAME.py, the text, to NAME.ipynb, the text with its outputs.
+"""Executes the notebooks: reads NAME.py, the text, and writes NAME.ipynb, the text with its outputs.
 
     pip install -e ".[plots]" jupytext nbclient ipykernel
-    python notebooks/execute.py            # all of them
-    python notebooks/execute.py lesson     # one
+    python notebooks/execute.py            # all notebooks
+    python notebooks/execute.py lesson     # one notebook
 
-Nothing of the machine is written: cells are numbered, and neither times nor versions nor paths are kept.
+The result does not depend on the machine: cells have numbers as identifiers, and times, versions and paths are
+removed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def execute(path: Path) -> None:
-    """Writes the executed twin of a notebook's text, at full size."""
+    """Executes one notebook at full size and writes the .ipynb file."""
     os.environ.pop("SEQJAX_FAST", None)
     notebook = jupytext.read(path)
     NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute()
@@ -30,6 +31,7 @@ def execute(path: Path) -> None:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
+    # nbformat draws random cell identifiers, which would change the file at every execution.
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}
         for output in cell.get("outputs", []):

@@ -11,13 +11,14 @@
 # %% [markdown]
 # # The microscope on a flax model that you already have
 #
-# What you will see: an LSTM written and trained in flax.linen and optax, as you may have one already; two lines that
-# bring its cell to seqjax, and outputs that agree with those of flax's own `nn.RNN`; then its gradients, exponents
-# and gates. A cell of your own, ten lines long, feeds the model's predictions back to it: a model of chaotic data
-# turns out to be chaotic itself, with the exponent and the fixed point of the system that made the data, which are
-# known. And the same with flax.nnx.
+# This notebook starts with an LSTM that is written and trained in flax.linen and optax. Two lines bring its cell to
+# seqjax, and the outputs agree with those of flax's own `nn.RNN`. Then we measure its gradients, exponents and gates.
 #
-# The last cell prints the numbers that this notebook promises.
+# A user's cell of ten lines feeds the predictions of the model back as its inputs. The model of chaotic data is chaotic
+# itself, and it has the exponent and the fixed point of the system that generated the data, which are known. The same
+# works with flax.nnx.
+#
+# The last cell prints the numbers that this notebook must reproduce.
 
 # %%
 import dataclasses
@@ -34,14 +35,14 @@ from matplotlib import pyplot as plt
 import seqjax as sj
 from seqjax import plots
 
-FAST = os.environ.get("SEQJAX_FAST") == "1"  # shorter training, for a check that everything runs
+FAST = os.environ.get("SEQJAX_FAST") == "1"  # shorter training, for the tests
 BLUE, VERMILLION, GREY = "#0072b2", "#d55e00", "#808080"
 
 # %% [markdown]
-# # 1. The model that you have
+# # 1. The flax model
 #
 # The data is one coordinate of the Henon map, $x_{t+1} = 1 - 1.4\,x_t^2 + 0.3\,x_{t-1}$, and the model predicts the
-# next value. There is nothing of seqjax in this section: a flax module, its variables, a loss, a loop.
+# next value. This section does not use seqjax. It has a flax module, its variables, a loss and a training loop.
 
 
 # %%
@@ -77,41 +78,41 @@ def update(variables, moments, xs):
     return optax.apply_updates(variables, change), moments, value
 
 
-losses, where = [], np.random.default_rng(0)
-with jax.numpy_dtype_promotion("standard"):  # optax raises a float to a whole number, which strict promotion refuses
+losses, positions = [], np.random.default_rng(0)
+with jax.numpy_dtype_promotion("standard"):  # optax computes float ** int, a strict-mode error
     variables = predictor.init(jax.random.key(0), series[:, :5])
     moments = optimizer.init(variables)
     for _ in range(steps):
-        t = where.integers(0, 3900)
+        t = positions.integers(0, 3900)
         variables, moments, value = update(variables, moments, series[:, t : t + 51])
         losses.append(float(value))
-print(f"mean squared error of the last 50 updates {np.mean(losses[-50:]):.6f}, variance of the series {series.var():.3f}")
+print(f"mean squared error of the last 50 updates {np.mean(losses[-50:]):.6f}; variance of the data {series.var():.3f}")
 jax.tree.map(jnp.shape, variables["params"])
 
 # %% [markdown]
 # # 2. Two lines
 #
-# `sj.from_linen` takes the cell as you built it, and its parameters are the part of your variables that belong to it.
-# The cell has the three methods of any cell of seqjax, so that all of the library takes it.
+# `sj.from_linen` takes your cell, and its parameters are the part of your variables that belongs to the cell. The
+# result has the three methods of a seqjax cell, so every function of the library accepts it.
 
 # %%
 cell = sj.from_linen(nn.LSTMCell(16), input_size=1)
 params = {"params": variables["params"]["cell"]}
 
 # %% [markdown]
-# Is it the same network? flax's own unrolling beside that of seqjax, on a new series: the states agree, and so do the
-# gradients of a loss.
+# Is it the same network? We compare flax's own unroll with that of seqjax on a new series. The states agree, and the
+# gradients of a loss agree too.
 
 # %%
 xs = henon(4, 400, seed=2)
 final, hs = sj.unroll(cell, params, xs)
 
 
-def by_flax(params):
+def flax_outputs(params):
     return nn.RNN(nn.LSTMCell(16, parent=None)).apply({"params": {"cell": params["params"]}}, xs)
 
 
-def by_seqjax(params):
+def seqjax_outputs(params):
     return sj.unroll(cell, params, xs)[1]
 
 
@@ -120,25 +121,26 @@ def largest_difference(a, b):
     return max(float(jnp.abs(one - other).max()) for one, other in pairs)
 
 
-linen_difference = largest_difference(by_flax(params), hs)
-of_flax, of_seqjax = (jax.grad(lambda params: jnp.mean(run(params) ** 2))(params) for run in (by_flax, by_seqjax))
-gradient_difference = largest_difference(of_flax, of_seqjax)
-print(f"flax less seqjax: outputs at most {linen_difference:.1e}, gradients at most {gradient_difference:.1e}")
+linen_difference = largest_difference(flax_outputs(params), hs)
+flax_gradient, seqjax_gradient = (
+    jax.grad(lambda params: jnp.mean(run(params) ** 2))(params) for run in (flax_outputs, seqjax_outputs))
+gradient_difference = largest_difference(flax_gradient, seqjax_gradient)
+print(f"flax minus seqjax: outputs at most {linen_difference:.1e}, gradients at most {gradient_difference:.1e}")
 
 # %% [markdown]
 # # 3. The microscope
 #
-# The state of flax's cell is the pair (c, h), and the microscope measures the whole of it; its fields have no names,
-# so that c is called 0 and h 1. First the verdict, on a series like those that the model was trained on.
+# The state of flax's cell is the pair (c, h), and the microscope measures all of it. The pair has no field names, so c
+# is called 0 and h is called 1. First the verdict, on a series like those of the training.
 
 # %%
 driven = sj.verdict(cell, params, xs)
 print(driven)
 
 # %% [markdown]
-# The data is chaotic, and the network that reads it is not: what comes in sets the state, and two states that read
-# the same series become one. That is as it should be. The next value depends on the last two, so nothing older has to
-# be kept, and gradients vanish within some twenty steps.
+# The data is chaotic, but the network that reads it is not. The input determines the state, so two different states
+# that read the same series converge. This is correct for this task. The next value depends on the last two values, so
+# the network need not store anything older, and gradients vanish within about twenty steps.
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -146,23 +148,23 @@ plots.gradient_by_lag(driven.by_lag, ax=left)
 plots.lyapunov_spectrum(driven.exponents, ax=right);
 
 # %% [markdown]
-# Can the numbers be trusted, in a cell that seqjax has never seen? The sum of all 32 exponents is the mean of $\ln
-# |\det J_t|$, exactly and at any length. In float64:
+# Are the numbers right for a cell that is not part of seqjax? The sum of all 32 exponents must be the mean of
+# $\ln |\det J_t|$, exactly and for any length. In float64:
 
 # %%
 with jax.enable_x64(True):
     double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
     long = jnp.asarray(xs[:1], jnp.float64)
-    every = sj.lyapunov_exponents(cell, double, long, k=32, burn_in=50, frame_burn_in=50)
+    all_exponents = sj.lyapunov_exponents(cell, double, long, k=32, burn_in=50, frame_burn_in=50)
     J = np.asarray(sj.step_jacobians(cell, double, long).by_state)[0]
-sum_of_exponents = float(every.exponents.sum())
-by_determinants = float(np.linalg.slogdet(J[100:])[1].mean())
-print(f"sum of 32 exponents {sum_of_exponents:.10f}, mean ln|det J| {by_determinants:.10f}")
+sum_of_exponents = float(all_exponents.exponents.sum())
+mean_log_det = float(np.linalg.slogdet(J[100:])[1].mean())
+print(f"sum of 32 exponents {sum_of_exponents:.10f}, mean ln|det J| {mean_log_det:.10f}")
 
 # %% [markdown]
-# flax's cell does not say what its gates are called, so `sj.gate_statistics` refuses it. The same weights in seqjax's
-# own LSTM, whose gates have names, are four lines: flax stores one matrix a gate, transposed, and its bias with the
-# recurrent one.
+# flax's cell does not name its gates, so `sj.gate_statistics` raises an error. Four lines copy the same weights into
+# `sj.LSTM`, which names its gates. flax stores one transposed matrix per gate, and the bias beside the recurrent
+# matrix.
 
 # %%
 try:
@@ -170,19 +172,18 @@ try:
 except TypeError as error:
     print("TypeError:", error)
 
-of = params["params"]
-W_xh = jnp.concatenate([of[f"i{gate}"]["kernel"].T for gate in "ifgo"])
-W_hh = jnp.concatenate([of[f"h{gate}"]["kernel"].T for gate in "ifgo"])
-b_h = jnp.concatenate([of[f"h{gate}"]["bias"] for gate in "ifgo"])
+kernels = params["params"]
+W_xh = jnp.concatenate([kernels[f"i{gate}"]["kernel"].T for gate in "ifgo"])
+W_hh = jnp.concatenate([kernels[f"h{gate}"]["kernel"].T for gate in "ifgo"])
+b_h = jnp.concatenate([kernels[f"h{gate}"]["bias"] for gate in "ifgo"])
 own, own_params = sj.LSTM(1, 16), sj.LSTMParams(W_xh, W_hh, b_h)
 
 own_difference = largest_difference(sj.unroll(own, own_params, xs)[1], hs)
 flax_step, own_step = sj.step_jacobians(cell, params, xs), sj.step_jacobians(own, own_params, xs)
 jacobian_difference = max(
-    largest_difference(flax_step.block(a, b), own_step.block(of, by))
-    for a, of in (("0", "c"), ("1", "h")) for b, by in (("0", "c"), ("1", "h")))
-print(f"sj.LSTM less flax: outputs at most {own_difference:.1e}; Jacobians, in closed form less by differentiation, "
-      f"at most {jacobian_difference:.1e}")
+    largest_difference(flax_step.block(a, b), own_step.block(row, column))
+    for a, row in (("0", "c"), ("1", "h")) for b, column in (("0", "c"), ("1", "h")))
+print(f"sj.LSTM minus flax: outputs at most {own_difference:.1e}, Jacobians at most {jacobian_difference:.1e}")
 
 gates = sj.gate_statistics(own, own_params, xs)
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -194,9 +195,11 @@ print(f"time constants of the forget gates: {gates['forget'].time_constant.min()
 # %% [markdown]
 # # 4. Your own cell, in ten lines
 #
-# A model that predicts can be left alone with its predictions. That is another recurrence: one without input, in
-# which the output becomes the next input. As a cell of seqjax it is ten lines, around the flax cell and its readout.
-# (The class is a frozen dataclass so that two of them with equal fields compile once; nothing has to be inherited.)
+# A model that predicts can also run without data. Its output becomes its next input, which is another recurrence,
+# without an input of its own. As a seqjax cell it has ten lines, around the flax cell and its readout.
+#
+# The class is a frozen dataclass, so two instances with equal fields compare equal and share compiled code. It needs no
+# base class.
 
 
 # %%
@@ -219,78 +222,85 @@ class ClosedLoop:
 
 loop = ClosedLoop(cell)
 loop_params = {"cell": params, "readout": variables["params"]["readout"]}
-promises = sj.testing.check_cell(loop, x=jnp.zeros(0))
-print(len(promises), "promises of the contract hold")
+checks = sj.testing.check_cell(loop, x=jnp.zeros(0))
+print(len(checks), "checks of the contract passed")
 
 # %% [markdown]
-# It begins where the model stands after it has read 400 values, and from there on reads nothing but what it says.
+# The closed loop starts at the state of the model after 400 values of data. From there it reads only its own
+# predictions.
 
 # %%
 length = 1000 if FAST else 4000
-silence = jnp.zeros((4, length, 0))  # no input: no features
-free = sj.verdict(loop, loop_params, silence, state=final, k=4)
-print(free)
+no_input = jnp.zeros((4, length, 0))  # zero features
+closed_loop = sj.verdict(loop, loop_params, no_input, state=final, k=4)
+print(closed_loop)
 
 # %% [markdown]
-# The same weights, and another verdict: not contracting but chaotic. Its largest exponent is that of the map that
-# made the data, 0.4192 nats a step, though the model was trained to predict a single step and has never been told of
-# it. (Gradients over many steps of a chaotic trajectory belong to rounding errors; the verdict says so.) The second
-# exponent is not the map's, $\ln 0.3 - 0.4192 = -1.6232$: the map has two directions, and the network thirty-two, in
-# which it forgets at its own pace.
+# The weights are the same, but the verdict is different: chaotic instead of contracting. Its largest exponent is that
+# of the map that generated the data, 0.4192 nats per step. But the model was trained to predict one step only, and the
+# exponent was not part of the training. (Over many steps of a chaotic trajectory, gradients are dominated by rounding
+# errors; the verdict reports this.)
+#
+# The second exponent is not that of the map, $\ln 0.3 - 0.4192 = -1.6232$. The map has two directions. The network has
+# thirty-two, and it forgets along them at its own rate.
 
 # %%
-said = np.asarray(sj.unroll(loop, loop_params, silence, state=final)[1])[..., 0]
+predictions = np.asarray(sj.unroll(loop, loop_params, no_input, state=final)[1])[..., 0]
 truth = henon(4, length, seed=3)[..., 0]
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
 left.plot(truth[:, :-1].ravel(), truth[:, 1:].ravel(), ".", color=GREY, markersize=6, label="the Henon map")
-left.plot(said[:, :-1].ravel(), said[:, 1:].ravel(), ".", color=VERMILLION, markersize=1, label="the model, left alone")
+left.plot(predictions[:, :-1].ravel(), predictions[:, 1:].ravel(), ".", color=VERMILLION, markersize=1,
+          label="the model in the closed loop")
 left.set(xlabel="value at t", ylabel="value at t + 1")
-left.set_title("What it says when nobody speaks to it", loc="left", fontsize="medium")
+left.set_title("Successive predictions in the closed loop", loc="left", fontsize="medium")
 left.legend(fontsize="small", markerscale=2, framealpha=0.75)
-plots.lyapunov_convergence(free.exponents, ax=right, most=2)
+plots.lyapunov_convergence(closed_loop.exponents, ax=right, most=2)
 right.axhline(0.41922, color=GREY, linestyle="--")
 right.text(right.get_xlim()[1], 0.40, "the Henon map, 0.4192", ha="right", va="top", fontsize="small")
-lambda_1 = float(free.exponents.mean[0])
-print(f"lambda_1 = {lambda_1:.4f}, one sequence's interval {free.exponents.low[:, 0].mean():.4f} to "
-      f"{free.exponents.high[:, 0].mean():.4f}")
+lambda_1 = float(closed_loop.exponents.mean[0])
+print(f"lambda_1 = {lambda_1:.4f}, one sequence's interval {closed_loop.exponents.low[:, 0].mean():.4f} to "
+      f"{closed_loop.exponents.high[:, 0].mean():.4f}")
 
 # %% [markdown]
-# Its fixed points tell the same. The map stands still at $x^* = 1 - 1.4\,x^{*2} + 0.3\,x^*$, so at $x^* = 0.63135$,
-# and around it perturbations are multiplied by the roots of $\mu^2 + 2.8\,x^*\,\mu - 0.3 = 0$, $-1.92374$ and
-# $0.15595$. The model has this point and its unstable direction; its other eigenvalues are those of its own memory.
-# In the plane of the states it lies apart from those that are visited: they never stay at 0.63 for as long as the
-# slowest of these memories takes to settle. (The map has a second fixed point, at $-1.13135$, off the attractor. The
-# model was never shown it, and what it has out there is guesswork.)
+# The fixed points agree too. The fixed point of the map satisfies $x^* = 1 - 1.4\,x^{*2} + 0.3\,x^*$, so
+# $x^* = 0.63135$. Around it, perturbations are multiplied by the roots of $\mu^2 + 2.8\,x^*\,\mu - 0.3 = 0$, which are
+# $-1.92374$ and $0.15595$. The model has this fixed point and its unstable direction. Its other eigenvalues are those
+# of its own memory.
+#
+# In the plane of the states, the fixed point is separate from the visited states. The trajectory never stays near 0.63
+# until the slowest of these memories has settled. (The map has a second fixed point, at $-1.13135$, outside the
+# attractor. The model saw no data there, so its fixed points in that region are arbitrary.)
 
 # %%
-trajectory = sj.trajectory(loop, loop_params, silence[:, :200], state=final)
+trajectory = sj.trajectory(loop, loop_params, no_input[:, :200], state=final)
 points = sj.fixed_points(loop, loop_params, jnp.zeros(0), starts=trajectory, count=96)
 print(points.reason)
 h = np.asarray(jax.tree.leaves(points.states)[1])
-answers = h @ np.asarray(loop_params["readout"]["kernel"], float)[:, 0] + float(loop_params["readout"]["bias"][0])
-nearest = int(np.argmin(np.abs(answers - 0.63135)))
-for i, answer in enumerate(answers):
-    print(f"  {points.kind[i]}, {points.unstable[i]} unstable, answers {answer:.4f}, reached from {points.counts[i]} "
+predicted = h @ np.asarray(loop_params["readout"]["kernel"], float)[:, 0] + float(loop_params["readout"]["bias"][0])
+nearest = int(np.argmin(np.abs(predicted - 0.63135)))
+for i, value in enumerate(predicted):
+    print(f"  {points.kind[i]}, {points.unstable[i]} unstable, output {value:.4f}, reached from {points.counts[i]} "
           f"starts; eigenvalues " + ", ".join(f"{v:.3f}" for v in points.eigenvalues[i, :3]) + ", ...")
-fixed_value, unstable = answers[nearest], points.eigenvalues[nearest, 0]
+fixed_value, unstable = predicted[nearest], points.eigenvalues[nearest, 0]
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
 mean, plane, share = plots.principal_plane(trajectory)
 states = np.concatenate([leaf.reshape(-1, 16) for leaf in jax.tree.leaves(trajectory)], axis=-1)
-left.plot(*((states - mean) @ plane.T).T, ".", color=BLUE, markersize=3, label="states, left alone")
+left.plot(*((states - mean) @ plane.T).T, ".", color=BLUE, markersize=3, label="states of the closed loop")
 left.plot(*(points.points[nearest] - mean) @ plane.T, "X", color=VERMILLION, markersize=9, label="fixed point")
 left.set(xlabel=f"component 1 ({share[0]:.0%} of the variance)", ylabel=f"component 2 ({share[1]:.0%})")
-left.set_title("Its attractor, in the state", loc="left", fontsize="medium")
+left.set_title("The attractor in the state space", loc="left", fontsize="medium")
 left.legend(fontsize="small", framealpha=0.75)
-plots.eigenvalues(sj.analysis.matrix_spectrum(points.jacobians[nearest]), ax=right, title="Eigenvalues at its fixed point")
-right.plot([-1.92374, 0.15595], [0, 0], "+", color=GREY, markersize=14, label="of the Henon map", zorder=1)
+spectrum = sj.analysis.matrix_spectrum(points.jacobians[nearest])
+plots.eigenvalues(spectrum, ax=right, title="Eigenvalues at the fixed point")
+right.plot([-1.92374, 0.15595], [0, 0], "+", color=GREY, markersize=14, label="Henon map", zorder=1)
 right.legend(fontsize="small", framealpha=0.75, loc="upper right");
 
 # %% [markdown]
 # # 5. The same with flax.nnx
 #
-# An nnx module holds its weights itself. So the adapter takes the class and its arguments, and `params_from` takes
-# the weights out of the module that you have. Here it is one with the weights of section 1.
+# An nnx module stores its own weights. So the adapter takes the class and its arguments, and `params_from` extracts the
+# weights from your module. Here the module has the weights of section 1.
 
 # %%
 module = nnx.LSTMCell(1, 16, rngs=nnx.Rngs(0))
@@ -303,50 +313,50 @@ nnx_params = nnx_cell.params_from(module)
 nnx_difference = largest_difference(nnx.RNN(module)(jnp.asarray(xs)), sj.unroll(nnx_cell, nnx_params, xs)[1])
 exponents = sj.lyapunov_exponents(nnx_cell, nnx_params, xs)
 between = float(np.abs(exponents.exponents - driven.exponents.exponents).max())
-print(f"flax.nnx less seqjax: outputs at most {nnx_difference:.1e}; exponents less those by linen at most {between:.1e}")
+print(f"flax.nnx minus seqjax: outputs at most {nnx_difference:.1e}; nnx minus linen: exponents at most {between:.1e}")
 
 nnx_loop = ClosedLoop(nnx_cell)
 nnx_loop_params = {"cell": nnx_params, "readout": loop_params["readout"]}
-nnx_free = sj.lyapunov_exponents(nnx_loop, nnx_loop_params, silence, state=final, k=4)
-print(f"left alone, lambda_1 = {nnx_free.mean[0]:.4f}")
+nnx_closed_loop = sj.lyapunov_exponents(nnx_loop, nnx_loop_params, no_input, state=final, k=4)
+print(f"closed loop, lambda_1 = {nnx_closed_loop.mean[0]:.4f}")
 
 # %% [markdown]
-# The same ten lines went around the nnx cell as around the linen one. An equinox module comes in as an nnx one does,
-# by `sj.from_equinox` and `params_from`.
+# The class of section 4 wraps the nnx cell without a change. For an equinox module, use `sj.from_equinox` and
+# `params_from` in the same way.
 #
 # # The numbers that this notebook must print
 #
 # | name | value | within |
 # |---|---|---|
-# | linen outputs less seqjax | 0 | 0.00001 |
-# | linen gradients less seqjax | 0 | 0.00001 |
-# | nnx outputs less seqjax | 0 | 0.00001 |
-# | sj.LSTM outputs less linen | 0 | 0.00001 |
-# | Jacobian in closed form less linen | 0 | 0.00001 |
-# | sum of exponents less mean ln det | 0 | 0.000000001 |
-# | contracting when driven | 1 | 0 |
-# | promises of the contract | 9 | 0 |
-# | chaotic when left alone | 1 | 0 |
-# | lambda_1 left alone, linen | 0.4192 | 0.03 |
-# | lambda_1 left alone, nnx | 0.4192 | 0.03 |
-# | fixed point's answer | 0.63135 | 0.01 |
+# | linen outputs minus seqjax | 0 | 0.00001 |
+# | linen gradients minus seqjax | 0 | 0.00001 |
+# | nnx outputs minus seqjax | 0 | 0.00001 |
+# | sj.LSTM outputs minus linen | 0 | 0.00001 |
+# | Jacobian of sj.LSTM minus linen | 0 | 0.00001 |
+# | sum of exponents minus mean ln det | 0 | 0.000000001 |
+# | contracting with data as input | 1 | 0 |
+# | checks of the contract | 9 | 0 |
+# | chaotic in the closed loop | 1 | 0 |
+# | lambda_1 in the closed loop, linen | 0.4192 | 0.03 |
+# | lambda_1 in the closed loop, nnx | 0.4192 | 0.03 |
+# | output at the fixed point | 0.63135 | 0.01 |
 # | its unstable eigenvalue | -1.92374 | 0.1 |
 # | mean squared error | 0 | 0.0005 |
 
 # %%
 numbers = {
-    "linen outputs less seqjax": linen_difference,
-    "linen gradients less seqjax": gradient_difference,
-    "nnx outputs less seqjax": nnx_difference,
-    "sj.LSTM outputs less linen": own_difference,
-    "Jacobian in closed form less linen": jacobian_difference,
-    "sum of exponents less mean ln det": sum_of_exponents - by_determinants,
-    "contracting when driven": driven.contracting,
-    "promises of the contract": len(promises),
-    "chaotic when left alone": free.regime == "chaotic",
-    "lambda_1 left alone, linen": lambda_1,
-    "lambda_1 left alone, nnx": nnx_free.mean[0],
-    "fixed point's answer": fixed_value,
+    "linen outputs minus seqjax": linen_difference,
+    "linen gradients minus seqjax": gradient_difference,
+    "nnx outputs minus seqjax": nnx_difference,
+    "sj.LSTM outputs minus linen": own_difference,
+    "Jacobian of sj.LSTM minus linen": jacobian_difference,
+    "sum of exponents minus mean ln det": sum_of_exponents - mean_log_det,
+    "contracting with data as input": driven.contracting,
+    "checks of the contract": len(checks),
+    "chaotic in the closed loop": closed_loop.regime == "chaotic",
+    "lambda_1 in the closed loop, linen": lambda_1,
+    "lambda_1 in the closed loop, nnx": nnx_closed_loop.mean[0],
+    "output at the fixed point": fixed_value,
     "its unstable eigenvalue": unstable.real,
     "mean squared error": np.mean(losses[-50:]),
 }

@@ -11,16 +11,21 @@
 # %% [markdown]
 # # Why the cell path of the LSTM works
 #
-# What you will see: the four gates and the path along which the cell state moves by addition; how the forget bias sets
-# the length of its memory, 1.4 steps at $b = 0$ and 149 at $b = 5$; that the product of the forget gates, by which this
-# is usually explained, misses the true $\partial c_T / \partial c_0$ by orders of magnitude, and why; gradients by lag of
-# the LSTM, the GRU and the vanilla network; Lyapunov exponents of the whole state $(h, c)$ beside the wrong ones of
-# $h$ alone; and an initialisation that spreads the memory over all lengths.
+# This notebook shows:
 #
-# Everything here is about networks before training, where gradients must arrive if anything is to be learned. The last
-# cell prints the numbers that this notebook promises.
+# - the four gates, and the additive path of the cell state;
+# - how the forget bias sets the memory length: 1.4 steps at $b = 0$ and 149 steps at $b = 5$;
+# - why the product of the forget gates, the usual explanation, misses the true $\partial c_T / \partial c_0$ by orders
+#   of magnitude;
+# - gradients by lag of the LSTM, the GRU and the vanilla network;
+# - Lyapunov exponents of the whole state $(h, c)$, and the wrong exponents that $h$ gives without $c$;
+# - an initialization that spreads the memory over all lengths.
+#
+# All networks here are untrained, because gradients must arrive before a network can learn. The last cell prints the
+# numbers that this notebook must reproduce.
 
 # %%
+import dataclasses
 import os
 
 import jax
@@ -31,13 +36,13 @@ from matplotlib import pyplot as plt
 import seqjax as sj
 from seqjax import plots
 
-FAST = os.environ.get("SEQJAX_FAST") == "1"  # a shorter run for the exponents, for a check that everything runs
+FAST = os.environ.get("SEQJAX_FAST") == "1"  # a shorter run for the exponents, for the tests
 
 # %% [markdown]
 # # 1. The gates
 #
-# An LSTM carries two vectors, $h$ and $c$. Three gates between 0 and 1 and a candidate between $-1$ and 1 are computed
-# from $x_t$ and $h_{t-1}$, and the cell state moves by addition:
+# The state of an LSTM is two vectors, $h$ and $c$. Three gates between 0 and 1 and a candidate between $-1$ and 1 are
+# computed from $x_t$ and $h_{t-1}$. The update of the cell state is a sum:
 #
 # $$\begin{aligned}
 # i &= \sigma(W_i [x, h] + b_i), & f &= \sigma(W_f [x, h] + b_f), \\
@@ -45,8 +50,8 @@ FAST = os.environ.get("SEQJAX_FAST") == "1"  # a shorter run for the exponents, 
 # c_t &= f * c_{t-1} + i * \tilde c, & h_t &= o * \tanh(c_t).
 # \end{aligned}$$
 #
-# `sj.gates` returns all of them at every step, and `sj.gate_statistics` what they do over a run. Below, 32 units read
-# noise. The forget bias is 1, so the forget gates stand around $\sigma(1) = 0.73$, and the others around $1/2$.
+# `sj.gates` returns all gates at every step, and `sj.gate_statistics` summarizes them over a run. Below, 32 units read
+# noise. The forget bias is 1, so the forget gates are near $\sigma(1) = 0.73$, and the other gates are near $1/2$.
 
 # %%
 d, n, T = 4, 32, 300
@@ -55,7 +60,7 @@ noise = jax.random.normal(jax.random.key(1), (4, T, d))
 
 
 def initial(forget_bias):
-    """Parameters of the LSTM: the same weights for every forget bias."""
+    """Parameters of the LSTM, with the same weights for every forget bias."""
     return sj.LSTM(d, n, forget_bias=forget_bias).init(jax.random.key(0))
 
 
@@ -64,15 +69,15 @@ print({name: round(gate.mean, 3) for name, gate in statistics.items()})
 plots.gate_histogram(statistics);
 
 # %% [markdown]
-# # 2. The additive path on its own
+# # 2. The additive path without weights
 #
-# If nothing read $h$, the path from $c_{t-1}$ to $c_t$ would be a multiplication by $f$ and nothing else,
+# If no gate read $h$, the path from $c_{t-1}$ to $c_t$ would be only a multiplication by $f$,
 #
 # $$\frac{\partial c_T}{\partial c_0} = \prod_{t=1}^{T} f_t,$$
 #
-# with no weight matrix in it. To see it alone, set all weights to zero: then $f = \sigma(b)$ at every step. The state
-# $(h, c)$ has $2n$ numbers and as many Lyapunov exponents. Half of them are $\ln \sigma(b)$; the other half are minus
-# infinity, since $h_t$ is a function of $c_t$ and what was in $h_{t-1}$ is gone at once. A value in $c$ fades like
+# with no weight matrix in it. To isolate this path, set all weights to zero. Then $f = \sigma(b)$ at every step. The
+# state $(h, c)$ has $2n$ numbers and $2n$ Lyapunov exponents. Half of them are $\ln \sigma(b)$. The other half are
+# minus infinity, because $h_t$ is a function of $c_t$ and does not depend on $h_{t-1}$. A value in $c$ decays like
 # $e^{-k/\tau}$ with the time constant $\tau = -1 / \ln \sigma(b)$ steps.
 
 # %%
@@ -89,15 +94,15 @@ for b in biases:
 # %% [markdown]
 # # 3. The true path
 #
-# A real LSTM does read $h$: what is in $c_{t-1}$ leaves through the output gate into $h_{t-1}$ and comes back through the
-# gates and the candidate. Near the zero state this can be worked out. There $i = o = \frac12$ and all slopes of tanh are
-# 1, so $h_{t-1} = \frac12 c_{t-1}$ and
+# A real LSTM reads $h$. The content of $c_{t-1}$ goes through the output gate into $h_{t-1}$, and returns through the
+# gates and the candidate. Near the zero state this has a closed form. There $i = o = \frac12$ and all slopes of tanh
+# are 1, so $h_{t-1} = \frac12 c_{t-1}$ and
 #
 # $$c_t = \sigma(b)\, c_{t-1} + \tfrac12 W_c h_{t-1} = \big(\sigma(b) + \tfrac14 W_c\big)\, c_{t-1}.$$
 #
-# The largest exponent is therefore $\ln \max_i |\sigma(b) + \frac14 \lambda_i(W_c)|$, and not $\ln \sigma(b)$. With an
-# orthogonal $W_c$, whose eigenvalues have modulus one, the loop through $h$ adds up to a quarter. At $b = 1$ that is
-# $0.731 + 0.25 = 0.981$: the memory is not 3 steps but 50. At $b = 3$ it is 1.2, and the zero state is unstable.
+# So the largest exponent is $\ln \max_i |\sigma(b) + \frac14 \lambda_i(W_c)|$, and not $\ln \sigma(b)$. The eigenvalues
+# of an orthogonal $W_c$ have modulus one, so the loop through $h$ adds up to a quarter. At $b = 1$ the sum is
+# $0.731 + 0.25 = 0.981$, and the memory is 50 steps instead of 3. At $b = 3$ it is 1.2, and the zero state is unstable.
 
 # %%
 still = jnp.zeros((1, T, d))  # no input, so that the state stays at zero
@@ -111,9 +116,9 @@ for b in biases:
     print(f"{b:4.0f}{-np.log1p(np.exp(-b)):14.4f}{by_formula[b]:32.4f}{measured[b]:28.4f}")
 
 # %% [markdown]
-# Driven by noise the state is not zero, gates differ from unit to unit and from step to step, and there is no formula.
-# `sj.analysis.cell_path` differentiates the network: the norm of the true $\partial c_T / \partial c_{T-k}$, through
-# every path, beside that of the product of the forget gates along the same run.
+# With noise as input the state is not zero, the gates differ between units and steps, and there is no closed form.
+# `sj.analysis.cell_path` differentiates the network. It compares the norm of the true
+# $\partial c_T / \partial c_{T-k}$, through every path, with the product of the forget gates on the same run.
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
@@ -127,18 +132,21 @@ for ax, (b, path) in zip(axes, paths.items()):
 missed = {b: (path.log_true.mean(0)[50] - path.log_forget.mean(0)[50]) / np.log(10) for b, path in paths.items()}
 
 # %% [markdown]
-# Two things are to be read from this. At a small bias the product of the forget gates is far too pessimistic: most of
-# what arrives has gone through $h$. At a large bias the two agree at short lags, and then the true derivative stays, or
-# grows, where the product goes on falling. So the cell path does work, and not because a product of gates close to one
-# is close to one: it works because it keeps the linear part of the recurrence near the identity, and lets the rest of
-# the network add to it. Nothing in it prevents growth. That is why LSTMs are trained with clipping all the same.
+# Two results follow. If the bias is small, the product of the forget gates is far too small: most of the gradient has
+# passed through $h$. If the bias is large, the two agree at short lags. At longer lags the product still falls, while
+# the true derivative stays or grows.
+#
+# So the cell path works, but not because a product of gates close to one is close to one. It works because it keeps the
+# linear part of the recurrence near the identity, and the rest of the network adds to it. Nothing in it prevents
+# growth, and this is why LSTMs are trained with clipping.
 #
 # # 4. Gradients by lag: LSTM, GRU and vanilla
 #
-# The norm of $\partial s_t / \partial s_{t-k}$ over the whole state, under the same noise. The vanilla network has an
-# orthogonal $W_{hh}$, the best that it can have, and loses its gradient to the slopes of tanh. The GRU,
-# $h_t = (1 - z) * \tilde h + z * h_{t-1}$, has a path like the LSTM's, but its update gate starts at $1/2$, like that of
-# an LSTM with $b = 0$. The horizon is the lag from which on less than a hundredth arrives.
+# The figure shows the norm of $\partial s_t / \partial s_{t-k}$ over the whole state, with the same noise as input. The
+# vanilla network has an orthogonal $W_{hh}$, the best possible case, and loses its gradient through the slopes of tanh.
+# The GRU, $h_t = (1 - z) * \tilde h + z * h_{t-1}$, has a path like the LSTM's. Its update gate starts at $1/2$, like
+# the forget gate of an LSTM with $b = 0$. The horizon is the first lag from which less than one percent of the gradient
+# arrives.
 
 # %%
 cells = {
@@ -157,15 +165,16 @@ plots.gradients_by_lag(by_lag);
 # %% [markdown]
 # # 5. The state is (h, c)
 #
-# An analysis that looks at $h$ alone, because $h$ is what an LSTM returns, misses the path. To show what it finds we
-# build it on purpose: a cell whose state is $h$, and which is handed the true $c_{t-1}$ as an input, so that its
-# Jacobian is the block $\partial h_t / \partial h_{t-1}$ of the true one. The trajectory is the same, and so are the
-# weights: uniform in $\pm 1/\sqrt n$, as is common, with a forget bias of 3.
+# An LSTM returns $h$, so an analysis may look at $h$ only. It then misses the cell path. To show the result of this
+# error, we build it as a cell. Its state is $h$, and it reads the true $c_{t-1}$ as an input. So its Jacobian is the
+# block $\partial h_t / \partial h_{t-1}$ of the true Jacobian. The trajectory and the weights are the same: uniform in
+# $\pm 1/\sqrt n$, as is common, with a forget bias of 3.
 
 
 # %%
-class HAlone:
-    """The LSTM with c handed in from outside: its Jacobian is dh_t/dh_{t-1} with c held fixed."""
+@dataclasses.dataclass(frozen=True)  # compares by value, so it compiles once
+class HOnly:
+    """The LSTM with c as an input: its Jacobian is dh_t/dh_{t-1} with c fixed."""
 
     def init(self, key):
         return lstm.init(key)
@@ -182,26 +191,27 @@ uniform = sj.LSTM(d, n, forget_bias=3.0, input_init=sj.Uniform(), recurrent_init
 long_noise = jax.random.normal(jax.random.key(1), (1, T if FAST else 3000, d))
 c = sj.trajectory(lstm, uniform, long_noise).c[:, :-1]
 whole = sj.lyapunov_exponents(lstm, uniform, long_noise, k=n + 1)
-h_alone = sj.lyapunov_exponents(HAlone(), uniform, (long_noise, c), k=n)
-print(f"largest exponent of (h, c): {whole.exponents[0, 0]:.4f} nats a step "
+h_only = sj.lyapunov_exponents(HOnly(), uniform, (long_noise, c), k=n)
+print(f"largest exponent of (h, c): {whole.exponents[0, 0]:.4f} nats per step "
       f"({whole.low[0, 0]:.4f} to {whole.high[0, 0]:.4f})")
-print(f"of h alone, which is wrong: {h_alone.exponents[0, 0]:.4f}")
-plots.lyapunov_spectra({"(h, c)": whole, "h alone, wrong": h_alone});
+print(f"of h only, which is wrong: {h_only.exponents[0, 0]:.4f}")
+plots.lyapunov_spectra({"(h, c)": whole, "h only, wrong": h_only});
 
 # %% [markdown]
-# The true exponent is zero to within about a hundredth: this network hardly forgets. By $h$ alone it would lose all but
-# $e^{-2} = 0.14$ of a perturbation at every step. The figure shows the two halves of the state: the first 32 exponents,
-# those of the cell path, lie near zero, and number 33 is down where those of $h$ alone begin.
+# The true exponent is zero to within about one hundredth: this network forgets very slowly. According to $h$ only, it
+# would lose all but $e^{-2} = 0.14$ of a perturbation at every step. The figure shows the two halves of the state. The
+# first 32 exponents belong to the cell path and are near zero. Number 33 is far below, where the exponents of $h$
+# begin.
 #
-# # 6. Chrono initialisation
+# # 6. Chrono initialization
 #
-# One forget bias gives all units one memory. If the longest span to be remembered is $T_{\max}$, draw
+# One forget bias gives all units the same memory. If the longest span to remember is $T_{\max}$, draw
 #
 # $$b_f \sim \ln U[1, T_{\max} - 1], \qquad b_i = -b_f$$
 #
-# (Tallec and Ollivier 2018). The forget gates then start between $1/2$ and $1 - 1/T_{\max}$, and since
-# $-1/\ln \sigma(\ln u) \approx u + \frac12$, the time constants are spread evenly between 1.4 and $T_{\max}$ steps.
-# The input gates are shut accordingly, $i = 1 - f$, so the loop through $h$ that grew in section 3 is weak.
+# (Tallec and Ollivier 2018). The forget gates then start between $1/2$ and $1 - 1/T_{\max}$. Since
+# $-1/\ln \sigma(\ln u) \approx u + \frac12$, the time constants are uniform between 1.4 and $T_{\max}$ steps. The input
+# gates are small, $i = 1 - f$, so the loop through $h$, which grew in section 3, is weak.
 
 # %%
 spread = sj.LSTM(d, n, chrono=100).init(jax.random.key(0))
@@ -224,8 +234,9 @@ for name in ("LSTM, b = 1", "LSTM, b = 5", "LSTM, chrono"):
     print(f"{name}: {np.exp(by_lag[name].log_expected[200]):.3g} of a gradient arrives at lag 200")
 
 # %% [markdown]
-# With $b = 1$ nothing arrives from 200 steps back, with $b = 5$ everything does and it grows on the way; under the chrono
-# initialisation a few hundredths do, through the units with the longest memory, while others are there for what is near.
+# With $b = 1$ no gradient arrives from 200 steps back. With $b = 5$ all of it arrives, and it grows on the way. With
+# the chrono initialization a few hundredths arrive, through the units with the longest memory, and other units serve
+# short spans.
 #
 # # The numbers that this notebook must print
 #
@@ -239,14 +250,14 @@ for name in ("LSTM, b = 1", "LSTM, b = 5", "LSTM, chrono"):
 # | exponent without weights at b = 1 | -0.313262 | 0.00001 |
 # | exponent without weights at b = 5 | -0.006715 | 0.00001 |
 # | exponent at the zero state, b = 1 | -0.020 | 0.002 |
-# | and by formula less that | 0 | 0.001 |
+# | formula minus this exponent | 0 | 0.001 |
 # | exponent at the zero state, b = 3 | 0.184 | 0.002 |
 # | powers of ten that the gates miss, b = 1, lag 50 | 4.2 | 0.3 |
 # | horizon of the vanilla network, steps | 17 | 2 |
 # | horizon of the GRU, steps | 12 | 2 |
 # | horizon of the LSTM, b = 1, steps | 40 | 3 |
 # | largest exponent of (h, c) | 0 | 0.03 |
-# | largest exponent of h alone, which is wrong | -2.0 | 0.05 |
+# | largest exponent of h only, which is wrong | -2.0 | 0.05 |
 # | largest chrono forget gate | 0.985 | 0.005 |
 # | chrono biases, b_i + b_f | 0 | 0 |
 
@@ -260,14 +271,14 @@ numbers = {
     "exponent without weights at b = 1": exponents[1.0],
     "exponent without weights at b = 5": exponents[5.0],
     "exponent at the zero state, b = 1": measured[1.0],
-    "and by formula less that": by_formula[1.0] - measured[1.0],
+    "formula minus this exponent": by_formula[1.0] - measured[1.0],
     "exponent at the zero state, b = 3": measured[3.0],
     "powers of ten that the gates miss, b = 1, lag 50": missed[1.0],
     "horizon of the vanilla network, steps": by_lag["vanilla"].horizon,
     "horizon of the GRU, steps": by_lag["GRU"].horizon,
     "horizon of the LSTM, b = 1, steps": by_lag["LSTM, b = 1"].horizon,
     "largest exponent of (h, c)": whole.exponents[0, 0],
-    "largest exponent of h alone, which is wrong": h_alone.exponents[0, 0],
+    "largest exponent of h only, which is wrong": h_only.exponents[0, 0],
     "largest chrono forget gate": gates.max(),
     "chrono biases, b_i + b_f": np.abs(b_i + b_f).max(),
 }

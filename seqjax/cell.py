@@ -32,13 +32,21 @@ program of `step` (`seqjax.sequence._partition`); `seqjax.explain` prints what w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import types
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
+
+# What cannot change after it was made. A function counts: rebinding what it closes over is not seen by jax.jit either.
+IMMUTABLE = (bool, int, float, complex, str, bytes, type, np.dtype, types.FunctionType, types.BuiltinFunctionType)
+
+PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 Params = PyTree
 State = PyTree
@@ -77,7 +85,7 @@ class Cell(Protocol):
 
 
 def strong_type(tree: PyTree) -> PyTree:
-    """Turns every leaf into an array whose dtype no longer bends to its neighbours (JAX's weak types)."""
+    """Every leaf as an array without a weak type, so that its dtype does not depend on the operations that follow."""
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(jnp.asarray(leaf), jnp.asarray(leaf).dtype), tree)
 
 
@@ -126,7 +134,7 @@ def same_state_type(cell: Cell, new: State, old: State) -> State:
 def line_of(method: Any) -> str | None:
     """Where a method of a user begins, as "file:line"; None for one of seqjax, or one that is not written in Python."""
     code = getattr(method, "__code__", None)
-    if code is None or os.path.dirname(os.path.abspath(code.co_filename)).startswith(os.path.dirname(__file__)):
+    if code is None or os.path.abspath(code.co_filename).startswith(PACKAGE):
         return None
     return f"{code.co_filename}:{code.co_firstlineno}"
 
@@ -158,14 +166,19 @@ def as_feature(x: Any, size: int, dtype: DTypeLike, cell: str) -> Array:
 
 
 def is_value(part: Any) -> bool:
-    """Whether a cell, head or model compares by value all the way down, and so may stand for its compiled code.
+    """Whether a cell, head, model, objective or option compares by value all the way down.
 
-    One that compares by identity may change between two calls; remembering it would give the former answer in silence.
+    Compiled code may be cached for such an object. An object that compares by identity may change between two calls,
+    and cached code would then compute with its former fields.
     """
     if isinstance(part, tuple):
         return all(map(is_value, part))
-    if isinstance(part, type) or not hasattr(part, "init"):
-        return True  # a number, a name, a function
+    if isinstance(part, types.MethodType):
+        return is_value(part.__self__)
+    if isinstance(part, functools.partial):
+        return is_value((part.func, part.args, tuple(part.keywords.values())))
+    if part is None or isinstance(part, IMMUTABLE) or type(part).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        return True
     if type(part).__hash__ in (None, object.__hash__):
         return False
     try:

@@ -21,7 +21,7 @@ BATCH, TIME = 3, 5
 
 
 def check_cell(
-    cell: Cell, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True
+    cell: Any, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True
 ) -> list[str]:
     """Runs the contract of `seqjax.Cell` on a cell.
 

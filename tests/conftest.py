@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("seqjax", "typechecking.checked")
+hook = install_import_hook("seqjax", "beartype.beartype")
 
 import hypothesis  # noqa: E402 - the hook above must come before jax and seqjax
 import jax  # noqa: E402
@@ -44,7 +44,8 @@ def key():
 
 @pytest.fixture(autouse=True)
 def compile_quickly(request):
-    """Nearly all of a quick test is compilation; one that trains to a result is worth the optimising."""
-    jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)
+    """Compiles without most of XLA's optimizations, because nearly all the time of a quick test is compilation."""
+    optimized = {"slow", "optimized"} & set(request.keywords)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -76,7 +76,7 @@ def page_of(tmp_path_factory):
         if name not in PAGES:
             path = tmp_path_factory.mktemp("reports") / f"{name}.html"
             cell, options = given("lstm" if name == "made" else name), {"history": HISTORY, "clip_norm": 1.0}
-            made = mock.patch.object(one, "measure", return_value=made_by_hand())
+            made = mock.patch("seqjax.reports.cell_page.measure", return_value=made_by_hand())
             with made if name == "made" else contextlib.nullcontext():
                 PAGES[name] = report(*cell, path=path, settings={"seed": 7}, **options)
         return PAGES[name]

@@ -13,8 +13,9 @@ from cells import TOKENS, ZOO, D, Leaky, N, PeepholeLSTM, Spiking, zoo
 import seqjax as sj
 from seqjax.analysis._flow import flat_step, pull, push
 from seqjax.cell import strong_type
-from seqjax.sequence._masked_step import drawn_noise
-from seqjax.sequence.unroll import _run_compiled
+from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._masked_step import draw_noise, last_output
+from seqjax.sequence.unroll import Options, _run_batch
 
 BATCH, TIME = 2, 6
 FLAGS = np.random.default_rng(3).random((2, 6, 203)) < 0.7
@@ -43,7 +44,7 @@ def plain(cell, params, xs, *, mask=None, reset=None, reverse=False, key=None):
 
         return jax.lax.scan(body, first, (xs, mask, reset, noise), reverse=reverse)
 
-    return jax.vmap(one)(xs, mask, reset, drawn_noise(cell, key, batch, time))
+    return jax.vmap(one)(xs, mask, reset, draw_noise(cell, key, batch, time))
 
 
 def is_inexact(leaf):
@@ -125,6 +126,13 @@ def test_unroll_is_the_scan_over_the_step_in_value_and_every_derivative(name, x6
     options = flags if list(ZOO).index(name) % 2 else {}
     if name == "dropout-stack":
         options = options | {"key": jax.random.key(4)}
+    compare(ZOO[name], tolerance=ROUNDED.get(name, 1e-10), **options)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", ["lstm", "gru-after", "linen-lstm", "layer-norm-lstm", "learned-stack"])
+def test_the_optimized_program_is_the_scan_too(name, x64):
+    options = dict(mask=FLAGS[0, :BATCH, :TIME], reset=FLAGS[1, :BATCH, :TIME])
     compare(ZOO[name], tolerance=ROUNDED.get(name, 1e-10), **options)
 
 
@@ -250,9 +258,11 @@ def test_a_cell_rebuilt_by_value_compiles_once():
     cell = zoo(D, N)["linen-lstm"]
     params, xs = cell.init(jax.random.key(0)), jnp.ones((2, 5, D))
     sj.unroll(cell, params, xs)
-    before = _run_compiled._cache_size()
+    run = cached_jit(_run_batch, cell, last_output, Options())
+    assert run._cache_size() == 1
     sj.unroll(zoo(D, N)["linen-lstm"], params, xs)
-    assert _run_compiled._cache_size() == before
+    assert run is cached_jit(_run_batch, zoo(D, N)["linen-lstm"], last_output, Options())
+    assert run._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", ["linen-lstm", "nnx-gru", "equinox-lstm"])

@@ -1,4 +1,4 @@
-"""Clipping statistics against a sequence worked out by hand, the optimiser itself, and a run's own table."""
+"""Clipping statistics against a sequence computed by hand, the optimizer, and the table of a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from errors import raises
 import seqjax as sj
 from seqjax.analysis.clipping import clipping_statistics
 
-NORMS = [0.5, 2.0, 8.0, 1.0, 4.0, 1.6]  # at 1.6: 1, 0.8, 0.2, 1, 0.4, 1, and the last one is not cut
-TABLE = "step,train_bits,validation_bits,grad_norm,clipped,param_norm,characters,seconds\n" + "".join(
+NORMS = [0.5, 2.0, 8.0, 1.0, 4.0, 1.6]  # at 1.6: 1, 0.8, 0.2, 1, 0.4, 1, and the last one is not clipped
+TABLE = "step,loss,validation,grad_norm,clipped,param_norm,characters,seconds\n" + "".join(
     f"{step},3.1,,{norm},{float(norm > 1.6)},2.0,{64 * step},0.{step}\n" for step, norm in enumerate(NORMS, 1)
 )
 
 
 @pytest.mark.parametrize("form", ["dict", "frame", "text"])
-def test_a_sequence_of_norms_is_cut_as_worked_out_by_hand(form):
+def test_statistics_equal_those_computed_by_hand(form):
     frame = pandas.read_csv(io.StringIO(TABLE))
     columns = {"dict": {"grad_norm": np.array(NORMS)}, "frame": frame, "text": frame.astype(str).to_dict("list")}
     acted = clipping_statistics(columns[form], 1.6)
@@ -38,19 +38,19 @@ def test_a_sequence_of_norms_is_cut_as_worked_out_by_hand(form):
 
 
 @pytest.mark.parametrize("limit", [None, 8.0, float("inf")])
-def test_a_threshold_that_no_gradient_exceeds_cuts_nothing(limit):
+def test_a_threshold_above_all_norms_clips_nothing(limit):
     acted = clipping_statistics({"grad_norm": NORMS}, limit)
     assert (acted.fraction, acted.longest_run, acted.mean_factor, acted.mean_cut) == (0, 0, 1, 1)
     assert acted.factors.tolist() == [1] * 6
 
 
-def test_a_gradient_of_zero_is_not_cut():
+def test_a_zero_gradient_is_not_clipped():
     assert clipping_statistics({"grad_norm": [0.0, 2.0]}, 1.0).factors.tolist() == [1, 0.5]
 
 
 @pytest.fixture(scope="module")
 def run():
-    """Gradient descent at rate 1, so that an update is the clipped gradient, with all that was seen on the way."""
+    """Gradient descent with learning rate 1, so that each update is the clipped gradient, with its history."""
     model, limit, random = sj.Model(sj.stack([sj.GRU(D, 3), sj.LSTM(3, N)]), sj.Gaussian(N, 2)), 1.2, np.random
     draw = [random.default_rng(n).normal(size=(2, 4, 3)).astype(np.float32) for n in range(6)]
     stream = [sj.Batch(x, x[..., :2]) for x in draw]
@@ -62,7 +62,7 @@ def run():
     return model, limit, stream, states, fitted.history
 
 
-def test_the_factors_are_what_the_optimiser_multiplied_with(run):
+def test_the_factors_are_those_of_the_optimizer(run):
     _, limit, _, states, history = run
     acted = clipping_statistics(history, limit)
     moved = [
@@ -95,12 +95,12 @@ def test_a_leaf_s_norm_is_that_of_its_own_gradient(run):
             assert by_leaf[name][n] == pytest.approx(np.linalg.norm(leaf), rel=1e-4)
 
 
-def test_leaves_that_would_share_a_name_keep_their_own():
+def test_leaves_with_equal_simple_paths_get_different_names():
     assert sj.training.leaf_names({"a": {"b": 1}, "c": 2}) == ["a.b", "c"]
     assert len(set(sj.training.leaf_names({"a": {"b": 1}, "a.b": 2}))) == 2
 
 
-def test_a_history_without_norms_is_refused():
+def test_a_history_without_norms_raises():
     with raises(ValueError, "a column 'grad_norm'", "got 'step', 'loss'", "Fitted.history"):
         clipping_statistics({"step": [1], "loss": [0.1]}, 1.0)
     with raises(ValueError, "one grad_norm an update", "was there no update?"):

@@ -39,15 +39,14 @@ def test_the_command_trains_what_the_library_trains(finished):
     assert len(windows) == WINDOWS
     fitted = sj.fit(model, windows + windows, steps=12, optimizer=optimizer, key=jax.random.key(0))
     table = metrics(finished)
-    np.testing.assert_allclose(table.train_bits, fitted.history["loss"] / math.log(2), rtol=1e-5)
-    for name in ("step", "grad_norm", "clipped", "param_norm"):
+    for name in ("step", "loss", "grad_norm", "clipped", "param_norm"):
         np.testing.assert_allclose(table[name], fitted.history[name], rtol=1e-4, err_msg=name)
     stored, last = state(finished)
     assert stored == model
     for a, b in zip(jax.tree.leaves(last.params), jax.tree.leaves(fitted.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    bits = sj.evaluate(model, last.params, sj.data.windows(validation, 1, 16, passes=1)) / math.log(2)
-    assert table.validation_bits.iloc[-1] == pytest.approx(bits, rel=1e-6)
+    loss = sj.evaluate(model, last.params, sj.data.windows(validation, 1, 16, passes=1))
+    assert table.validation.iloc[-1] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_run_is_a_folder_that_tells_everything(finished):
@@ -58,10 +57,10 @@ def test_a_run_is_a_folder_that_tells_everything(finished):
     assert told["corpus"]["vocabulary"] == corpus.vocabulary
     assert (told["corpus"]["sha256"], told["corpus"]["length"]) == (corpus.sha256, len(TEXT))
     assert told["versions"]["jax"] == jax.__version__
-    assert told["kernels"] == ["lstm" if sj.native.available() else None] * len(told["kernels"]) != []
+    assert told["kernels"] == ["lstm" if sj.kernels.available() else None] * len(told["kernels"]) != []
     table = metrics(finished)
     assert table.step.tolist() == list(range(1, 13))
-    assert table.step[table.validation_bits.notna()].tolist() == [4, 8, 12]
+    assert table.step[table.validation.notna()].tolist() == [4, 8, 12]
     assert table.characters.tolist() == [64 * step for step in range(1, 13)]
     assert table.seconds.is_monotonic_increasing
     assert checkpoints(finished) == [8, 12]

@@ -82,10 +82,10 @@ def changed(old, new):
         (lambda content: b"", ["unreadable"]),
         (lambda content: b"\xff\x00" * 99, ["unreadable"]),
         (lambda content: b"[1, 2]", ["unreadable"]),
-        (lambda content: b'{"format": 1}', ["unreadable"]),
+        (lambda content: b'{"format": 2}', ["unreadable"]),
         (changed(b'"hidden": 16', b'"hidden": -16'), ["unreadable", "hidden"]),
         (changed(b'"cell": "lstm"', b'"cell": "lstn"'), ["lstn"]),
-        (changed(b'"format": 1', b'"format": 2'), ["format 1", "format 2", "use that version"]),
+        (changed(b'"format": 2', b'"format": 1'), ["format 2", "format 1", "use that version"]),
     ],
     ids=["half", "empty", "bytes", "list", "bare", "size", "cell", "version"],
 )

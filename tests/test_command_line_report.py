@@ -68,8 +68,9 @@ def test_the_report_of_a_run_tells_its_training_and_its_cell(copy, capsys):
         "positions",
         "settings",
     ]
-    numbers = [table.train_bits.iloc[-1], table.validation_bits.iloc[-1], table.clipped.mean(), table.grad_norm.max()]
-    numbers += [sj.data.unigram_entropy(list(map(ord, TEXT))), *table.validation_bits.dropna()]
+    bits = table.validation / np.log(2)
+    numbers = [table.loss.iloc[-1] / np.log(2), bits.iloc[-1], table.clipped.mean(), table.grad_norm.max()]
+    numbers += [sj.data.unigram_entropy(list(map(ord, TEXT))), *bits.dropna()]
     for number in map(text, map(float, numbers)):
         assert number in page.words
     for name, value in json.loads((copy / "run.json").read_text("utf-8"))["settings"].items():
@@ -140,9 +141,9 @@ def test_runs_are_compared_on_one_page(finished, other, tmp_path, capsys):
     names = [section["id"] for section in page.all("section")]
     assert names == ["verdict", "settings", "learning", "gradients", "exponents", "clipping", "versions"]
     for table in map(metrics, (finished, other)):
-        for number in (table.validation_bits.iloc[-1], table.clipped.mean(), table.grad_norm.max()):
+        for number in (table.validation.iloc[-1] / np.log(2), table.clipped.mean(), table.grad_norm.max()):
             assert text(float(number)) in page.words
-    best = min((metrics(path).validation_bits.iloc[-1], path.name) for path in (finished, other))
+    best = min((metrics(path).validation.iloc[-1] / np.log(2), path.name) for path in (finished, other))
     assert f"{best[1]} reads its validation text best, at {best[0]:.3f} bits per character" in page.text
     differ = page.text.split("Settings that differ")[2].split("Settings that are the same")[0]
     assert "cell lstm gru hidden 16 8 learning_rate 0.002 0.01" in differ

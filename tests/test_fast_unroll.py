@@ -16,7 +16,7 @@ from oracles import assert_close, drawn, drawn_states, like, scanned, weighted
 import seqjax as sj
 from seqjax.cells.stack import Stack
 from seqjax.sequence._execution.chunks import chunk_length
-from seqjax.sequence._masked_step import last_output, new_state
+from seqjax.sequence._masked_step import Inputs, last_output, new_state
 from seqjax.sequence.unroll import _run_plainly
 
 BATCH = 2
@@ -77,7 +77,7 @@ def plain(cell, params, xs, state=None, mask=None, reset=None, reverse=False, em
     """The scan over `step`, differentiated by JAX alone."""
     if state is None:
         state = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(xs)), cell.initial_state(params))
-    return _run_plainly(emit, cell, reverse, params, state, (xs, mask, reset, None))
+    return _run_plainly(cell, emit, reverse, params, state, Inputs(xs, mask, reset))
 
 
 def flags(batch, time):

@@ -1,4 +1,4 @@
-"""The wall in the loss of one unit, against a loop in plain Python, and what clipping does there."""
+"""The cliff in the loss of one unit, against a loop in plain Python, with and without clipping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def loss_by_loop(w, b, time=50):
     return (h - 0.7) ** 2
 
 
-def test_the_loss_cliff_is_that_of_a_loop_and_clipping_stays_near_it():
+def test_the_loss_equals_a_loop_and_clipping_stays_near_the_cliff():
     for i, j in ((0, 0), (2, 5), (5, 1)):
         assert CLIFF.loss[i, j] == pytest.approx(loss_by_loop(CLIFF.w[j], CLIFF.b[i]), abs=1e-5)
     eps = 1e-6
@@ -35,12 +35,12 @@ def test_the_loss_cliff_is_that_of_a_loop_and_clipping_stays_near_it():
     assert steps.max() <= 0.1 * CLIFF.clip_norm * 1.001 < np.hypot(*np.diff(CLIFF.plain, axis=0).T).max() / 100
     ax = draw(plots.loss_cliff, CLIFF)
     np.testing.assert_allclose(line(ax, "clipped at 0.2").T, CLIFF.clipped)
-    assert "without clipping it ends at" in remarks(ax)
+    assert "without clipping, the end is at" in remarks(ax)
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("time", 0), ("steps", 0), ("resolution", 0), ("clip_norm", 0.0), ("clip_norm", NAN)]
 )
-def test_a_cliff_that_makes_no_sense_is_refused(option, value):
+def test_bad_options_raise(option, value):
     with pytest.raises(ValueError, match=f"expected {option}"):
         loss_cliff(**{option: value})

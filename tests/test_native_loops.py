@@ -21,7 +21,7 @@ from oracles import drawn, drawn_states, like, weighted
 
 import seqjax as sj
 from seqjax import kernels
-from seqjax.sequence._partition import kernel
+from seqjax.sequence._execution import kernel
 
 pytestmark = pytest.mark.skipif(
     shutil.which((os.environ.get("CXX") or "g++").split()[0]) is None, reason="there is no C++ compiler"
@@ -408,7 +408,7 @@ def test_without_a_library_a_home_or_a_wish_xla_runs_the_loops(tmp_path, monkeyp
 def test_a_library_that_does_not_load_is_named_in_a_warning(tmp_path, monkeypatch):
     kernels.available.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_loaded", [])
+    monkeypatch.setattr(kernels, "_loaded", [])
     kernels.library().parent.mkdir()
     kernels.library().write_text("not a library")
     with pytest.warns(UserWarning, match="python -m seqjax.kernels builds it anew"):

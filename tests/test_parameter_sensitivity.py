@@ -1,4 +1,4 @@
-"""How parameters reach a state: against `jax.jacfwd` of the whole sequence, closed forms, gradients by step."""
+"""Parameter sensitivity against `jax.jacfwd` of the whole sequence, closed forms, and gradients by step."""
 
 from __future__ import annotations
 
@@ -52,85 +52,85 @@ def test_every_columns_norm_is_that_of_jax(name, given, x64):
     cell = EVERY[name]
     params, xs = drawn(cell, "float64")
     options = dict(state=drawn_states(cell, params)) if given else FLAGS
-    found = sj.analysis.parameter_sensitivity(cell, params, xs, **options)
+    result = sj.analysis.parameter_sensitivity(cell, params, xs, **options)
     expected = floating_leaves(by_jax(cell, params, xs, **options))
-    assert found.log_norm.keys() == expected.keys()
+    assert result.log_norm.keys() == expected.keys()
     for name, S in expected.items():
         norm = np.linalg.norm(np.asarray(S).reshape(*xs.shape[:2], -1), axis=-1)
-        np.testing.assert_allclose(np.exp(found.log_norm[name]), norm, rtol=1e-9, atol=1e-12, err_msg=name)
-    assert (found.exact, found.probes, found.reliable, found.reason, found.share) == (True, 0, True, "", None)
+        np.testing.assert_allclose(np.exp(result.log_norm[name]), norm, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert (result.exact, result.probes, result.reliable, result.reason, result.share) == (True, 0, True, "", None)
 
 
 def test_random_combinations_have_the_same_mean_square():
     cell = EVERY["vanilla"]
     params, xs = drawn(cell, "float32")
     exact = sj.analysis.parameter_sensitivity(cell, params, xs)
-    found = sj.analysis.parameter_sensitivity(cell, params, xs, probes=2000)
-    assert (found.exact, found.probes) == (False, 2000)
-    for name, log_norm in found.log_norm.items():
+    result = sj.analysis.parameter_sensitivity(cell, params, xs, probes=2000)
+    assert (result.exact, result.probes) == (False, 2000)
+    for name, log_norm in result.log_norm.items():
         norm = np.exp(exact.log_norm[name])
         np.testing.assert_allclose(np.exp(log_norm), norm, rtol=4 / math.sqrt(2 * 2000), err_msg=name)
 
 
-def test_too_many_columns_are_probed_and_it_says_so(monkeypatch):
+def test_too_many_columns_are_probed(monkeypatch):
     monkeypatch.setattr("seqjax.analysis.sensitivity.EXACT", 10)
     cell, params, xs = linear(0.5)
-    found = sj.analysis.parameter_sensitivity(cell, params, xs[:, :3])
-    assert (found.exact, found.probes) == (True, 0)
+    result = sj.analysis.parameter_sensitivity(cell, params, xs[:, :3])
+    assert (result.exact, result.probes) == (True, 0)
     cell = sj.VanillaRNN(1, 2)
-    found = sj.analysis.parameter_sensitivity(cell, cell.init(jax.random.key(0)), jnp.ones((1, 3, 1)))
-    assert (found.exact, found.probes) == (False, 16)
+    result = sj.analysis.parameter_sensitivity(cell, cell.init(jax.random.key(0)), jnp.ones((1, 3, 1)))
+    assert (result.exact, result.probes) == (False, 16)
 
 
-def test_an_exploding_sensitivity_keeps_its_logarithm():
+def test_an_exploding_sensitivity_does_not_overflow():
     w = np.float64(np.float32(1.2))
     cell, params, xs = linear(1.2)  # overflows after 487 steps
-    found = sj.analysis.parameter_sensitivity(cell, params, xs, loss=last)
+    result = sj.analysis.parameter_sensitivity(cell, params, xs, loss=last)
     t = np.arange(1, LONG + 1)
     expected = t * math.log(w) + np.log1p(-(w**-t)) - math.log(w - 1)  # ln of (w^t - 1) / (w - 1)
-    np.testing.assert_allclose(found.log_norm["b_h"][0], expected, rtol=1e-5, atol=1e-5)
-    assert (found.log_norm["W_hh"] == -np.inf).all()  # h is 0
-    assert found.reliable
+    np.testing.assert_allclose(result.log_norm["b_h"][0], expected, rtol=1e-5, atol=1e-5)
+    assert (result.log_norm["W_hh"] == -np.inf).all()  # h is 0
+    assert result.reliable
     shares = (w - 1) * w**-t  # of w^(T-t) / |sum|
-    np.testing.assert_allclose(found.share["b_h"], shares, rtol=1e-4, atol=1e-30)
-    assert (found.share["W_hh"] == 0).all()
+    np.testing.assert_allclose(result.share["b_h"], shares, rtol=1e-4, atol=1e-30)
+    assert (result.share["W_hh"] == 0).all()
 
 
-def test_a_vanishing_sensitivity_keeps_its_logarithm_and_a_reset_begins_anew():
+def test_a_vanishing_sensitivity_does_not_underflow_and_a_reset_restarts_it():
     inner, params, xs = linear(0.5)
     cell = sj.LearnedState(inner)
     params = sj.LearnedStateParams(params, sj.VanillaState(jnp.ones(1)))
     reset = (jnp.arange(LONG) == 1500)[None]
-    found = sj.analysis.parameter_sensitivity(cell, params, xs, reset=reset)
+    result = sj.analysis.parameter_sensitivity(cell, params, xs, reset=reset)
     since = np.arange(1, LONG + 1) - np.where(np.arange(LONG) >= 1500, 1500, 0)
-    np.testing.assert_allclose(found.log_norm["state.h"][0], since * math.log(0.5), rtol=1e-6)
-    assert found.log_norm["state.h"][0, 1499] < -1000  # far below the smallest float
-    np.testing.assert_allclose(np.exp(found.log_norm["cell.b_h"][0]), 2 - 0.5 ** (since - 1.0), rtol=1e-5)
+    np.testing.assert_allclose(result.log_norm["state.h"][0], since * math.log(0.5), rtol=1e-6)
+    assert result.log_norm["state.h"][0, 1499] < -1000  # far below the smallest float
+    np.testing.assert_allclose(np.exp(result.log_norm["cell.b_h"][0]), 2 - 0.5 ** (since - 1.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), [("lstm", {}), ("learned", FLAGS)], ids=["plain", "flags"])
-def test_shares_are_those_of_the_gradients_by_step_and_add_up_to_one(name, options, x64):
+def test_shares_are_those_of_the_gradients_by_step_and_sum_to_one(name, options, x64):
     cell = EVERY[name]
     params, xs = drawn(cell, "float64")
-    found = sj.analysis.parameter_sensitivity(cell, params, xs, loss=weighted, **options)
+    result = sj.analysis.parameter_sensitivity(cell, params, xs, loss=weighted, **options)
     gradients = floating_leaves(by_step(cell, params, xs, **options))
-    assert found.share.keys() == gradients.keys()
+    assert result.share.keys() == gradients.keys()
     for name, g in gradients.items():
         g = np.asarray(g).reshape(len(g), -1)
         whole = g.sum(0)
-        np.testing.assert_allclose(found.share[name], g @ whole / (whole @ whole), rtol=1e-9, atol=1e-12, err_msg=name)
-        np.testing.assert_allclose(found.share[name].sum(), 1, rtol=1e-12)
+        np.testing.assert_allclose(result.share[name], g @ whole / (whole @ whole), rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(result.share[name].sum(), 1, rtol=1e-12)
 
 
-def test_what_is_not_finite_is_named():
+def test_the_reason_names_the_leaf_that_is_not_finite():
     cell, params, xs = linear(0.5)
-    found = sj.analysis.parameter_sensitivity(cell, params, xs.at[0, 3].set(jnp.nan), loss=last)
-    assert not found.reliable
-    assert found.reason.startswith("|ds/dW_xh| is not finite; |ds/dW_hh| is not finite")
-    assert np.isfinite(found.log_norm["b_h"]).all()  # 1, whatever the state
+    result = sj.analysis.parameter_sensitivity(cell, params, xs.at[0, 3].set(jnp.nan), loss=last)
+    assert not result.reliable
+    assert result.reason.startswith("|ds/dW_xh| is not finite; |ds/dW_hh| is not finite")
+    assert np.isfinite(result.log_norm["b_h"]).all()  # 1, whatever the state
 
 
-def test_parameters_that_are_no_floats_are_left_alone():
+def test_integer_parameters_are_ignored():
     class Counted:
         input_shape = ()
 
@@ -145,13 +145,13 @@ def test_parameters_that_are_no_floats_are_left_alone():
             return h, h
 
     cell = Counted()
-    found = sj.analysis.parameter_sensitivity(cell, cell.init(None), jnp.ones((1, 3)), loss=last)
-    assert list(found.log_norm) == list(found.share) == ["w"]
-    np.testing.assert_allclose(np.exp(found.log_norm["w"][0]), [0, 1, 2], atol=1e-6)  # d(1 + w + w^2)/dw = 1 + 2 w
-    np.testing.assert_allclose(found.share["w"], [0, 0.25, 0.75], atol=1e-6)
+    result = sj.analysis.parameter_sensitivity(cell, cell.init(None), jnp.ones((1, 3)), loss=last)
+    assert list(result.log_norm) == list(result.share) == ["w"]
+    np.testing.assert_allclose(np.exp(result.log_norm["w"][0]), [0, 1, 2], atol=1e-6)  # d(1 + w + w^2)/dw = 1 + 2 w
+    np.testing.assert_allclose(result.share["w"], [0, 0.25, 0.75], atol=1e-6)
 
 
-def test_bad_input_is_refused_with_its_fix():
+def test_bad_input_raises_with_a_hint():
     cell, params, xs = linear(0.5)
     with raises(ValueError, "expected a positive number of probes, got 0"):
         sj.analysis.parameter_sensitivity(cell, params, xs, probes=0)

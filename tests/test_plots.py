@@ -34,7 +34,7 @@ from seqjax import plots
 from seqjax.analysis.cell_gradient_path import cell_path
 from seqjax.analysis.clipping import clipping_statistics
 from seqjax.analysis.fixed_point_search import fixed_points
-from seqjax.plots.canvas import COLOURS, GREY, power, tell_missing
+from seqjax.plots.canvas import COLOURS, GREY, format_power, note_missing
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -221,19 +221,20 @@ def test_colours_stand_out_from_white_and_from_black(background):
 
 def test_remarks_count_what_is_missing():
     ax = Figure().subplots()
-    tell_missing(ax, np.array([1.0, NAN]), np.array([[INF]]))
-    tell_missing(ax, np.array([NAN, NAN]))
-    tell_missing(ax)
-    tell_missing(ax, np.array([1.0]))
+    note_missing(ax, np.array([1.0, NAN]), np.array([[INF]]))
+    note_missing(ax, np.array([NAN, NAN]))
+    note_missing(ax)
+    note_missing(ax, np.array([1.0]))
     assert [text.get_text() for text in ax.texts] == [
-        "2 of 3 values not finite, not drawn",
+        "2 of 3 values are not finite and not drawn",
         "none of the 2 values is finite",
         "there is nothing to draw",
     ]
 
 
 def test_powers_of_ten_are_written_out():
-    assert [power(v) for v in (-4000, -4, -2, 0, 1, 3, 12)] == ["10⁻⁴⁰⁰⁰", "10⁻⁴", "0.01", "1", "10", "1000", "10¹²"]
+    texts = ["10⁻⁴⁰⁰⁰", "10⁻⁴", "0.01", "1", "10", "1000", "10¹²"]
+    assert [format_power(v) for v in (-4000, -4, -2, 0, 1, 3, 12)] == texts
 
 
 def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch):

@@ -19,7 +19,7 @@ PARAMS = jax.tree.map(lambda leaf: 2 * leaf, READER.init(jax.random.key(3)))
 
 
 def counter():
-    """A model that answers the number of steps so far, with a standard deviation of one."""
+    """A model that predicts the number of steps so far, with a standard deviation of one."""
     model = sj.Model(sj.VanillaRNN(1, 1, activation="identity"), sj.Gaussian(1, 1, std=1.0))
     one, zero = jnp.ones((1, 1)), jnp.zeros(1)
     return model, sj.ModelParams(sj.VanillaParams(one, one, zero), sj.ReadoutParams(one, zero))
@@ -43,19 +43,19 @@ def test_the_loss_of_a_counter_is_known_at_every_position_and_length():
     np.testing.assert_allclose(got.by_position, lost(got.position), rtol=1e-6)
     assert (got.length.tolist(), got.length_count.tolist()) == ([2, 3, 5], [1, 1, 2])
     np.testing.assert_allclose(got.by_length, [lost(np.arange(1, n + 1)).mean() for n in (2, 3, 5)], rtol=1e-6)
-    assert (got.split, got.unit) == (3, "nats")  # the median, 4, has nothing longer but all of one length
+    assert (got.split, got.unit) == (3, "nats")  # no sequence is longer than the median, 4
     assert got.short == pytest.approx(lost([1, 2, 1, 2, 3]).mean(), rel=1e-6)
     assert got.long == pytest.approx(lost([1, 2, 3, 4, 5] * 2).mean(), rel=1e-6)
 
 
-def test_padding_on_the_left_or_within_moves_no_position():
+def test_padding_on_the_left_or_inside_does_not_change_positions():
     mask = np.array([[False, True, True, True, False], [True, False, True, False, True]])
     got = score_by_length(*counter(), [ones(mask)])
     np.testing.assert_allclose(got.by_position, lost([1, 2, 3]), rtol=1e-6)
     assert got.length.tolist() == [3]
 
 
-def test_a_sequence_ends_at_a_reset_and_goes_on_over_windows():
+def test_a_sequence_ends_at_a_reset_and_continues_over_windows():
     valid, reset = np.ones((2, 3), bool), np.zeros((2, 3), bool)
     reset[1, 1] = True
     windows = [ones(valid), ones(valid, reset=reset, continues=True), ones(valid)]
@@ -65,7 +65,7 @@ def test_a_sequence_ends_at_a_reset_and_goes_on_over_windows():
     np.testing.assert_allclose(got.by_position, lost(got.position), rtol=1e-6)
 
 
-def test_windows_of_a_text_are_the_text_in_one_go():
+def test_windows_of_a_text_have_the_scores_of_the_whole_text():
     tokens = np.random.default_rng(0).integers(0, 5, 25)
     whole = score_by_length(READER, PARAMS, [sj.Batch(tokens[None, :-1], tokens[None, 1:])])
     windows = score_by_length(READER, PARAMS, sj.data.windows(tokens, 1, 6, passes=1))
@@ -74,7 +74,7 @@ def test_windows_of_a_text_are_the_text_in_one_go():
 
 
 def readers_batches(one_each):
-    """Three batches of sequences of different lengths, with a target a step or one a sequence."""
+    """Three batches of sequences of different lengths, with one target per step or per sequence."""
     random = np.random.default_rng(1)
     for n, lengths in enumerate(([4, 1, 3], [2, 4, 4], [4, 4, 4])):
         xs, mask = random.integers(0, 5, (3, 4)), np.asarray(sj.length_mask(lengths, 4))
@@ -83,7 +83,7 @@ def readers_batches(one_each):
 
 
 def logits_by_hand(batch):
-    """Of each row its outputs and logits at valid steps."""
+    """The outputs and logits of each row at valid steps."""
     step = jax.jit(READER.cell.step)
     for b, xs in enumerate(batch.xs):
         s, hs = READER.cell.initial_state(PARAMS.cell), []
@@ -103,21 +103,21 @@ def score_by_hand(h, y, score):
 @pytest.mark.parametrize("pool", [None, "last", "mean"])
 def test_scores_are_those_of_a_loop_over_the_sequences(pool, score):
     loss = {None: sj.every_step, "last": sj.ManyToOne(), "mean": sj.ManyToOne(sj.masked_mean)}[pool]
-    batches, found = list(readers_batches(pool is not None)), []
+    batches, result = list(readers_batches(pool is not None)), []
     for batch in batches:
         for b, hs in logits_by_hand(batch):
             if pool is None:
                 scores = [score_by_hand(h, batch.targets[b, t], score) for t, h in enumerate(hs)]
             else:
                 scores = [score_by_hand(hs[-1] if pool == "last" else hs.mean(0), batch.targets[b], score)]
-            found.append((len(hs), scores))
+            result.append((len(hs), scores))
     got = score_by_length(READER, PARAMS, batches, score=score, loss=loss, split=3)
-    of = {n: [scores for length, scores in found if length == n] for n in (1, 2, 3, 4)}
+    of = {n: [scores for length, scores in result if length == n] for n in (1, 2, 3, 4)}
     assert (got.length.tolist(), got.length_count.tolist()) == (list(of), [len(scores) for scores in of.values()])
     np.testing.assert_allclose(got.by_length, [np.mean(scores) for scores in of.values()], rtol=1e-5)
     assert got.short == pytest.approx(np.mean(np.concatenate(of[1] + of[2] + of[3])), rel=1e-5)
     assert got.long == pytest.approx(np.mean(of[4]), rel=1e-5)
-    places = list(itertools.zip_longest(*[scores for _, scores in found])) if pool is None else []
+    places = list(itertools.zip_longest(*[scores for _, scores in result])) if pool is None else []
     means = [np.mean([score for score in place if score is not None]) for place in places]
     np.testing.assert_allclose(got.by_position, means, rtol=1e-5)
     assert got.unit == {"loss": "nats", "accuracy": "correct"}[score]
@@ -127,7 +127,7 @@ def test_scores_are_those_of_a_loop_over_the_sequences(pool, score):
         assert np.average(got.by_length, weights=weights) == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_objective_of_one_s_own_is_taken_of_each_sequence_alone():
+def test_a_users_objective_is_computed_for_each_sequence():
     def largest(head, params, outputs, targets, mask):
         return jnp.max(-sj.head_log_probs(head, params, outputs, targets, mask))
 
@@ -137,13 +137,13 @@ def test_an_objective_of_one_s_own_is_taken_of_each_sequence_alone():
     np.testing.assert_allclose(got.by_length, lost([2, 4]), rtol=1e-6)
 
 
-def test_where_nothing_is_longer_there_is_no_long_score():
+def test_without_longer_sequences_the_long_score_is_nan():
     got = score_by_length(*counter(), [ones(np.ones((2, 3), bool))])
     assert (got.split, got.short) == (3, pytest.approx(lost([1, 2, 3]).mean()))
     assert np.isnan(got.long)
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_bad_arguments_raise():
     model, params = counter()
     batch = ones(np.ones((2, 3), bool))
     with raises(ValueError, "at least one valid step", "got none"):

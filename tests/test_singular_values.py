@@ -17,7 +17,7 @@ from seqjax.analysis.singular_values import product_of_factors
 
 
 class Matrices:
-    """s <- x s, so that the Jacobians are whatever the inputs are; the parameters are the initial state."""
+    """s <- x s, so that the inputs are the Jacobians; the parameters are the initial state."""
 
     def init(self, key):
         return jnp.zeros(2)
@@ -33,7 +33,7 @@ MATRICES = Matrices()
 
 
 def values_of(J, **options):
-    """Of the product of given Jacobians (batch, time, n, n)."""
+    """The singular values of the product of J (batch, time, n, n)."""
     J = jnp.asarray(J)
     return sj.analysis.product_singular_values(MATRICES, jnp.zeros(J.shape[-1], J.dtype), J, **options)
 
@@ -70,48 +70,48 @@ def test_all_singular_values_are_those_of_the_product(name, x64):
     spans = ((0, None), (2, 5)) if name == "lstm" else ((0, None),)
     for start, stop in spans:
         spoilt = jnp.where(MASK[..., None], xs, jnp.nan)
-        found = sj.analysis.product_singular_values(cell, params, spoilt, k=n, start=start, stop=stop, **options)
+        result = sj.analysis.product_singular_values(cell, params, spoilt, k=n, start=start, stop=stop, **options)
         expected = np.array([by_numpy(J[start:stop]) for J in steps])
-        right = expected > expected[:, :1] - 20  # further below, the product in float64 has lost them itself
-        np.testing.assert_allclose(found.log_values[right], expected[right], atol=1e-6)
+        right = expected > expected[:, :1] - 20  # the product in float64 loses smaller values
+        np.testing.assert_allclose(result.log_values[right], expected[right], atol=1e-6)
         total = np.linalg.slogdet(steps[:, start:stop])[1].sum(1)
-        np.testing.assert_allclose(found.log_values.sum(1), total, atol=1e-9)
-        assert (np.diff(found.log_values, axis=1) <= 0).all()
-        assert found.converged.all()
+        np.testing.assert_allclose(result.log_values.sum(1), total, atol=1e-9)
+        assert (np.diff(result.log_values, axis=1) <= 0).all()
+        assert result.converged.all()
 
 
 def test_a_few_singular_values_are_the_largest_of_all(x64):
     J = np.random.default_rng(0).normal(size=(2, 30, 20, 20)) / 4
-    found = values_of(J, k=3)
-    np.testing.assert_allclose(found.log_values, [by_numpy(J_b)[:3] for J_b in J], atol=1e-8)
-    assert found.converged.all()
-    assert (found.change <= 1e-9).all()
-    assert found.sweeps > 1
+    result = values_of(J, k=3)
+    np.testing.assert_allclose(result.log_values, [by_numpy(J_b)[:3] for J_b in J], atol=1e-8)
+    assert result.converged.all()
+    assert (result.change <= 1e-9).all()
+    assert result.sweeps > 1
     assert values_of(J[:, :5]).log_values.shape == (2, 8)
 
 
 @pytest.mark.parametrize("time", [100, 20_000])
-def test_values_a_thousand_orders_of_magnitude_apart_are_all_right(time, dtype):
+def test_values_a_thousand_orders_of_magnitude_apart_are_accurate(time, dtype):
     eigenvalues = np.array([1.05, -1.0, 0.9, -0.5, 0.05])
-    found = values_of(constant(normal(eigenvalues), time, dtype))
+    result = values_of(constant(normal(eigenvalues), time, dtype))
     tolerance = 3e-6 if dtype == "float32" else 1e-12
-    np.testing.assert_allclose(found.log_values[0], time * np.log(np.abs(eigenvalues)), atol=tolerance * time)
-    assert found.converged.all()
+    np.testing.assert_allclose(result.log_values[0], time * np.log(np.abs(eigenvalues)), atol=tolerance * time)
+    assert result.converged.all()
 
 
-def test_neighbours_that_are_neither_close_nor_far_are_told_apart(x64):
+def test_neighbours_that_are_neither_close_nor_far_are_accurate(x64):
     logs = -0.1 * np.arange(12)
     for time in (1, 10, 140):
-        found = values_of(constant(normal(np.exp(logs)), time, "float64"), k=12)
-        np.testing.assert_allclose(found.log_values[0], time * logs, atol=1e-10)
+        result = values_of(constant(normal(np.exp(logs)), time, "float64"), k=12)
+        np.testing.assert_allclose(result.log_values[0], time * logs, atol=1e-10)
 
 
 @pytest.mark.parametrize(("gain", "power"), [(0.8, 0.011529215046), (1.2, 38.337599924)])
 def test_an_orthogonal_network_scales_every_direction_by_a_power_of_its_gain(gain, power, x64):
     J = constant(gain * orthogonal(20), 20, "float64")
-    found = values_of(J, k=3)
-    np.testing.assert_allclose(np.exp(found.log_values), power, rtol=1e-9)
-    assert found.converged.all()
+    result = values_of(J, k=3)
+    np.testing.assert_allclose(np.exp(result.log_values), power, rtol=1e-9)
+    assert result.converged.all()
 
 
 def test_a_matrix_of_small_radius_stretches_before_it_shrinks(x64):
@@ -123,11 +123,11 @@ def test_a_matrix_of_small_radius_stretches_before_it_shrinks(x64):
 
 def test_an_explosion_and_a_collapse_are_within_range():
     for scale in (1e-6, 1e6):
-        found = values_of(constant(scale * normal([1.0, -0.5]), 300))
-        np.testing.assert_allclose(found.log_values[0], 300 * np.log(scale * np.array([1, 0.5])), rtol=1e-6)
+        result = values_of(constant(scale * normal([1.0, -0.5]), 300))
+        np.testing.assert_allclose(result.log_values[0], 300 * np.log(scale * np.array([1, 0.5])), rtol=1e-6)
 
 
-def test_values_that_lie_close_together_converge_or_say_that_they_have_not(x64):
+def test_close_values_converge_or_are_reported_as_not_converged(x64):
     slow = values_of(constant(normal(np.linspace(0.99, 1, 60)), 1, "float64"), k=3)
     error = np.abs(slow.log_values[0] - np.log(np.linspace(0.99, 1, 60)[:-4:-1]))
     assert slow.sweeps == 30
@@ -139,53 +139,53 @@ def test_values_that_lie_close_together_converge_or_say_that_they_have_not(x64):
     np.testing.assert_allclose(rough.log_values[0], expected, atol=3e-4)
 
 
-def test_a_singular_product_says_minus_infinity(dtype):
+def test_a_singular_product_has_a_logarithm_of_minus_infinity(dtype):
     cell = sj.LSTM(1, 4, dtype=dtype)
     params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0)))
     xs = jnp.ones((1, 60, 1), dtype)
-    found = sj.analysis.product_singular_values(cell, params, xs)
+    result = sj.analysis.product_singular_values(cell, params, xs)
     # Without weights c halves at every step, and h = tanh(c) / 2 is a copy of it: (1/2)^60 |(1, 1/2)|.
-    np.testing.assert_allclose(found.log_values[0, :4], 60 * np.log(0.5) + np.log(1.25) / 2, rtol=1e-4)
-    assert np.isneginf(found.log_values[0, 4:]).all()
-    assert found.converged.all()
+    np.testing.assert_allclose(result.log_values[0, :4], 60 * np.log(0.5) + np.log(1.25) / 2, rtol=1e-4)
+    assert np.isneginf(result.log_values[0, 4:]).all()
+    assert result.converged.all()
     nothing = values_of(np.zeros((1, 3, 20, 20), dtype), k=2)
     assert np.isneginf(nothing.log_values).all()
     assert nothing.converged.all()
     random = np.random.default_rng(0)
     low_rank = random.normal(size=(1, 4, 30, 2)) @ random.normal(size=(1, 4, 2, 30))
-    found = values_of(low_rank.astype(dtype), k=4)
-    np.testing.assert_allclose(found.log_values[0, :2], by_numpy(low_rank[0])[:2], rtol=1e-4)
-    assert np.isneginf(found.log_values[0, 2:]).all()
+    result = values_of(low_rank.astype(dtype), k=4)
+    np.testing.assert_allclose(result.log_values[0, :2], by_numpy(low_rank[0])[:2], rtol=1e-4)
+    assert np.isneginf(result.log_values[0, 2:]).all()
 
 
-def test_nothing_is_left_after_a_reset(x64):
+def test_a_product_over_a_reset_is_zero(x64):
     J = np.random.default_rng(0).normal(size=(3, 12, 15, 15)) / 4
     reset = np.zeros((3, 12), bool)
     reset[1, 6], reset[2, 0] = True, True
-    found = values_of(J, k=2, reset=reset)
-    np.testing.assert_allclose(found.log_values[0], by_numpy(J[0])[:2], atol=1e-8)
-    assert np.isneginf(found.log_values[1:]).all()
-    assert found.converged.all()
+    result = values_of(J, k=2, reset=reset)
+    np.testing.assert_allclose(result.log_values[0], by_numpy(J[0])[:2], atol=1e-8)
+    assert np.isneginf(result.log_values[1:]).all()
+    assert result.converged.all()
     later = values_of(J, k=2, reset=reset, start=7)
     np.testing.assert_allclose(later.log_values, [by_numpy(J_b[7:])[:2] for J_b in J], atol=1e-8)
 
 
-def test_what_is_not_finite_is_said_and_harms_no_other_sequence(x64):
+def test_a_sequence_that_is_not_finite_does_not_affect_others(x64):
     J = np.random.default_rng(0).normal(size=(2, 12, 15, 15)) / 4
     J[1, 5, 0, 0] = np.nan
-    found = values_of(J, k=2)
-    np.testing.assert_allclose(found.log_values[0], by_numpy(J[0])[:2], atol=1e-8)
-    assert found.converged.tolist() == [[True, True], [False, False]]
-    assert np.isnan(found.log_values[1]).all()
+    result = values_of(J, k=2)
+    np.testing.assert_allclose(result.log_values[0], by_numpy(J[0])[:2], atol=1e-8)
+    assert result.converged.tolist() == [[True, True], [False, False]]
+    assert np.isnan(result.log_values[1]).all()
     all_of_it = values_of(J[:, :, :3, :3])
     assert all_of_it.converged[0].all()
     assert not all_of_it.converged[1].any()
 
 
 def test_a_span_of_no_steps_changes_nothing():
-    found = values_of(np.zeros((2, 5, 3, 3), np.float32), start=2, stop=2)
-    assert found.log_values.tolist() == [[0, 0, 0]] * 2
-    assert found.converged.all()
+    result = values_of(np.zeros((2, 5, 3, 3), np.float32), start=2, stop=2)
+    assert result.log_values.tolist() == [[0, 0, 0]] * 2
+    assert result.converged.all()
 
 
 def test_the_product_of_triangular_factors_loses_no_value():
@@ -196,14 +196,14 @@ def test_the_product_of_triangular_factors_loses_no_value():
     np.testing.assert_allclose(product_of_factors(factors * 1e200), by_numpy(factors) + 1200 * np.log(10), rtol=1e-12)
 
 
-def test_tokens_drive_a_stack():
+def test_a_stack_with_tokens_as_inputs():
     cell = sj.stack([sj.Embedding(5, 3), sj.LSTM(3, 4), sj.GRU(4, 2)])
-    found = sj.analysis.product_singular_values(cell, cell.init(jax.random.key(0)), jnp.arange(16).reshape(2, 8) % 5)
-    assert np.isfinite(found.log_values).all()
-    assert (found.log_values[:, 0] < 1).all()
+    result = sj.analysis.product_singular_values(cell, cell.init(jax.random.key(0)), jnp.arange(16).reshape(2, 8) % 5)
+    assert np.isfinite(result.log_values).all()
+    assert (result.log_values[:, 0] < 1).all()
 
 
-def test_what_does_not_fit_is_refused_with_the_likely_fix():
+def test_bad_arguments_raise_with_a_hint():
     J = np.zeros((1, 5, 3, 3), np.float32)
     with raises(ValueError, "expected k from 1 to the 3 numbers of the state", "got 4"):
         values_of(J, k=4)
@@ -211,39 +211,39 @@ def test_what_does_not_fit_is_refused_with_the_likely_fix():
         values_of(J, start=4, stop=2)
 
 
-def test_a_normal_matrix_has_one_size_however_it_is_measured():
+def test_all_sizes_of_a_normal_matrix_are_equal():
     for A in (normal([0.9, -0.7, 0.2]), 1.3 * orthogonal(4), np.array([[0.6, -0.8], [0.8, 0.6]])):
-        found = sj.analysis.matrix_spectrum(A)
-        np.testing.assert_allclose(found.numerical_radius, found.spectral_radius, rtol=1e-12)
-        np.testing.assert_allclose(found.norm, found.spectral_radius, rtol=1e-12)
-        np.testing.assert_allclose(found.singular_values, np.abs(found.eigenvalues), rtol=1e-12)
-        assert found.departure < 1e-7
-        assert found.condition == pytest.approx(found.singular_values[0] / found.singular_values[-1])
+        result = sj.analysis.matrix_spectrum(A)
+        np.testing.assert_allclose(result.numerical_radius, result.spectral_radius, rtol=1e-12)
+        np.testing.assert_allclose(result.norm, result.spectral_radius, rtol=1e-12)
+        np.testing.assert_allclose(result.singular_values, np.abs(result.eigenvalues), rtol=1e-12)
+        assert result.departure < 1e-7
+        assert result.condition == pytest.approx(result.singular_values[0] / result.singular_values[-1])
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_a_jordan_block_of_radius_zero_is_far_from_zero(n):
-    found = sj.analysis.matrix_spectrum(np.eye(n, k=1))
-    assert (found.spectral_radius, found.norm, found.condition) == (0, 1, np.inf)
-    assert found.numerical_radius == pytest.approx(np.cos(np.pi / (n + 1)), abs=1e-12)
-    assert found.departure == pytest.approx(np.sqrt(n - 1))
+    result = sj.analysis.matrix_spectrum(np.eye(n, k=1))
+    assert (result.spectral_radius, result.norm, result.condition) == (0, 1, np.inf)
+    assert result.numerical_radius == pytest.approx(np.cos(np.pi / (n + 1)), abs=1e-12)
+    assert result.departure == pytest.approx(np.sqrt(n - 1))
 
 
-def test_a_matrix_of_small_radius_is_told_from_a_small_one():
-    found = sj.analysis.matrix_spectrum(np.array([[0.9, 10.0], [0.0, 0.9]]))
-    assert found.spectral_radius == pytest.approx(0.9, abs=1e-7)
-    assert found.norm == pytest.approx(10.0804, abs=1e-4)
-    assert found.numerical_radius == pytest.approx(5.9)
-    assert found.departure == pytest.approx(10)
+def test_a_matrix_of_small_radius_and_large_norm():
+    result = sj.analysis.matrix_spectrum(np.array([[0.9, 10.0], [0.0, 0.9]]))
+    assert result.spectral_radius == pytest.approx(0.9, abs=1e-7)
+    assert result.norm == pytest.approx(10.0804, abs=1e-4)
+    assert result.numerical_radius == pytest.approx(5.9)
+    assert result.departure == pytest.approx(10)
 
 
-def test_many_matrices_are_each_measured_alone():
+def test_a_batch_of_matrices_equals_single_matrices():
     A = np.random.default_rng(0).normal(size=(2, 3, 4, 4))
-    found = sj.analysis.matrix_spectrum(A)
+    result = sj.analysis.matrix_spectrum(A)
     for b, t in np.ndindex(2, 3):
         alone = sj.analysis.matrix_spectrum(A[b, t])
         for name, value in alone._asdict().items():
-            np.testing.assert_allclose(getattr(found, name)[b, t], value, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(getattr(result, name)[b, t], value, atol=1e-9, err_msg=name)
         assert alone.spectral_radius <= alone.numerical_radius <= alone.norm <= 2 * alone.numerical_radius
     assert sj.analysis.matrix_spectrum(A, numerical_radius=False).numerical_radius is None
     assert sj.analysis.matrix_spectrum(np.diag([1.0, 1e-320])).condition == np.inf
@@ -253,23 +253,23 @@ def test_many_matrices_are_each_measured_alone():
         sj.analysis.matrix_spectrum(np.full((2, 2), np.nan))
 
 
-def test_the_bound_of_pascanu_holds_where_it_must():
+def test_the_bound_of_pascanu_holds():
     for gain, holds in ((0.8, True), (1.2, False)):
         cell = sj.VanillaRNN(2, 6, recurrent_init=sj.Orthogonal(gain))
         xs = jax.random.normal(jax.random.key(1), (2, 20, 2))
-        found = sj.analysis.spectrum(cell, cell.init(jax.random.key(0)), xs, times=range(1, 21))
-        assert found.bound == pytest.approx(gain, rel=1e-5)
-        assert found.bound_holds is holds
-        assert (found.largest_step_norm <= found.bound * (1 + 1e-6)).all()
-        np.testing.assert_allclose(found.recurrent["W_hh"].spectral_radius, gain, rtol=1e-5)
+        result = sj.analysis.spectrum(cell, cell.init(jax.random.key(0)), xs, times=range(1, 21))
+        assert result.bound == pytest.approx(gain, rel=1e-5)
+        assert result.bound_holds is holds
+        assert (result.largest_step_norm <= result.bound * (1 + 1e-6)).all()
+        np.testing.assert_allclose(result.recurrent["W_hh"].spectral_radius, gain, rtol=1e-5)
         quarter = sj.analysis.spectrum(cell, cell.init(jax.random.key(0)), xs, gamma=0.25)
         assert quarter.bound == pytest.approx(gain / 4, rel=1e-5)  # a logistic function is four times flatter
         assert quarter.bound_holds
 
 
-def test_the_bound_is_silent_where_it_does_not_apply():
+def test_the_bound_is_none_for_other_cells():
     class Leaky(sj.VanillaRNN):
-        """Keeps its old state beside the new one, of which the bound says nothing."""
+        """Adds its old state to the new one, so the bound does not apply."""
 
         def step(self, params, state, x):
             new, _ = super().step(params, state, x)
@@ -277,8 +277,8 @@ def test_the_bound_is_silent_where_it_does_not_apply():
 
     for cell in (Leaky(2, 3), sj.LSTM(2, 3), sj.GRU(2, 3), EVERY["linen-gru"]):
         params, xs = cell.init(jax.random.key(0)), jnp.ones((1, 4, *cell.input_shape))
-        found = sj.analysis.spectrum(cell, params, xs)
-        assert (found.bound, found.bound_holds) == (None, None)
+        result = sj.analysis.spectrum(cell, params, xs)
+        assert (result.bound, result.bound_holds) == (None, None)
 
 
 def test_recurrent_matrices_are_named_by_gate_and_layer():
@@ -300,14 +300,14 @@ def test_the_spectra_of_chosen_steps_are_those_of_their_jacobians(name, x64):
     cell = EVERY[name]
     params, xs = drawn(cell, "float64")
     options = dict(state=drawn_states(cell, params), mask=MASK)
-    found = sj.analysis.spectrum(cell, params, xs, times=[4, 2], **options)
+    result = sj.analysis.spectrum(cell, params, xs, times=[4, 2], **options)
     steps = np.asarray(sj.analysis.step_jacobians(cell, params, xs, **options).by_state)[:, [3, 1]]
-    np.testing.assert_allclose(found.steps.singular_values, np.linalg.svd(steps, compute_uv=False), atol=1e-12)
-    np.testing.assert_allclose(found.largest_step_norm, found.steps.norm.max(1))
-    assert found.times.tolist() == [4, 2]
+    np.testing.assert_allclose(result.steps.singular_values, np.linalg.svd(steps, compute_uv=False), atol=1e-12)
+    np.testing.assert_allclose(result.largest_step_norm, result.steps.norm.max(1))
+    assert result.times.tolist() == [4, 2]
 
 
-def test_times_outside_the_sequence_are_refused():
+def test_times_outside_the_sequence_raise():
     cell = sj.VanillaRNN(1, 2)
     params, xs = cell.init(jax.random.key(0)), jnp.ones((1, TIME, 1))
     assert sj.analysis.spectrum(cell, params, xs).times.tolist() == list(range(1, TIME + 1))

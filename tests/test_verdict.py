@@ -1,4 +1,4 @@
-"""The verdict in words, on networks of which the regime is known beforehand."""
+"""The verdict on networks with a known regime."""
 
 from __future__ import annotations
 
@@ -44,57 +44,57 @@ def noise(time, features=1, batch=2):
 
 
 def test_a_linear_map_vanishes_at_the_lag_of_its_closed_form():
-    found = verdict(*linear(0.8), noise(60))
-    assert (found.regime, found.contracting, found.reliable) == ("vanishing", True, True)
-    assert found.lag == math.ceil(math.log(0.01) / math.log(0.8))  # 21
-    assert "lag 21" in found.summary
-    np.testing.assert_allclose(found.exponents.exponents, math.log(0.8), atol=1e-5)
+    result = verdict(*linear(0.8), noise(60))
+    assert (result.regime, result.contracting, result.reliable) == ("vanishing", True, True)
+    assert result.lag == math.ceil(math.log(0.01) / math.log(0.8))  # 21
+    assert "lag 21" in result.summary
+    np.testing.assert_allclose(result.exponents.exponents, math.log(0.8), atol=1e-5)
 
 
-def test_a_linear_map_above_one_explodes_and_is_not_called_chaotic():
-    found = verdict(*linear(1.2), noise(60))
-    assert (found.regime, found.contracting) == ("exploding", False)
-    assert found.lag == math.floor(math.log(10) / math.log(1.2)) + 1  # 13: the first above tenfold
-    assert "nothing bounds them" in " ".join(found.evidence)
+def test_a_linear_map_above_one_explodes_and_is_not_chaotic():
+    result = verdict(*linear(1.2), noise(60))
+    assert (result.regime, result.contracting) == ("exploding", False)
+    assert result.lag == math.floor(math.log(10) / math.log(1.2)) + 1  # 13: the first above tenfold
+    assert "nothing bounds them" in " ".join(result.evidence)
 
 
-def test_an_orthogonal_linear_map_is_stable_and_nothing_is_said_of_contraction():
-    found = verdict(*linear(1.0), noise(60))
-    assert (found.regime, found.contracting, found.lag) == ("stable", None, math.inf)
+def test_an_orthogonal_linear_map_is_stable_and_its_contraction_is_unknown():
+    result = verdict(*linear(1.0), noise(60))
+    assert (result.regime, result.contracting, result.lag) == ("stable", None, math.inf)
 
 
 def test_a_strongly_coupled_random_network_is_chaotic():
     cell = Rate(128, 3.0)
-    found = verdict(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 400, 0)), horizon=30)
-    assert (found.regime, found.contracting) == ("chaotic", False)
-    assert "the nonlinearity bounds them" in " ".join(found.evidence)
-    assert 0.2 < found.exponents.exponents[0, 0] < 0.4  # 0.31 in the limit of many units
-    assert found.reliable  # 30 steps are fewer than rounding errors need to grow to the state's size
+    result = verdict(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 400, 0)), horizon=30)
+    assert (result.regime, result.contracting) == ("chaotic", False)
+    assert "the nonlinearity bounds them" in " ".join(result.evidence)
+    assert 0.2 < result.exponents.exponents[0, 0] < 0.4  # 0.31 in the limit of many units
+    assert result.reliable  # in 30 steps rounding errors do not grow to the size of the state
 
 
-def test_a_sequence_too_short_to_tell_chaos_from_slow_growth_is_not_called_chaotic():
-    found = verdict(*linear(1.05), noise(60))
-    assert (found.regime, found.contracting) == ("exploding", False)
-    assert "too little to tell chaos from slow growth" in " ".join(found.evidence)
+def test_a_sequence_too_short_to_distinguish_chaos_is_not_chaotic():
+    result = verdict(*linear(1.05), noise(60))
+    assert (result.regime, result.contracting) == ("exploding", False)
+    assert "too little to tell chaos from slow growth" in " ".join(result.evidence)
 
 
-def test_a_gradient_longer_than_chaos_allows_is_called_unreliable():
+def test_a_gradient_beyond_the_predictable_time_is_unreliable():
     cell = Rate(128, 3.0)
-    found = verdict(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 400, 0)), horizon=200)
-    assert found.regime == "chaotic"
-    assert not found.reliable
-    assert "belong to no trajectory" in " ".join(found.evidence)
+    result = verdict(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 400, 0)), horizon=200)
+    assert result.regime == "chaotic"
+    assert not result.reliable
+    assert "belong to no trajectory" in " ".join(result.evidence)
 
 
-def test_growth_before_decay_is_said_of_a_non_normal_map():
+def test_the_evidence_reports_growth_before_decay():
     cell = sj.VanillaRNN(1, 2, activation="identity")
     params = sj.VanillaParams(jnp.zeros((2, 1)), jnp.array([[0.9, 10.0], [0.0, 0.9]]), jnp.zeros(2))
-    found = verdict(cell, params, noise(200), horizon=150)
-    assert found.regime == "vanishing"
-    assert any("largest at lag 9" in line and "38.7" in line for line in found.evidence)
+    result = verdict(cell, params, noise(200), horizon=150)
+    assert result.regime == "vanishing"
+    assert any("largest at lag 9" in line and "38.7" in line for line in result.evidence)
 
 
-def test_an_open_forget_gate_is_stable_where_a_shut_one_vanishes_first_in_h():
+def test_an_open_forget_gate_is_stable_and_a_closed_one_vanishes_first_in_h():
     def lstm(b):
         cell = sj.LSTM(1, 3, forget_bias=b)
         params = cell.init(jax.random.key(0))
@@ -105,32 +105,32 @@ def test_an_open_forget_gate_is_stable_where_a_shut_one_vanishes_first_in_h():
     assert open_.regime == "stable"
 
 
-def test_a_trajectory_that_is_not_finite_is_said_so():
-    found = verdict(*linear(1.2), noise(60).at[0, 30].set(jnp.nan))
-    assert (found.regime, found.reliable) == ("unknown", False)
-    assert "sequence 0" in " ".join(found.evidence)
-    assert "step 31" in " ".join(found.evidence)
+def test_a_trajectory_that_is_not_finite_is_unknown():
+    result = verdict(*linear(1.2), noise(60).at[0, 30].set(jnp.nan))
+    assert (result.regime, result.reliable) == ("unknown", False)
+    assert "sequence 0" in " ".join(result.evidence)
+    assert "step 31" in " ".join(result.evidence)
 
 
 @pytest.mark.parametrize("name", ["stack", "user", "linen-gru", "equinox-lstm", "learned"])
-def test_it_speaks_of_any_cell(name):
+def test_any_cell_has_a_verdict(name):
     params, xs = drawn(EVERY[name], "float32", time=30)
-    found = verdict(EVERY[name], params, xs)
-    assert found.regime in ("vanishing", "stable", "exploding", "chaotic")
-    assert len(found.advice) >= 1
-    assert len(found.evidence) >= 2
-    assert str(found).startswith(found.summary)
+    result = verdict(EVERY[name], params, xs)
+    assert result.regime in ("vanishing", "stable", "exploding", "chaotic")
+    assert len(result.advice) >= 1
+    assert len(result.evidence) >= 2
+    assert str(result).startswith(result.summary)
 
 
-def test_a_mask_cuts_what_it_measures():
+def test_masked_steps_are_ignored():
     cell, params = linear(0.8)
     xs = noise(80)
     mask = sj.length_mask([60, 60], 80)
-    found = verdict(cell, params, xs.at[:, 60:].set(jnp.nan), mask=mask)
-    assert found.reliable
-    np.testing.assert_allclose(found.exponents.exponents, math.log(0.8), atol=1e-5)
+    result = verdict(cell, params, xs.at[:, 60:].set(jnp.nan), mask=mask)
+    assert result.reliable
+    np.testing.assert_allclose(result.exponents.exponents, math.log(0.8), atol=1e-5)
 
 
-def test_too_long_a_horizon_is_refused():
+def test_a_horizon_that_is_too_long_raises():
     with raises(ValueError, "expected a horizon from 0 to T = 20", "got 50"):
         verdict(*linear(0.8), noise(20), horizon=50)

@@ -1,1 +1,1 @@
-"""`sj.unroll` of foreign cells beside the unroll of their own library; `python -m benchmarks.any_cell --help`."""
+"""`sj.unroll` of any cell, compared with the unroll of its own library; see `python -m benchmarks.any_cell --help`."""

@@ -1,12 +1,13 @@
-"""`sj.unroll` of cells that seqjax does not know, beside the unroll of their own library: time, memory, compile time.
+"""Time, memory and compile time of `sj.unroll` for any cell, compared with the unroll of the cell's own library.
 
     python -m benchmarks.any_cell                        everything, 20 to 40 minutes on two cores
     python -m benchmarks.any_cell --cells linen-lstm peephole --rows 32,128,128,128 --only backward
     python -m benchmarks.any_cell --quick                two rows in two minutes, printed and not written
 
-The cells: LSTM and GRU of flax linen, flax nnx and equinox, the LSTM of haiku, and four cells as a user writes them.
-Without haiku (`pip install dm-haiku`) its cell is left out. Each call of seqjax is measured with XLA's loops only, and
-with the C++ kernel if it is built (`python -m seqjax.kernels`) and the compiled program calls it.
+The cells are LSTM and GRU of flax linen, flax nnx and equinox, the LSTM of haiku, four cells as a user writes them, and
+the cells that seqjax exports. Without haiku (`pip install dm-haiku`) its cell is left out. Each call of seqjax is
+measured with XLA's loops only, and with the C++ kernel if it is built (`python -m seqjax.kernels`) and the compiled
+program calls it.
 
 Writes any_cell.json and any_cell.md beside this package. A partial run replaces the rows that it measures and keeps the
 others.
@@ -47,7 +48,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 class Results:
-    """All measurements. They are written after every row, so a run that is ended early keeps what it has measured."""
+    """All measurements. They are written after every row, so an interrupted run loses nothing."""
 
     def __init__(self, out: Path | None) -> None:
         self.out = out
@@ -59,7 +60,7 @@ class Results:
         self.all["runs"][self.run] = f"{machine(*PACKAGES)}; {kernel}; load before {os.getloadavg()[0]:.1f}"
 
     def merge(self, name: str, measured: dict) -> None:
-        """Replaces the calls that were measured and keeps the other call of the row."""
+        """Replaces the measured calls of a row; a call that was not measured stays."""
         row = self.all["rows"].setdefault(name, {})
         row.pop("disagreement", None)
         directions = [direction for direction in DIRECTIONS if direction in measured]

@@ -28,9 +28,9 @@ BARS = {
 
 
 class Summary(NamedTuple):
-    """What one cell shows with one way of seqjax. A figure is None if nothing was measured for it.
+    """The figures of one cell with one way of seqjax. A figure is None if nothing was measured for it.
 
-    Pairs hold the figure by the minimum and by the median.
+    A pair is the figure by the minimum and by the median.
     """
 
     rows: dict[str, int]  # by direction: the number of rows with times

@@ -47,7 +47,7 @@ class Leaky(UserCell):
 
 
 class UserLSTM(UserCell):
-    """What the three LSTMs below share: the state (h, c), which begins at zero."""
+    """The base of the three LSTMs below: the state (h, c), which starts at zero."""
 
     gates = 4
 
@@ -60,7 +60,7 @@ class UserLSTM(UserCell):
 
 
 class Peephole(UserLSTM):
-    """LSTM whose gates read the cell state too (Gers and Schmidhuber, 2000).
+    """LSTM whose gates also read the cell state (Gers and Schmidhuber, 2000).
 
     i = sigma(z_i + p_i c_{t-1}), f = sigma(z_f + p_f c_{t-1}), o = sigma(z_o + p_o c_t), where z = W h + U x + b.
     """
@@ -100,7 +100,7 @@ class LayerNorm(UserLSTM):
     """
 
     def init(self, key):
-        # The recurrent gain begins at 0.1 (Cooijmans et al., 2017). With 1 the recurrence amplifies rounding
+        # The recurrent gain starts at 0.1 (Cooijmans et al., 2017). With 1 the recurrence amplifies rounding
         # errors: at (32, 128, 128, 128) the outputs in float32 differ from those in float64 by 1e-2.
         n = self.hidden
         gains = {"a_h": jnp.full(4 * n, 0.1), "a_x": jnp.ones(4 * n), "a_c": jnp.ones(n)}

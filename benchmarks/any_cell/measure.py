@@ -1,4 +1,4 @@
-"""One comparison: both unrolls of a cell compiled, checked to agree, and timed in turns."""
+"""One comparison: compiles both unrolls of a cell, checks that they agree, and times them in turns."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Program(NamedTuple):
         return KERNEL_CALL in self.text
 
     def numbers(self) -> dict[str, Any]:
-        """What the program tells before it runs. Inside the kernel no product can be seen, so none is counted."""
+        """The figures that need no run. Products are missing if the program calls the kernel, which hides them."""
         fixed = {"compile": self.compile_seconds, "temporaries": self.temporaries}
         return fixed if self.calls_kernel else fixed | {"products": products_per_step(self.text)}
 
@@ -72,7 +72,7 @@ def seqjax_ways() -> dict[str, SeqjaxWay]:
 
 @contextlib.contextmanager
 def native_variable(value: str) -> Iterator[None]:
-    """Sets SEQJAX_NATIVE for a while."""
+    """Sets SEQJAX_NATIVE inside a `with` block."""
     before = os.environ.get("SEQJAX_NATIVE")
     os.environ["SEQJAX_NATIVE"] = value
     kernels.available.cache_clear()

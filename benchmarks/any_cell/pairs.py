@@ -1,6 +1,6 @@
-"""The pairs: one cell, the same parameters twice, and the unroll of the cell's own library.
+"""The pairs: a cell of seqjax, and the unroll of the cell's own library with the same parameters.
 
-Each builder imports its library when it is called, so a library that is not installed leaves out only its own cells.
+Each builder imports its library when it is called, so the other cells still run if a library is not installed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import seqjax as sj
 from benchmarks.any_cell import cells
 from benchmarks.peers.measure import MODULES
 from benchmarks.peers.rows import Row
+from seqjax.cells.registry import exported_cells
 
 
 class Pair(NamedTuple):
     """A cell of seqjax and the unroll of its own library, with the same parameters."""
 
     cell: Any
-    params: Any  # as the cell has them
-    own_params: Any  # as the library has them
+    params: Any  # in the tree of the cell
+    own_params: Any  # in the tree of the library
     own_unroll: Callable[[Any, jax.Array], jax.Array]  # (own_params, xs) to the outputs (batch, time, hidden)
     to_cell_params: Callable[[Any], Any]  # own parameters, or their gradient, in the tree of the cell's parameters
 
@@ -140,6 +141,7 @@ CELLS = {
     "coupled": _user("LSTM with coupled gates, i = 1 - f", cells.Coupled),
     "layer-norm": _user("LSTM with layer normalization", cells.LayerNorm),
     "leaky": _user("Leaky, the cell of the README", cells.Leaky),
+    **{name: _user(f"sj.{kind.__name__}", kind) for name, kind in exported_cells().items()},
 }
 
 
@@ -156,9 +158,9 @@ def installed_cells(names: list[str]) -> list[str]:
 
 
 def draw_params(cell: Any, name: str, row: Row) -> Any:
-    """The cell's parameters: matrices uniform in +-1/sqrt(hidden), vectors as the cell begins them plus such a number.
+    """Draws matrices uniform in +-1/sqrt(hidden), and adds such noise to the initial vectors of the cell.
 
-    No bias is zero and no gain is one, so a parameter in the wrong place changes the outputs.
+    No bias is zero and no gain is one, so a misplaced parameter changes the outputs.
     """
     rng, bound = np.random.default_rng([zlib.crc32(name.encode()), *row]), row.hidden**-0.5
 

@@ -1,4 +1,4 @@
-"""The measurements as a document: a summary of all cells, the verdicts, then the times and sizes of each cell."""
+"""Writes the measurements as a document: a summary of all cells, the verdicts, then times and sizes per cell."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def document(results: dict) -> str:
 
 
 def used_runs(results: dict) -> set[str]:
-    """The runs that some row of the tables comes from."""
+    """The runs that appear in the tables."""
     return {row["run"][direction] for row in results["rows"].values() for direction in row.get("run", {})}
 
 
@@ -83,7 +83,7 @@ def summary_tables(results: dict) -> list[str]:
 
 
 def way_labels(results: dict, cell: str) -> dict[str, str]:
-    """What stands after the name of a cell, for each way of seqjax that is a program of its own."""
+    """The label after the name of a cell, for each way of seqjax that is a separate program."""
     ran, measured = kernel_calls(results, cell)
     if not measured:
         return {XLA: ", XLA's loops"}
@@ -157,7 +157,7 @@ def size_table(rows: list[tuple[Row, dict]]) -> list[str]:
 
 
 def both(result: dict, way: str, show: Callable[[dict], str]) -> str:
-    """What `show` makes of the numbers of the two calls."""
+    """`show` of the numbers of forward and of backward, separated by a slash."""
     return " / ".join(show(result[direction][way]) for direction in DIRECTIONS if way in result.get(direction, {}))
 
 
@@ -168,7 +168,7 @@ def ways_in(rows: list[tuple[Row, dict]], *directions: str) -> list[str]:
 
 
 def measured_rows(results: dict, cell: str) -> list[tuple[Row, dict]]:
-    """The rows of one cell that have times: the nine in their order, then others."""
+    """The rows of one cell that have times: the nine standard rows in their order, then others."""
     names = [
         name.split(" ") for name, row in results["rows"].items() if any(direction in row for direction in DIRECTIONS)
     ]

@@ -1,1 +1,1 @@
-"""seqjax beside the other recurrent networks; `python -m benchmarks.peers --help`."""
+"""seqjax compared with other libraries; see `python -m benchmarks.peers --help`."""

@@ -1,13 +1,13 @@
-"""seqjax beside flax (linen and nnx), haiku, equinox, Keras on JAX and torch: time, memory and compile time.
+"""Time, memory and compile time of seqjax, flax (linen and nnx), haiku, equinox, Keras on JAX, and torch.
 
-    python -m benchmarks.peers                       everything, some 12 to 25 minutes on two cores
+    python -m benchmarks.peers                       everything, about 12 to 25 minutes on two cores
     python -m benchmarks.peers --cells lstm --rows 32,128,128,128 --only backward
-    python -m benchmarks.peers --ways seqjax torch   the other libraries' times stay as they were
+    python -m benchmarks.peers --ways seqjax torch   the times of the other libraries stay
     python -m benchmarks.peers --growth              only the curves over T and H
-    python -m benchmarks.peers --quick               two rows in a minute or two, printed and not written
+    python -m benchmarks.peers --quick               two rows in about two minutes, printed and not written
 
-Needs `pip install dm-haiku equinox keras torch==2.13.0`; a library that is missing is left out by name. Writes
-peers.json and peers.md beside this package; what a partial run does not measure stays in them.
+Needs `pip install dm-haiku equinox keras torch==2.13.0`. A library that is not installed is left out, with a message.
+Writes peers.json and peers.md beside this package. A partial run replaces only what it measures.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pairs(arguments: argparse.Namespace) -> list[tuple[str, Row]]:
 
 
 class Results:
-    """What is known, merged key by key, and written after every row, so that a run that is ended early is not lost."""
+    """All measurements, merged key by key. They are written after every row, so an interrupted run loses nothing."""
 
     def __init__(self, out: Path | None) -> None:
         self.out = out
@@ -85,7 +85,7 @@ class Results:
 
 
 def compare(bench: Bench, kind: str, row: Row, results: Results, into: dict, name: str) -> bool:
-    """Whether the libraries agreed, so that there is something to merge."""
+    """Measures one row and merges it. Returns False if the libraries disagree."""
     try:
         measured = bench.compare(kind, row)
     except Disagreement as error:
@@ -99,7 +99,7 @@ def compare(bench: Bench, kind: str, row: Row, results: Results, into: dict, nam
 
 def measure_resident(chosen: list[tuple[str, Row]], ways: list[str], results: Results) -> None:
     asked = [(way, *pair) for pair in chosen for way in CURVES if way in ways and pair[0] in KINDS]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # bytes, not seconds: they may run side by side
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # bytes, not seconds, so they may run in parallel
         for (way, kind, row), size in zip(asked, pool.map(lambda one: resident(*one), asked), strict=True):
             if size is not None:
                 print(f"{kind} {row.name}: peak resident memory of {way} {size / 2**20:.2f} MB", flush=True)

@@ -1,4 +1,4 @@
-"""The bars that the measurements are held to, each judged by the minimum; the figure by the median stands beside it."""
+"""The bars that the measurements must meet. The minimum decides, and the median is printed beside it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from benchmarks.peers.rows import ROWS, Row
 
 WITH = {"forward": "forward", "backward": "forward with backward"}
-LEAST_GAIN = {"forward": 1.5, "backward": 1.4}  # over the fastest JAX peer, geometric mean of the rows
-TEMPORARIES = {128: (1 / 3, "1/3"), 4096: (1 / 8, "1/8")}  # of flax's, by T
+LEAST_GAIN = {"forward": 1.5, "backward": 1.4}  # fastest JAX peer / seqjax, geometric mean of the rows
+TEMPORARIES = {128: (1 / 3, "1/3"), 4096: (1 / 8, "1/8")}  # seqjax / flax, by T
 STEEPEST = 1.05
 
 Line = tuple[str, str, str, str]
 
 
 def bars(found: dict, kind: str) -> list[Line]:
-    """What, the bar, the figure and the verdict, for one kind of cell."""
+    """One line per bar for one kind of cell: the quantity, the bar, the figure and the verdict."""
     return [
         *_against_jax(found, kind),
         *_against_torch(found, kind),
@@ -75,7 +75,7 @@ def _compile(found: dict, kind: str) -> Iterable[Line]:
 
 
 def linear_in_time(found: dict) -> list[Line]:
-    """The slope of log(time) over log(T), from T = 1024 on, where what a call costs besides its steps is small."""
+    """The slope of log(time) over log(T), from T = 1024, because shorter calls have a large constant part."""
     points = [(Row.parse(name), of) for name, of in found.get("growth", {}).get("T", {}).items()]
     points = sorted((row.time, of) for row, of in points if row.time >= 1024)
     lines = []
@@ -90,7 +90,7 @@ def linear_in_time(found: dict) -> list[Line]:
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """Of the line through log(x), log(y)."""
+    """The slope of the line through (log x, log y)."""
     return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
 
 
@@ -99,22 +99,22 @@ def jax_peers(times: dict) -> list[str]:
 
 
 def fastest(times: dict, which: str) -> float:
-    """Of the JAX peers."""
+    """The time of the fastest JAX peer."""
     return min(times[way][which] for way in jax_peers(times))
 
 
 def mean_ratio(ratios: Iterable[float]) -> float:
-    """The geometric mean, which is that of ratios."""
+    """The geometric mean, the right mean for ratios."""
     return math.exp(np.mean(np.log(list(ratios))))
 
 
 def by_both(there: list[dict], ratio: Callable[[dict, str], float]) -> list[list[float]]:
-    """A ratio of every row, by the minimum and by the median."""
+    """The ratios of all rows, by the minimum and by the median."""
     return [[ratio(times, which) for times in there] for which in ("min", "median")]
 
 
 def _times(found: dict, kind: str, direction: str, *ways: str, rows: list[Row] = ROWS) -> list[dict]:
-    """Of the rows that have all these ways."""
+    """The times of the rows that have all these ways."""
     measured = [found["rows"].get(f"{kind} {row.name}", {}).get(direction, {}) for row in rows]
     return [times for times in measured if times and all(way in times for way in ways)]
 

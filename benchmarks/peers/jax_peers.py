@@ -1,6 +1,6 @@
 """Every JAX library as a function from parameters and inputs (B, T, D) to outputs (B, T, H), as its users write it.
 
-Each imports its library when it is built, so that one which is not installed is left out and the others still run.
+Each builder imports its library when it is called, so the others still run if a library is not installed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ OURS = {"lstm": "ifgo", "gru": "rzn", "gru before": "rzn", "vanilla": "h", "relu
 
 
 class Peer(NamedTuple):
-    """A library with the common weights in it."""
+    """A library's network with the common weights."""
 
     params: Any
     unroll: Callable[[Any, jax.Array], jax.Array]
-    recurrent: Callable[[Any], np.ndarray]  # W_hh in seqjax's layout, out of its parameters or their gradient
+    recurrent: Callable[[Any], np.ndarray]  # parameters, or their gradient, to W_hh in seqjax's layout
 
 
 def seqjax(kind: str, row: Row, w: Weights) -> Peer:
@@ -48,7 +48,7 @@ def linen(kind: str, row: Row, w: Weights, optimized: bool = False) -> Peer:
     lstm = nn.OptimizedLSTMCell if optimized else nn.LSTMCell
     cell, gates = {"vanilla": (nn.SimpleCell, [""]), "lstm": (lstm, "ifgo"), "gru": (nn.GRUCell, "rzn")}[kind]
     module = nn.RNN(cell(row.hidden))
-    # The bias of an LSTM's gate stands beside its recurrent kernel, elsewhere beside the input's.
+    # flax puts the bias of an LSTM's gate into the recurrent layer, and that of the other cells into the input layer.
     layers = {f"i{gate}": {"kernel": W.T} for gate, W in zip(gates, np.split(w.W_xh, len(gates)), strict=True)}
     layers |= {f"h{gate}": {"kernel": W.T} for gate, W in zip(gates, np.split(w.W_hh, len(gates)), strict=True)}
     for gate, b in zip(gates, np.split(w.b_h, len(gates)), strict=True):
@@ -74,7 +74,7 @@ def nnx(kind: str, row: Row, w: Weights) -> Peer:
     nnx.replace_by_pure_dict(params, {"cell": layers})
 
     def unroll(params, xs):
-        return nnx.merge(structure, params, rest, copy=True)(xs)  # its key is counted up at every call
+        return nnx.merge(structure, params, rest, copy=True)(xs)  # a copy, because the call changes the RNN's key
 
     return Peer(params, unroll, lambda params: nnx.to_pure_dict(params)["cell"]["dense_h"]["kernel"].T)
 
@@ -146,7 +146,7 @@ def keras(kind: str, row: Row, w: Weights) -> Peer:
 
 
 class Way(NamedTuple):
-    """A library's package, and the cells of the comparison that it has."""
+    """A library's package, the cells that it has, and its builder."""
 
     package: str
     kinds: tuple[str, ...]
@@ -165,13 +165,13 @@ WAYS = {
 
 
 def build(way: str, kind: str, row: Row, w: Weights) -> Peer:
-    """The peer with its parameters on the device."""
+    """Builds a peer and puts its parameters on the device."""
     peer = WAYS[way].build(kind, row, w)
     return peer._replace(params=jax.tree.map(jnp.asarray, peer.params))
 
 
 def call(peer: Peer, direction: str) -> Callable:
-    """What is compiled: (params, xs, of_outputs) to the outputs, or to the loss and its gradient by the parameters."""
+    """The function to compile: (params, xs, of_outputs) to the outputs, or to the loss and its parameter gradient."""
 
     def forward(params, xs, of_outputs):
         return peer.unroll(params, xs)

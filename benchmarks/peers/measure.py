@@ -1,4 +1,4 @@
-"""One comparison: every library built with the same weights, checked to agree, compiled, and timed in turns."""
+"""One comparison: builds every library with the same weights, compiles it, checks that all agree, and times them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OUTPUTS_WITHIN, GRADIENT_WITHIN = 2e-5, 1e-4
 
 
 class Disagreement(Exception):
-    """Two libraries gave different numbers for the same weights and inputs."""
+    """Two libraries return different numbers for the same weights and inputs."""
 
 
 def installed(ways: list[str]) -> list[str]:
-    """The ways that can run here; says which cannot."""
+    """Returns the ways whose package is installed, and prints the others."""
     found = []
     for way in ways:
         package = "torch" if way == "torch" else jax_peers.WAYS[way].package
@@ -41,7 +41,7 @@ def installed(ways: list[str]) -> list[str]:
 
 
 class Bench:
-    """The measurements, and the one torch process that takes part in them."""
+    """The measurements, with one torch process for all of them."""
 
     def __init__(self, ways: list[str], directions: list[str], budget: float) -> None:
         self.ways, self.directions, self.budget = ways, directions, budget
@@ -53,7 +53,7 @@ class Bench:
             self.torch.close()
 
     def compare(self, kind: str, row: Row) -> dict:
-        """{direction: {way: numbers}} and the differences from seqjax.
+        """Returns {direction: {way: numbers}}, the differences from seqjax, and the load of other processes.
 
         Raises:
             Disagreement: a library's outputs, or its gradient of W_hh, are not those of seqjax.
@@ -92,7 +92,7 @@ class Bench:
 
 
 def agree(what: str, ours: tuple, theirs: tuple) -> dict[str, float]:
-    """The largest difference of an output, and of the gradient of W_hh relative to its norm."""
+    """The largest difference of an output, and the difference of the W_hh gradients relative to the norm."""
     outputs = float(np.abs(ours[0] - theirs[0]).max())
     gradient = float(np.linalg.norm(ours[1] - theirs[1]) / np.linalg.norm(ours[1]))
     if not (outputs <= OUTPUTS_WITHIN and gradient <= GRADIENT_WITHIN):
@@ -104,8 +104,8 @@ def agree(what: str, ours: tuple, theirs: tuple) -> dict[str, float]:
 
 
 def compile_call(peer: jax_peers.Peer, direction: str, xs, of_outputs):
-    """The compiled call, and what is known of it before it runs: seconds of tracing and compiling, temporary bytes."""
-    jax.clear_caches()  # else what one library has traced is spared the next
+    """The compiled call, with the seconds of tracing and compiling and the bytes of temporaries."""
+    jax.clear_caches()  # otherwise a library would reuse what another one has traced
     began = time.perf_counter()
     compiled = jax.jit(jax_peers.call(peer, direction)).lower(peer.params, xs, of_outputs).compile()
     seconds = time.perf_counter() - began
@@ -113,7 +113,7 @@ def compile_call(peer: jax_peers.Peer, direction: str, xs, of_outputs):
 
 
 def resident(way: str, kind: str, row: Row) -> int | None:
-    """`benchmarks.peers.resident` in a process of its own; None where it cannot be measured."""
+    """Runs `benchmarks.peers.resident` in a new process. Returns None if it cannot measure."""
     command = [sys.executable, "-m", "benchmarks.peers.resident", way, kind, row.name]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if done.returncode:

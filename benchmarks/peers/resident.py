@@ -1,10 +1,10 @@
-"""Peak resident memory of forward with backward, above what the process held before its first call.
+"""Peak resident memory of forward with backward, minus the resident memory before the first call.
 
     python -m benchmarks.peers.resident seqjax lstm 32,128,128,128
 
-Before that call the library is imported, weights and inputs are built, and JAX's call is compiled; then free pages are
-given back to the system and the kernel's high-water mark is set back. So the bytes printed are those that three calls
-needed at their highest, results included, and nothing that only importing or compiling needs. Linux with glibc only.
+Before the first call, the process imports the library, builds weights and inputs, and compiles the call. Then it
+returns free pages to the system and resets the peak that Linux records. So the printed bytes are the peak of three
+calls with their results, without the memory of importing and compiling. Linux with glibc only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.peers.rows import Row, inputs, weights
 
 
 def prepared(way: str, kind: str, row: Row) -> Callable[[], object]:
-    """The call, ready to run for the first time."""
+    """Builds and compiles the call."""
     if way == "torch":
         from benchmarks.peers.torch_process import TorchLayer
 

@@ -1,4 +1,4 @@
-"""What is measured: sizes, weights and inputs, the same for all. Imports no library, as torch's process reads it."""
+"""The sizes, weights and inputs of all measurements. Imports no library, because torch's process imports this too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 GATES = {"vanilla": 1, "lstm": 4, "gru": 3, "relu": 1, "gru before": 3}
 KINDS = ("vanilla", "lstm", "gru")
-EXTRAS = ("relu", "gru before")  # haiku's variants of the vanilla network and of the GRU, which nobody else has
+EXTRAS = ("relu", "gru before")  # variants of the vanilla network and the GRU that only haiku has
 
 
 class Row(NamedTuple):
@@ -49,7 +49,7 @@ GROWTH = {
 
 
 class Weights(NamedTuple):
-    """In seqjax's layout, gates as blocks of rows: W_xh (kn, d), W_hh (kn, n), b_h (kn,), b_hn (n,)."""
+    """Weights in seqjax's layout, gates as blocks of rows: W_xh (kn, d), W_hh (kn, n), b_h (kn,), b_hn (n,)."""
 
     W_xh: np.ndarray
     W_hh: np.ndarray
@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 
 
 def weights(kind: str, row: Row) -> Weights:
-    """Uniform in +-1/sqrt(H), torch's default; biases too, so that one in the wrong place is seen."""
+    """Draws weights uniform in +-1/sqrt(H), as torch does. Biases are not zero, so a misplaced bias is detected."""
     rng, bound, k = _random(kind, row), row.hidden**-0.5, GATES[kind]
 
     def draw(*shape: int) -> np.ndarray:
@@ -70,7 +70,7 @@ def weights(kind: str, row: Row) -> Weights:
 
 
 def inputs(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs (B, T, D), and the weights (B, T, H) that the scalar loss gives to the outputs."""
+    """The inputs (B, T, D), and the weights (B, T, H) of the outputs in the scalar loss."""
     rng = _random("inputs", row)
     shapes = (row.batch, row.time, row.features), (row.batch, row.time, row.hidden)
     xs, of_outputs = (rng.standard_normal(shape, "float32") for shape in shapes)
@@ -78,7 +78,7 @@ def inputs(row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 
 def blocks(array: np.ndarray, order: str, ours: str) -> np.ndarray:
-    """The gates' blocks of rows in another order: blocks(W, "zrn", "rzn")."""
+    """Reorders the gates' blocks of rows: blocks(W, "zrn", "rzn") returns the order z, r, n."""
     parts = dict(zip(ours, np.split(array, len(ours)), strict=True))
     return np.concatenate([parts[gate] for gate in order])
 

@@ -1,4 +1,4 @@
-"""The measurements as a document: the bars, then times, memory and compile time of every row, then the curves."""
+"""Writes the measurements as a document: bars, then times, memory and compile time per row, then curves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def document(found: dict) -> str:
 
 
 def runs_used(found: dict) -> set[str]:
-    """The runs that some time in the tables is of."""
+    """The runs that appear in the tables."""
     curves = [of for axis in found["growth"].values() for of in axis.values()]
     every = [times for of in [*found["rows"].values(), *curves] for times in _directions(of)]
     return {time["run"] for times in every for time in times.values() if "run" in time}
@@ -138,7 +138,7 @@ def table(head: list[str], body: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _measured_rows(found: dict, kind: str) -> list[tuple[Row, dict]]:
-    """Those of the comparison first."""
+    """The measured rows: those of the comparison in their order, then others."""
     names = [name.rsplit(" ", 1) for name, of in found["rows"].items() if _directions(of)]
     there = [Row.parse(size) for of_kind, size in names if of_kind == kind]
     there.sort(key=lambda row: ROWS.index(row) if row in ROWS else len(ROWS))

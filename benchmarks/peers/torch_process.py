@@ -1,6 +1,6 @@
-"""torch in a process of its own, which never imports jax: two runtimes in one process would share their threads.
+"""Runs torch in a separate process without jax, because two runtimes in one process would compete for threads.
 
-The parent asks over a pipe, and waits for the answer; so the two never run at the same time.
+The parent sends a request over a pipe and waits for the reply, so the two processes never compute at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("vanilla", "lstm", "gru", "relu")
 
 
 class TorchLayer:
-    """A torch layer with given weights, and its two calls."""
+    """A torch layer with the common weights, and its two calls."""
 
     def __init__(self, kind: str, row: Row, device: str = "cpu", tf32: bool = False) -> None:
         import torch
@@ -45,13 +45,13 @@ class TorchLayer:
         return loss
 
     def results(self) -> tuple[np.ndarray, np.ndarray]:
-        """The outputs, and the gradient of W_hh."""
+        """Returns the outputs, and the gradient of W_hh."""
         outputs = self.forward().cpu().numpy()
         self.backward()
         return outputs, self.module.weight_hh_l0.grad.cpu().numpy()
 
     def seconds(self, direction: str, calls: int) -> list[float]:
-        """Of each of so many calls."""
+        """The seconds of each of `calls` calls."""
         call, wait = getattr(self, direction), self.torch.cuda.synchronize if self.device == "cuda" else lambda: None
         seconds = []
         for _ in range(calls):
@@ -63,7 +63,7 @@ class TorchLayer:
 
 
 def named(w: Weights) -> dict[str, np.ndarray]:
-    """torch's second bias is zero, but for b_hn of a GRU."""
+    """The weights by torch's names. The second bias is zero, except for b_hn of a GRU."""
     second = np.zeros_like(w.b_h)
     if w.b_hn is not None:
         second[-w.b_hn.size :] = w.b_hn
@@ -71,7 +71,7 @@ def named(w: Weights) -> dict[str, np.ndarray]:
 
 
 class TorchProcess:
-    """The parent's end."""
+    """The parent's side: sends requests to the torch process."""
 
     def __init__(self, device: str = "cpu", tf32: bool = False) -> None:
         self.device, self.tf32 = device, tf32
@@ -89,18 +89,18 @@ class TorchProcess:
         return self.ask("ready", self.device)
 
     def build(self, kind: str, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """The layer that is timed from now on; its outputs, and the gradient of W_hh."""
+        """Builds the layer for the next timings. Returns its outputs, and the gradient of W_hh."""
         return self.ask("build", kind, row, self.device, self.tf32)
 
     def seconds(self, direction: str, calls: int) -> list[float]:
         return self.ask("seconds", direction, calls)
 
     def close(self) -> None:
-        self.child.communicate()  # the end of its input is its end
+        self.child.communicate()  # the process ends at the end of its input
 
 
 class Server:
-    """The child's end: a method for each request."""
+    """The child's side: one method per request."""
 
     def __init__(self) -> None:
         self.layer: TorchLayer | None = None
@@ -119,7 +119,7 @@ class Server:
 
 
 def serve() -> None:
-    replies, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing that prints may reach the pipe
+    replies, sys.stdout = sys.stdout.buffer, sys.stderr  # printed text must not reach the pipe
     server = Server()
     while True:
         try:

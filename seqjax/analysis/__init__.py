@@ -1,4 +1,4 @@
-"""The gradient microscope: how information and gradients move through any recurrent cell."""
+"""Analyses of any recurrent cell: the propagation of information and gradients through time."""
 
 from ._flow import state_parts as state_parts
 from .by_length import ScoreByLength as ScoreByLength

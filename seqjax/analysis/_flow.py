@@ -1,88 +1,89 @@
-"""A cell on a batch of sequences as a map of flat states, s_t = F(s_{t-1}, x_t), and what every analysis does with it.
+"""A cell on a batch of sequences as a map of vectors, s_t = F(s_{t-1}, x_t), and the operations that analyses share.
 
-The state is one vector of n numbers, whatever the cell: an LSTM's is (h, c), a stack's is that of all its layers. With
-J_t = ds_t/ds_{t-1}, perturbations of a state are pushed forward, v <- J_t v, and gradients are pulled back,
-g <- J_t^T g, a few columns at a time. The n x n matrix J_t is formed only where it is itself the answer.
+The state of any cell is written as one vector of n numbers: (h, c) for an LSTM, the states of all layers for a stack.
+With J_t = ds_t/ds_{t-1}, perturbations of a state are pushed forward, v <- J_t v, and gradients are pulled back,
+g <- J_t^T g, a few columns at a time. The n x n matrix J_t is formed only if it is itself the result.
 
-A held step (mask False) is the identity, and a reset makes J_t zero: what came before is gone.
+J_t is the identity at a masked step (mask False), and zero at a reset.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from seqjax.cell import Cell, Params, State, is_value, strong_type
-from seqjax.sequence._checks import batch_of_states, check_flags, check_inputs
-from seqjax.sequence._partition.plan import normal_step
+from seqjax.cell import Cell, Params, State, is_value
+from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._flat_cell import FlatCell, flat_cell
+from seqjax.sequence._masked_step import Inputs
 
 
-class Driven(NamedTuple):
-    """What drives a cell, checked: the arrays that compiled code takes.
+class Sequences(NamedTuple):
+    """The checked arguments of an analysis, as arrays for compiled code.
 
     Attributes:
         params: of the cell.
-        first: the states before the first step, flat, (batch, n).
-        inputs: (xs, mask, reset), leaves (batch, time, ...); None for a mask or a reset that is not there.
+        first: the flat states before the first step, (batch, n).
+        inputs: the inputs, mask and reset, leaves (batch, time, ...), without noise.
     """
 
     params: Params
     first: Array
-    inputs: tuple[PyTree, Array | None, Array | None]
+    inputs: Inputs
 
     @property
     def size(self) -> int:
-        """n, the numbers in one state."""
+        """n, the number of values in one state."""
         return self.first.shape[1]
 
     @property
     def batch(self) -> int:
-        """How many sequences."""
+        """The number of sequences."""
         return self.first.shape[0]
 
     @property
     def time(self) -> int:
-        """Steps of the padded sequences."""
-        return jax.tree.leaves(self.inputs)[0].shape[1]
+        """The number of steps of the padded sequences."""
+        return self.inputs.time
 
-    def between(self, start: int, stop: int) -> Driven:
-        """The same with the inputs of steps start+1..stop alone; `first` stays."""
+    def between(self, start: int, stop: int) -> Sequences:
+        """The same with only the inputs of the steps start+1..stop; `first` does not change."""
         return self._replace(inputs=jax.tree.map(lambda leaf: leaf[:, start:stop], self.inputs))
 
-    def until(self, stop: int) -> Driven:
+    def until(self, stop: int) -> Sequences:
         """The first `stop` steps."""
         return self.between(0, stop)
 
 
-Step = Callable[[Params, Array, PyTree], Array]  # (theta, s_{t-1}, (x_t, valid, restart)) -> s_t, flat
-
-
-def driven(
-    cell: Cell, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any, *, backward: bool = False
-) -> Driven:
-    """Checks what an analysis was given, before anything compiles.
+def check_arguments(
+    cell: Cell,
+    params: Params,
+    xs: PyTree,
+    state: State | None,
+    mask: Bool[Any, "batch time"] | None,
+    reset: Bool[Any, "batch time"] | None,
+    *,
+    backward: bool = False,
+) -> Sequences:
+    """Checks the arguments of an analysis, before anything compiles.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
-        backward: whether gradients are pulled back through the step, and not perturbations pushed forward.
+        backward: whether the analysis pulls gradients back through the step; otherwise it pushes perturbations forward.
 
     Raises:
-        ValueError: a shape does not fit, or there is no sequence.
-        TypeError: a dtype does not fit, or the state cannot be differentiated.
+        ValueError: a shape does not match, or there is no sequence.
+        TypeError: a dtype does not match, or the state cannot be differentiated.
     """
-    xs, batch, time = check_inputs(cell, xs)
-    if not batch:
+    inputs = check_sequences(cell, Inputs(xs, mask, reset))
+    if not inputs.batch:
         raise ValueError("expected at least one sequence to analyse, got a batch of 0")
-    mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
-    states = batch_of_states(cell, params, state, batch)
+    states = batch_of_states(cell, params, state, inputs.batch)
     leaves = jax.tree_util.tree_leaves_with_path(states)
     if not leaves:
         raise TypeError(f"expected a cell with a state, got {type(cell).__name__}, which carries none: nothing recurs")
@@ -92,94 +93,80 @@ def driven(
                 f"expected a floating-point state to differentiate, got {leaf.dtype} in "
                 f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
             )
+        # `FlatCell` would widen the vector, but the step itself still rounds to the narrow dtype.
         if leaf.dtype.itemsize < 4:
             raise TypeError(
                 f"expected a state in float32 or float64, got {leaf.dtype}, too coarse for derivatives: analyse "
                 f"jax.tree.map(lambda p: p.astype('float32'), params)"
             )
-    given = Driven(params, _flattened(states), (xs, mask, reset))
-    if time:
-        _check_differentiable(cell, given, pull if backward else push)
-    return given
+    # From here on all states are vectors, so that no analysis depends on the structure of the state.
+    sequences = Sequences(params, jax.vmap(flat_map(cell, params).ravel)(states), inputs)
+    if inputs.time:
+        _check_differentiable(cell, sequences, backward)
+    return sequences
 
 
-_flattened = jax.jit(jax.vmap(lambda state: ravel_pytree(state)[0]))
-
-
-def _check_differentiable(cell: Cell, given: Driven, use: Callable[..., Any]) -> None:
-    arrays = given.params, (given.first, given.inputs[1:]), given.inputs[0]
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), arrays)
+def _check_differentiable(cell: Cell, sequences: Sequences, backward: bool) -> None:
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), sequences)
     leaves, tree = jax.tree.flatten(shapes)
-    check = _differentiated_once if is_value(cell) else _differentiated
-    check(cell, use, tree, tuple(leaves))
+    # A cell that compares by identity may have changed since the last call, so its check is not cached.
+    check = _check_once if is_value(cell) else _check_derivative
+    check(cell, backward, tree, tuple(leaves))
 
 
-def _differentiated(cell: Cell, use: Callable[..., Any], tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> None:
-    """Traces one step and its derivative; `leaves` are the shapes of the parameters, states, flags and inputs."""
-    params, (first, flags), xs = jax.tree.unflatten(tree, leaves)
+def _check_derivative(cell: Cell, backward: bool, tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> None:
+    """Traces one step and its derivative; `tree` and `leaves` are `Sequences` as its treedef and shapes."""
+    sequences = jax.tree.unflatten(tree, leaves)
+    flat = flat_map(cell, sequences.params)
 
-    def of_one(params: Params, first: Array, flags: PyTree, xs: PyTree) -> tuple[Array, PyTree]:
-        return first[0], jax.tree.map(lambda leaf: leaf[0, 0], (xs, *flags))
+    def first_step(first: Array, inputs: Inputs) -> tuple[Array, Inputs]:
+        return first[0], jax.tree.map(lambda leaf: leaf[0, 0], inputs)
 
-    def stepped(*arrays: PyTree) -> Array:
-        return flat_step(cell, params)(arrays[0], *of_one(*arrays))
+    def step(params: Params, first: Array, inputs: Inputs) -> Array:
+        return flat.step(params, *first_step(first, inputs))
 
-    def used(*arrays: PyTree) -> PyTree:
-        v, inputs = of_one(*arrays)
-        return use(flat_step(cell, params), arrays[0], v, v[None], inputs)
+    def derivative(params: Params, first: Array, inputs: Inputs) -> PyTree:
+        v, at = first_step(first, inputs)
+        return flat.pull(params, v, v[None], at) if backward else flat.push(params, v, v[None], at)
 
-    jax.eval_shape(stepped, params, first, flags, xs)  # an error of the step itself is the cell's
-    try:  # a derivative may fail only when it is used, as that of a jax.custom_vjp does
-        jax.eval_shape(used, params, first, flags, xs)
+    # First without a derivative, so that an error of the step itself reaches the user as it is.
+    jax.eval_shape(step, *sequences)
+    try:  # the derivative must be used, because that of a jax.custom_vjp fails only then
+        jax.eval_shape(derivative, *sequences)
     except Exception as error:
         raise TypeError(
-            f"expected a step that JAX can differentiate, got {type(cell).__name__}.step, of which it says: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)}; give the part that it cannot a "
-            f"jax.custom_jvp rule"
+            f"expected a step that JAX can differentiate, got {type(cell).__name__}.step, for which JAX reports: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}; define a jax.custom_jvp rule for the part "
+            f"without a derivative"
         ) from error
 
 
-_differentiated_once = functools.lru_cache(maxsize=256)(_differentiated)
+# One trace per cell and shapes, because tracing costs more than many of the analyses of a small cell.
+_check_once = functools.lru_cache(maxsize=256)(_check_derivative)
 
 
-def flat_step(cell: Cell, params: Params) -> Step:
-    """The cell's masked step on flat states, one example at one time, with one product for all that read a vector."""
-    _, unravel = _ravel_one(cell, params)
-
-    def step(params: Params, v: Array, inputs: PyTree) -> Array:
-        after, _ = normal_step(cell, params, unravel(v), (*inputs, None))
-        return ravel_pytree(after)[0]
-
-    return step
-
-
-def flat_initial(cell: Cell, params: Params) -> Array:
-    """The cell's initial state, flat, (n,)."""
-    return ravel_pytree(strong_type(cell.initial_state(params)))[0]
+def flat_map(cell: Cell, params: Params) -> FlatCell:
+    """The cell as a map of vectors, in its normal form because analyses push and pull many columns."""
+    return flat_cell(cell, params, normal_form=True)
 
 
 def unflatten(cell: Cell, params: Params, v: Array) -> State:
-    """Flat states (..., n) as the cell's own, leaves (..., *shape)."""
-    _, unravel = _ravel_one(cell, params)
+    """Converts flat states (..., n) to the cell's own, leaves (..., *shape)."""
+    unravel = flat_map(cell, params).unravel
     for _ in v.shape[:-1]:
         unravel = jax.vmap(unravel)
     return unravel(v)
 
 
-def _ravel_one(cell: Cell, params: Params) -> tuple[Array, Callable[[Array], State]]:
-    shapes = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
-    return ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-
-
 def state_parts(cell: Cell, params: Params) -> dict[str, slice]:
-    """Where each field of the state lies in the flat one, by name.
+    """The position of each field of the state in the flat state, by name.
 
     Args:
         cell, params: any cell and its parameters.
 
     Returns:
-        Slices of 0..n by name: {"h": ..., "c": ...} for an LSTM, {"0.h": ..., "1.h": ...} for a stack, "state" where
-        the state is one array.
+        Slices of 0..n by name: {"h": ..., "c": ...} for an LSTM, {"0.h": ..., "1.h": ...} for a stack, {"state": ...}
+        if the state is one array.
 
     Example:
         >>> import jax, seqjax as sj
@@ -187,67 +174,40 @@ def state_parts(cell: Cell, params: Params) -> dict[str, slice]:
         >>> sj.analysis.state_parts(cell, cell.init(jax.random.key(0)))
         {'h': slice(0, 3, None), 'c': slice(3, 6, None)}
     """
-    shapes = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
-    parts, start = {}, 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        stop = start + int(np.prod(leaf.shape))
-        parts[jax.tree_util.keystr(path, simple=True, separator=".") or "state"] = slice(start, stop)
-        start = stop
-    return parts
+    return flat_map(cell, params).parts
 
 
-def flat_trajectory(cell: Cell, given: Driven) -> Array:
-    """Every state s_0..s_T, flat, (batch, time + 1, n)."""
-    step = flat_step(cell, given.params)
+def flat_trajectory(cell: Cell, sequences: Sequences) -> Array:
+    """The flat states s_0..s_T, (batch, time + 1, n)."""
+    flat, params = flat_map(cell, sequences.params), sequences.params
 
-    def one(v: Array, inputs: PyTree) -> Array:
+    def one_sequence(v: Array, inputs: PyTree) -> Array:
         def advance(v: Array, at: PyTree) -> tuple[Array, Array]:
-            after = step(given.params, v, at)
+            after = flat.step(params, v, at)
             return after, after
 
         return jnp.concatenate([v[None], jax.lax.scan(advance, v, inputs)[1]])
 
-    return jax.vmap(one)(given.first, given.inputs)
+    return jax.vmap(one_sequence)(sequences.first, sequences.inputs)
 
 
-def push(step: Step, params: Params, v: Array, frame: Array, inputs: PyTree) -> tuple[Array, Array]:
-    """One step of a state and of perturbations of it: s_t = F(s_{t-1}) and V_t = J_t V_{t-1}.
-
-    Args:
-        step: from `flat_step`.
-        params: of the cell.
-        v: s_{t-1} (n,).
-        frame: k perturbations as rows, (k, n).
-        inputs: (x_t, valid, restart) of one example.
-
-    Returns:
-        s_t (n,) and the pushed rows (k, n).
-    """
-    after, tangent = jax.linearize(lambda s: step(params, s, inputs), v)
-    return after, jax.vmap(tangent)(frame)
-
-
-def pull(step: Step, params: Params, v: Array, frame: Array, inputs: PyTree) -> Array:
-    """Gradients by s_t pulled back to s_{t-1}: G_{t-1} = J_t^T G_t, rows (k, n)."""
-    _, cotangent = jax.vjp(lambda s: step(params, s, inputs), v)
-    return jax.vmap(lambda g: cotangent(g)[0])(frame)
-
-
-def held(given: Driven, time: int) -> Driven:
-    """The same inputs followed by held steps up to `time`, which change nothing."""
-    xs, mask, reset = given.inputs
-    valid = jnp.ones((given.batch, given.time), bool) if mask is None else mask
-    if time == given.time:
-        return given
+def pad_with_masked_steps(sequences: Sequences, time: int) -> Sequences:
+    """Appends masked steps up to `time`; they change neither the state nor a perturbation."""
+    inputs = sequences.inputs
+    if inputs.mask is None:
+        inputs = inputs._replace(mask=jnp.ones((sequences.batch, sequences.time), bool))
+    if time == sequences.time:
+        return sequences
 
     def longer(leaf: Array) -> Array:
-        return jnp.pad(leaf, [(0, 0), (0, time - given.time), *[(0, 0)] * (leaf.ndim - 2)])
+        # Zeros are False in the mask, and a masked step never reads its input.
+        return jnp.pad(leaf, [(0, 0), (0, time - sequences.time), *[(0, 0)] * (leaf.ndim - 2)])
 
-    return given._replace(inputs=jax.tree.map(longer, (xs, valid, reset)))
+    return sequences._replace(inputs=jax.tree.map(longer, inputs))
 
 
 def orthonormal(frame: Array) -> tuple[Array, Array]:
-    """Rows made orthonormal, V^T = Q R with a positive diagonal of R.
+    """Orthonormalizes rows, V^T = Q R with a positive diagonal of R.
 
     Args:
         frame: rows (k, n), k <= n.
@@ -256,6 +216,7 @@ def orthonormal(frame: Array) -> tuple[Array, Array]:
         The rows of Q (k, n), and R (k, k) upper triangular.
     """
     Q, R = jnp.linalg.qr(frame.T)
+    # The sign of each column of Q is arbitrary, and ln R_ii needs a positive diagonal.
     sign = jnp.where(jnp.diagonal(R) < 0, -1, 1).astype(R.dtype)
     return (Q * sign[None]).T, R * sign[:, None]
 
@@ -263,3 +224,15 @@ def orthonormal(frame: Array) -> tuple[Array, Array]:
 def random_frame(key: Array, rows: int, size: int, dtype: DTypeLike) -> Array:
     """`rows` random orthonormal rows of length `size`."""
     return orthonormal(jax.random.normal(key, (rows, size), dtype))[0]
+
+
+def flat_step(cell, params):
+    return flat_map(cell, params)
+
+
+def push(flat, params, v, frame, at):
+    return flat.push(params, v, frame, (*at, None))
+
+
+def pull(flat, params, v, frame, at):
+    return flat.pull(params, v, frame, (*at, None))

@@ -1,102 +1,127 @@
-"""Gradients traced back through a trajectory, as compiled code: from a loss once, and from chosen times lag by lag.
+"""Compiled backward passes through a trajectory: the gradient of a loss, and gradients from chosen times by lag.
 
-A gradient is kept as 2^exponent times numbers near one, and what is reported of it is a logarithm.
+A gradient is stored as 2^exponent times numbers near one, and its norm is returned as a logarithm.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-from seqjax.analysis._flow import Driven, flat_step, orthonormal, pull, push, random_frame, state_parts
-from seqjax.analysis._scaled import common_scale, rescaled, rescaled_rows
+from seqjax.analysis._flow import Sequences, flat_map, orthonormal, random_frame
+from seqjax.analysis._scaled import rescale, rescale_rows, to_common_scale
 from seqjax.cell import Cell
 
-RITZ, RITZ_ROUNDS, RITZ_POWER = 8, 3, 4  # columns, QRs, and products before each, for the largest singular value
+# Block iteration for the largest singular value: columns, QRs, and products before each QR. At every lag it starts from
+# the columns of the previous lag, so a few products are enough.
+RITZ, RITZ_ROUNDS, RITZ_POWER = 8, 3, 4
 
 
-def loss_gradient(cell: Cell, given: Driven, states: Array, arriving: Array) -> tuple[Array, list[Array]]:
-    """ln |dL/ds_t| for t = 0..T, in all and by field, from one backward pass."""
-    step, params = flat_step(cell, given.params), given.params
-    parts = state_parts(cell, params).values()
+def log_loss_gradients(cell: Cell, sequences: Sequences, states: Array, arriving: Array) -> tuple[Array, list[Array]]:
+    """ln |dL/ds_t| for t = 0..T, for the whole state and for each field, from one backward pass.
+
+    Args:
+        cell: any cell.
+        sequences: parameters and inputs.
+        states: s_0..s_T, (batch, T + 1, n).
+        arriving: dl_t/ds_t, the direct gradient of the loss at each step, (batch, T, n).
+
+    Returns:
+        (batch, T + 1), and the same for each field.
+    """
+    flat, params = flat_map(cell, sequences.params), sequences.params
+    parts = flat.parts.values()
 
     def logs(g: Array, exponent: Array) -> Array:
-        sizes = [_norm(g), *(_norm(g[where]) for where in parts)]
+        sizes = [_norm(g), *(_norm(g[part]) for part in parts)]
         return jnp.log(jnp.stack(sizes)) + exponent.astype(g.dtype) * math.log(2)
 
-    def one(states: Array, inputs: PyTree, arriving: Array) -> Array:
+    def one_sequence(states: Array, inputs: PyTree, arriving: Array) -> Array:
         def back(carry: tuple[Array, Array], at: PyTree) -> tuple[tuple[Array, Array], Array]:
-            (g, exponent), (v, x, more) = carry, at
-            g, more, exponent = common_scale(g, exponent, *rescaled_rows(more, jnp.zeros((), jnp.int32)))
-            g = g + more
+            (g, exponent), (v, x, direct) = carry, at
+            g, direct, exponent = to_common_scale(g, exponent, *rescale_rows(direct, jnp.zeros((), jnp.int32)))
+            g = g + direct
             log_norm = logs(g, exponent)
-            return rescaled_rows(pull(step, params, v, g[None], x)[0], exponent), log_norm
+            return rescale_rows(flat.pull(params, v, g[None], x)[0], exponent), log_norm
 
         start = (jnp.zeros_like(states[0]), jnp.zeros((), jnp.int32))
         first, rest = jax.lax.scan(back, start, (states[:-1], inputs, arriving), reverse=True)
         return jnp.concatenate([logs(*first)[None], rest])
 
-    logs_of_all = jax.vmap(one)(states, given.inputs, arriving)
-    return logs_of_all[..., 0], [logs_of_all[..., i + 1] for i in range(len(parts))]
+    log_norms = jax.vmap(one_sequence)(states, sequences.inputs, arriving)
+    return log_norms[..., 0], [log_norms[..., i + 1] for i in range(len(parts))]
 
 
 def norms_by_lag(
-    cell: Cell, K: int, given: Driven, states: Array, ends: Array, frame: Array
+    cell: Cell, K: int, sequences: Sequences, states: Array, ends: Array, frame: Array
 ) -> tuple[Array, Array, Array]:
     """ln of the expected and of the worst norm of ds_t/ds_{t-k}, (batch, times, K + 1), and the expected one by field.
 
-    Rows of the frame are gradients at s_t; they are pulled back K times. Before the beginning there is NaN.
+    Args:
+        cell: any cell.
+        K: the largest lag.
+        sequences: parameters and inputs.
+        states: s_0..s_T, (batch, T + 1, n).
+        ends: the times t, (times,).
+        frame: gradients at s_t as rows, (rows, n), which are pulled back K times.
+
+    Returns:
+        The three arrays; values before the beginning of the sequence are NaN.
     """
-    step, params = flat_step(cell, given.params), given.params
-    parts = state_parts(cell, params).values()
+    flat, params = flat_map(cell, sequences.params), sequences.params
+    parts = flat.parts.values()
 
     def norms(rows: Array, exponent: Array, best: Array) -> tuple[PyTree, Array]:
         scale, root = exponent.astype(rows.dtype) * math.log(2), math.sqrt(rows.shape[0])
 
-        def towards_the_largest(_: Any, best: Array) -> Array:
+        def iterate(_: ArrayLike, best: Array) -> Array:
             for _ in range(RITZ_POWER):
                 best = best @ rows @ rows.T
             return orthonormal(best)[0]
 
-        best = jax.lax.fori_loop(0, RITZ_ROUNDS, towards_the_largest, best)
+        best = jax.lax.fori_loop(0, RITZ_ROUNDS, iterate, best)
         largest = jnp.linalg.norm(best @ rows, 2)
-        by_part = jnp.stack([jnp.log(_norm(rows[:, where]) / root) for where in parts])
+        by_part = jnp.stack([jnp.log(_norm(rows[:, part]) / root) for part in parts])
         return (jnp.log(_norm(rows) / root) + scale, jnp.log(largest) + scale, by_part + scale), best
 
-    def one(states: Array, inputs: PyTree, end: Array) -> tuple[Array, Array, Array]:
+    def one_time(states: Array, inputs: PyTree, end: Array) -> tuple[Array, Array, Array]:
         def back(carry: tuple[Array, Array, Array], lag: Array) -> tuple[tuple[Array, Array, Array], PyTree]:
             rows, exponent, best = carry
             t = end - lag  # rows are gradients at s_t
-            found, best = norms(rows, exponent, best)
-            before = jnp.maximum(t - 1, 0)
+            at_lag, best = norms(rows, exponent, best)
+            before = jnp.maximum(t - 1, 0)  # negative indices would wrap around; these lags become NaN below
             x = jax.tree.map(lambda leaf: leaf[before], inputs)
-            rows, more = rescaled(pull(step, params, states[before], rows, x))
-            return (rows, exponent + more, best), jax.tree.map(lambda leaf: jnp.where(t >= 0, leaf, jnp.nan), found)
+            rows, shift = rescale(flat.pull(params, states[before], rows, x))
+            return (rows, exponent + shift, best), jax.tree.map(lambda leaf: jnp.where(t >= 0, leaf, jnp.nan), at_lag)
 
         columns = min(RITZ, len(frame))
         start = (frame, jnp.zeros((), jnp.int32), random_frame(jax.random.key(0), columns, len(frame), frame.dtype))
         return jax.lax.scan(back, start, jnp.arange(K + 1))[1]
 
-    over_times = jax.vmap(one, in_axes=(None, None, 0))
-    expected, worst, by_part = jax.vmap(over_times, in_axes=(0, 0, None))(states, given.inputs, ends)
+    over_times = jax.vmap(one_time, in_axes=(None, None, 0))
+    expected, worst, by_part = jax.vmap(over_times, in_axes=(0, 0, None))(states, sequences.inputs, ends)
     return expected, worst, jnp.moveaxis(by_part, -1, 2)
 
 
 def _norm(values: Array) -> Array:
-    """The root of the sum of squares, of which none vanishes because it is small."""
+    """The Euclidean norm, scaled so that no square underflows or overflows."""
     largest = jnp.max(jnp.abs(values))
+    # A scale of zero or infinity would turn a zero or infinite norm into NaN.
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     return scale * jnp.sqrt(jnp.sum((values / scale) ** 2))
 
 
-def turns(cell: Cell, given: Driven, states: Array) -> Array:
-    """Whether the step's derivative differs from state to state: in a linear map an error grows, and harms nothing."""
-    step, params = flat_step(cell, given.params), given.params
-    first = jax.tree.map(lambda leaf: leaf[0, 0], given.inputs)
-    frame = jnp.ones((1, given.size), given.first.dtype) / math.sqrt(given.size)
-    early, late = (push(step, params, v, frame, first)[1] for v in (states[0, 0], states[0, -1]))
+def is_nonlinear(cell: Cell, sequences: Sequences, states: Array) -> Array:
+    """Whether the derivative of the step depends on the state.
+
+    If it does not, as in a linear cell, rounding errors of the state grow but do not change any gradient.
+    """
+    flat, params = flat_map(cell, sequences.params), sequences.params
+    first = jax.tree.map(lambda leaf: leaf[0, 0], sequences.inputs)
+    frame = jnp.ones((1, sequences.size), sequences.first.dtype) / math.sqrt(sequences.size)
+    early, late = (flat.push(params, v, frame, first)[1] for v in (states[0, 0], states[0, -1]))
     return jnp.any(jnp.abs(early - late) > 1e-3 * jnp.max(jnp.abs(early)))

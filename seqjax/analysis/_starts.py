@@ -1,21 +1,21 @@
-"""Where a search for fixed points begins, and under which input: checked, and drawn where it is not given."""
+"""The input and the initial states of a search for fixed points, checked, or drawn by default."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from seqjax.analysis._flow import flat_map
 from seqjax.cell import Cell, Params, State, strong_type
 
 
 def check_input(cell: Cell, x: PyTree) -> PyTree:
-    """One step's input as arrays; zeros where it is not given.
+    """Returns the input of one step as arrays; zeros for None.
 
     Raises:
-        ValueError: its shape is not the cell's, or it is not given and the cell does not say its shape.
+        ValueError: its shape is not the cell's, or it is None and the cell has no `input_shape`.
     """
     shape = getattr(cell, "input_shape", None)
     if x is None:
@@ -30,40 +30,42 @@ def check_input(cell: Cell, x: PyTree) -> PyTree:
         if shape is not None and leaf.shape != shape:
             raise ValueError(
                 f"expected x{jax.tree_util.keystr(path)} {shape}, the input of one step of one example, "
-                f"got {leaf.shape}: search for each constant input on its own"
+                f"got {leaf.shape}: call the search once for each constant input"
             )
     return x
 
 
 def flat_starts(cell: Cell, params: Params, starts: State | None, count: int, key: Array, scale: float) -> Array:
-    """The states to start from, flat, (m, n).
+    """The initial states of a search as vectors, (m, n).
 
     Args:
         cell, params: any cell and its parameters.
-        starts: leaves (m, ...), or a trajectory's (batch, time + 1, ...), of which `count` are drawn; None for random
-            ones about the initial state.
-        count, key, scale: of the drawn ones.
+        starts: leaves (m, ...); or a trajectory, leaves (batch, time + 1, ...), of which `count` states are drawn; or
+            None for normally distributed states around the initial one.
+        count: the number of drawn states.
+        key: for drawing them.
+        scale: the standard deviation of states around the initial one.
 
     Raises:
         ValueError: the starts are not states of the cell, or there is none.
     """
-    own = strong_type(cell.initial_state(params))
-    flat, _ = ravel_pytree(own)
+    initial = strong_type(cell.initial_state(params))
+    flat = flat_map(cell, params).ravel(initial)
     if starts is None:
         noise = jax.random.normal(key, (count, flat.size), flat.dtype)
         return flat[None] + jnp.asarray(scale, flat.dtype) * noise
-    given, tree = jax.tree_util.tree_flatten_with_path(starts)
-    leaves, own_tree = jax.tree.flatten(own)
-    if tree != own_tree:
+    leaves, tree = jax.tree_util.tree_flatten_with_path(starts)
+    initial_leaves, initial_tree = jax.tree.flatten(initial)
+    if tree != initial_tree:
         raise ValueError(
-            f"expected starts that are states of {type(cell).__name__}, {own_tree}, got {tree}: "
+            f"expected starts that are states of {type(cell).__name__}, {initial_tree}, got {tree}: "
             f"stack some, leaves (starts, ...), or pass sj.trajectory(cell, params, xs)"
         )
-    rows, leading = (
-        [],
-        {np.shape(leaf)[: np.ndim(leaf) - like.ndim] for (_, leaf), like in zip(given, leaves, strict=True)},
-    )
-    for (path, leaf), like in zip(given, leaves, strict=True):
+    # The axes before a state must be the same in all leaves, or rows of different states would be combined.
+    pairs = list(zip(leaves, initial_leaves, strict=True))
+    leading = {np.shape(leaf)[: np.ndim(leaf) - like.ndim] for (_, leaf), like in pairs}
+    rows = []
+    for (path, leaf), like in pairs:
         leaf = jnp.asarray(leaf)
         ahead = leaf.ndim - like.ndim
         if ahead not in (1, 2) or leaf.shape[ahead:] != like.shape or len(leading) > 1 or 0 in leaf.shape[:ahead]:
@@ -73,5 +75,5 @@ def flat_starts(cell: Cell, params: Params, starts: State | None, count: int, ke
             )
         rows.append(leaf.reshape(-1, like.size).astype(like.dtype))
     states = jnp.concatenate(rows, axis=1)
-    drawn = len(leading.pop()) == 2 and len(states) > count
-    return jax.random.choice(key, states, (count,), replace=False) if drawn else states
+    is_long_trajectory = len(leading.pop()) == 2 and len(states) > count
+    return jax.random.choice(key, states, (count,), replace=False) if is_long_trajectory else states

@@ -1,33 +1,32 @@
-"""Intervals for means over a time series whose neighbours are alike."""
+"""Confidence intervals for the mean of a time series with correlated neighbours."""
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 RESAMPLES = 400
-FEWEST = 8  # blocks below which an interval would be invented
+MIN_STEPS = 8  # a shorter series has fewer than three independent runs, so an interval would be a guess
 
 
 def bootstrap_interval(
-    sums: Float[np.ndarray, "time k"], weights: Any, *, level: float = 0.95, seed: int = 0
+    sums: Float[np.ndarray, "time k"], weights: Shaped[np.ndarray, " time"], *, level: float = 0.95, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """An interval for sum_t sums_t / sum_t weights_t by the circular block bootstrap.
 
-    Runs of sqrt(time) neighbours are drawn together, so that their correlation stays in the resample.
+    Each resample consists of runs of sqrt(time) neighbours, which preserves their correlation.
 
     Args:
-        sums: (time, k), what is averaged.
-        weights: (time,), how many terms stand in each sum; rows of none are left out.
-        level: of confidence.
+        sums: (time, k), the terms of the numerator.
+        weights: (time,), the number of terms in each sum; rows with weight zero are ignored.
+        level: the confidence level.
         seed: of the resampling.
 
     Returns:
-        The lower and the upper end, (k,) each; NaN where the series is too short or not finite.
+        The lower and the upper end, (k,) each; NaN if the series is too short or not finite.
 
     Source: Kuensch 1989, "The jackknife and the bootstrap for general stationary observations"; Politis and Romano
         1992, "A circular block-resampling procedure".
@@ -41,32 +40,34 @@ def bootstrap_interval(
         0.04
     """
     weights = np.asarray(weights, float)
-    sums, weights = sums[weights > 0], weights[weights > 0]  # what counts for nothing would make runs empty
+    # Rows of weight zero are removed, because a run that consists of them would divide zero by zero.
+    sums, weights = sums[weights > 0], weights[weights > 0]
     time, k = sums.shape
     good = np.isfinite(sums).all(axis=0)
     low, high = np.full(k, math.nan), np.full(k, math.nan)
-    if time < FEWEST or not good.any():
+    if time < MIN_STEPS or not good.any():
         return low, high
     length = math.isqrt(time)
     starts = np.random.default_rng(seed).integers(time, size=(RESAMPLES, math.ceil(time / length)))
 
-    def of_runs(values: np.ndarray) -> np.ndarray:
-        """The sum of each run of `length` neighbours, from every start, around the end."""
+    def run_sums(values: np.ndarray) -> np.ndarray:
+        """The sum of `length` neighbours from every start, continued at the beginning after the end."""
         ends = np.cumsum(np.concatenate([np.zeros_like(values[:1]), values, values[: length - 1]]), axis=0)
         return ends[length:] - ends[:-length]
 
-    drawn_weights = of_runs(weights)[starts].sum(axis=1)
-    runs = of_runs(sums[:, good])
+    drawn_weights = run_sums(weights)[starts].sum(axis=1)
+    runs = run_sums(sums[:, good])
+    # Column by column, so that memory is resamples * runs and not that times k.
     estimates = np.stack([column[starts].sum(axis=1) for column in runs.T], axis=1)
     means = estimates / drawn_weights[:, None]
     tails = (50 * (1 - level), 50 * (1 + level))
     ends, middle = np.percentile(means, tails, axis=0), sums[:, good].sum(axis=0) / weights.sum()
-    low[good], high[good] = middle + _widening(time / length, level) * (ends - middle)
+    low[good], high[good] = middle + _small_sample_factor(time / length, level) * (ends - middle)
     return low, high
 
 
-def _widening(runs: float, level: float) -> float:
-    """Student's t over the normal quantile, for resamples of few runs vary less than their mean does.
+def _small_sample_factor(runs: float, level: float) -> float:
+    """Student's quantile over the normal one, because resamples of few runs vary less than their mean does.
 
     Source: the expansion of Fisher 1925, "Expansion of Student's integral in powers of n^-1".
     """

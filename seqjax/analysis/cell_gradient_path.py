@@ -1,7 +1,7 @@
-"""The LSTM's additive path, measured: the true dc_T/dc_0 beside the product of its forget gates.
+"""The LSTM's additive path: the true dc_T/dc_0 beside the product of the forget gates.
 
-c_t = f_t c_{t-1} + i_t c~_t suggests dc_T/dc_0 = prod_t f_t. That is one path of many: c also moves the gates of later
-steps through h, and those paths can add to it or outgrow it.
+c_t = f_t c_{t-1} + i_t c~_t suggests dc_T/dc_0 = prod_t f_t. That is only one of many paths: c also changes the gates
+of later steps through h, and these paths can increase the derivative or dominate it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis._flow import Driven, driven, flat_step, flat_trajectory, pull, state_parts
-from seqjax.analysis._scaled import log_of_power, rescaled
+from seqjax.analysis._flow import Sequences, check_arguments, flat_map, flat_trajectory, state_parts
+from seqjax.analysis._scaled import log_power, rescale
 from seqjax.analysis._spans import check_horizon
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import compiled
+from seqjax.cells.learned_state import LearnedState
+from seqjax.cells.stack import Stack
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.unroll import gates
 
 
 class CellPath(NamedTuple):
-    """Norms over the m numbers of c as natural logarithms, by lag k from the end of the sequence.
+    """Natural logarithms of norms over the m numbers of c, by lag k from the end of the sequence.
 
     Attributes:
         lags: (K + 1,), in steps.
         log_true: (batch, K + 1), ln |dc_T/dc_{T-k}|_F / sqrt(m), through every path.
-        log_forget: (batch, K + 1), the same of the diagonal matrix of prod f over the k steps.
-        log_true_units: (batch, m), ln |dc_{T,i}/dc_{T-K,i}| of each unit at the largest lag.
-        log_forget_units: (batch, m), ln prod f_i at the largest lag.
+        log_forget: (batch, K + 1), the same for the diagonal matrix of prod f over the k steps.
+        log_true_units: (batch, m), ln |dc_{T,i}/dc_{T-K,i}| for each unit at the largest lag.
+        log_forget_units: (batch, m), ln prod f_i for each unit at the largest lag.
     """
 
     lags: Int[np.ndarray, " lags"]
@@ -50,20 +52,22 @@ def cell_path(
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
 ) -> CellPath:
-    """dc_T/dc_{T-k} through all paths, beside prod f through the cell state alone.
+    """dc_T/dc_{T-k} through all paths, beside prod f, which is the path through only the cell state.
 
     Args:
-        cell: one with a state field c and a gate named forget, such as `LSTM`, or a stack that holds one.
+        cell: an `LSTM`, a stack with one, or a cell with `gates` whose state has a memory besides the hidden state. The
+            gate f is the one with the role "keeps" in the cell's `gate_roles`, and c is the field named by its
+            `memory`. For a cell without these two, f is the gate named "forget" and c the field named "c".
         params, xs, state, mask, reset: as for `unroll`.
-        horizon: K, the largest lag, in steps; by default all of `xs`.
-        layer: which layer of a stack, such as "1"; by default the first that fits.
+        horizon: K, the largest lag, in steps; by default the length of `xs`.
+        layer: the layer of a stack, such as "1"; by default the first that has such a gate.
 
     Returns:
         `CellPath`.
 
     Raises:
-        TypeError: the cell has no such field or gate.
-        ValueError: the horizon lies outside the sequence, or a shape does not fit.
+        TypeError: the cell has no such gate or field.
+        ValueError: the horizon is longer than the sequence, or a shape does not match.
 
     Source: Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000.
 
@@ -73,35 +77,31 @@ def cell_path(
         >>> params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0)))
         >>> params = params._replace(b_h=jnp.array([0.0, 0, 1, 1, 0, 0, 0, 0]))
         >>> path = sj.analysis.cell_path(cell, params, jnp.ones((1, 10, 1)))
-        >>> path.log_true[0, -1].round(3), path.log_forget[0, -1].round(3)  # 10 ln sigma(1): nothing reads h
+        >>> path.log_true[0, -1].round(3), path.log_forget[0, -1].round(3)  # 10 ln sigma(1), since nothing reads h
         (np.float64(-3.133), np.float64(-3.133))
     """
-    given = driven(cell, params, xs, state, mask, reset)
-    K = check_horizon(horizon, given.time, given.time)
+    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    K = check_horizon(horizon, sequences.time, sequences.time)
     parts = state_parts(cell, params)
-    layers = [name[:-1].rstrip(".") for name in parts if name.split(".")[-1] == "c"]
-    if layer is not None:
-        layers = [name for name in layers if name == layer]
-    f = None
-    if layers and hasattr(cell, "gates"):
-        f = gates(cell, params, xs, state=state, mask=mask, reset=reset).get(
-            "/".join([*layers[:1], "forget"]).lstrip("/")
-        )
-    if f is None:
+    gate, field = _additive_path(cell, list(parts), layer) or ("", "")
+    has_gates = field and hasattr(cell, "gates")
+    activations = gates(cell, params, xs, state=state, mask=mask, reset=reset) if has_gates else {}
+    if gate not in activations:
         raise TypeError(
             f"expected a cell with a state field c and a gate named forget, got {type(cell).__name__} with the fields "
-            f"{', '.join(parts)}: it has no such path; look at gradient_by_lag"
+            f"{', '.join(parts)}: declare gate_roles and memory if they have other names, or look at gradient_by_lag"
         )
-    where = parts[".".join([*layers[:1], "c"]).lstrip(".")]
-    norms, units = compiled(_true_path, cell, K, where.start, where.stop)(given)
-    f = np.asarray(f, np.float64)
+    norms, units = cached_jit(_true_path, cell, K, parts[field].start, parts[field].stop)(sequences)
+    f = np.asarray(activations[gate], np.float64)
+    # `gates` returns zero at masked steps, where c does not change; and a reset removes all of c.
     if mask is not None:
         f = np.where(np.asarray(mask)[..., None], f, 1.0)
     if reset is not None:
         f = np.where(np.asarray(reset)[..., None], 0.0, f)
     with np.errstate(divide="ignore"):
-        log_f = np.log(f[:, given.time - K :][:, ::-1])
+        log_f = np.log(f[:, sequences.time - K :][:, ::-1])
         products = np.concatenate([np.zeros_like(f[:, :1]), np.cumsum(log_f, axis=1)], axis=1)
+        # ln of the root mean square of exp(products), which may underflow.
         log_forget = 0.5 * (np.logaddexp.reduce(2 * products, axis=-1) - np.log(f.shape[-1]))
     return CellPath(
         lags=np.arange(K + 1),
@@ -112,25 +112,63 @@ def cell_path(
     )
 
 
-def _true_path(cell: Cell, K: int, start: int, stop: int, given: Driven) -> tuple[Array, Array]:
-    """ln |dc_T/dc_{T-k}|_F / sqrt(m) for k = 0..K, and ln of the diagonal's entries at K."""
-    step, params, m = flat_step(cell, given.params), given.params, stop - start
-    states = flat_trajectory(cell, given)[:, given.time - K : given.time]
+def _additive_path(cell: Cell, fields: list[str], layer: str | None) -> tuple[str, str] | None:
+    """The names of the gate and of the state field that it keeps, in the first layer with such a field.
 
-    def one(before: Array, inputs: PyTree) -> tuple[Array, Array]:
+    Args:
+        cell: any cell.
+        fields: all fields of the state, such as "1.c".
+        layer: the only layer to look at, if it is not None.
+    """
+    declared = _declared_gates(cell)
+    prefixes = dict.fromkeys(field.rpartition(".")[0] for field in fields)
+    for prefix in prefixes if layer is None else (layer,):
+        roles, memory = declared.get(prefix, ({"forget": "keeps"}, "c"))
+        in_layer = [field for field in fields if field.rpartition(".")[0] == prefix]
+        keeping = [gate for gate, role in roles.items() if role == "keeps"]
+        # In a GRU the gate keeps the hidden state itself, so no path exists besides the one through h.
+        if prefix in declared and len(in_layer) < 2:
+            continue
+        field = f"{prefix}.{memory}".lstrip(".")
+        if keeping and field in in_layer:
+            return f"{prefix.replace('.', '/')}/{keeping[0]}".lstrip("/"), field
+    return None
+
+
+def _declared_gates(cell: Cell, prefix: str = "") -> dict[str, tuple[dict[str, str], str]]:
+    """`gate_roles` and `memory` of every layer that declares them, by the path of the layer, such as "" or "1"."""
+    if isinstance(cell, Stack):
+        layers = [_declared_gates(inner, f"{prefix}.{i}".lstrip(".")) for i, inner in enumerate(cell.cells)]
+        return {path: gates for layer in layers for path, gates in layer.items()}
+    if isinstance(cell, LearnedState):
+        return _declared_gates(cell.cell, prefix)
+    roles, memory = getattr(cell, "gate_roles", None), getattr(cell, "memory", "c")
+    return {} if roles is None else {prefix: (roles, memory)}
+
+
+def _true_path(cell: Cell, K: int, start: int, stop: int, sequences: Sequences) -> tuple[Array, Array]:
+    """ln |dc_T/dc_{T-k}|_F / sqrt(m) for k = 0..K, and the logarithms of the diagonal of the block at K.
+
+    `start` and `stop` are the limits of c in the flat state.
+    """
+    flat, params, m = flat_map(cell, sequences.params), sequences.params, stop - start
+    states = flat_trajectory(cell, sequences)[:, sequences.time - K : sequences.time]
+
+    def one_sequence(before: Array, inputs: PyTree) -> tuple[Array, Array]:
         def log_norm(block: Array, exponent: Array) -> Array:
             mean = jnp.sum(block**2) / m
-            return 0.5 * jnp.log(mean) + log_of_power(block, exponent)
+            return 0.5 * jnp.log(mean) + log_power(block, exponent)
 
         def back(carry: tuple[Array, Array], at: PyTree) -> tuple[tuple[Array, Array], Array]:
             rows, exponent = carry
-            rows, more = rescaled(pull(step, params, at[0], rows, at[1]))
-            return (rows, exponent + more), log_norm(rows[:, start:stop], exponent + more)
+            rows, shift = rescale(flat.pull(params, at[0], rows, at[1]))
+            return (rows, exponent + shift), log_norm(rows[:, start:stop], exponent + shift)
 
-        rows = jnp.eye(m, given.size, start, dtype=given.first.dtype)
+        # The rows of dc_T/ds_T: the identity in the columns of c.
+        rows = jnp.eye(m, sequences.size, start, dtype=sequences.first.dtype)
         (rows, exponent), norms = jax.lax.scan(back, (rows, jnp.zeros((), jnp.int32)), (before, inputs), reverse=True)
         diagonal = jnp.diagonal(rows[:, start:stop])
-        units = jnp.log(jnp.abs(diagonal)) + log_of_power(rows, exponent)
+        units = jnp.log(jnp.abs(diagonal)) + log_power(rows, exponent)
         return jnp.concatenate([jnp.zeros(1, norms.dtype), norms[::-1]]), units
 
-    return jax.vmap(one)(states, given.between(given.time - K, given.time).inputs)
+    return jax.vmap(one_sequence)(states, sequences.between(sequences.time - K, sequences.time).inputs)

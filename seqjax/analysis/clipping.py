@@ -1,7 +1,7 @@
-"""How often and how hard gradient clipping acted in a run, and which parameters' gradients made it act.
+"""How often and how strongly gradient clipping acted in a run, and which parameters had the large gradients.
 
-Clipping that acts now and then removes single steps that would have gone too far. Clipping that acts at nearly every
-step is a learning rate that nobody chose: the direction alone is used, and every step has one length.
+Clipping that acts rarely only shortens the few steps that would be too long. Clipping that acts at nearly every step
+changes the learning rate: every step then has the same length, and only the direction of the gradient matters.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from seqjax.training.loop import LEAF_PREFIX
+from seqjax.data.history import LEAF_PREFIX
+
+# Columns by name: a dict of columns, or a pandas table, which has the same `in` and `[]` but is no Mapping.
+History = Any
 
 
 class ClippingStatistics(NamedTuple):
-    """What clipping did to the updates of a run, in their order.
+    """The effect of clipping on the updates of a run, in their order.
 
     Attributes:
         clip_norm: c, the threshold.
-        fraction: the share of updates whose gradient was cut.
-        mean_factor: what gradients were multiplied with, on average over all updates; 1 where none was cut.
-        mean_cut: the same over the updates that were cut; 1 where none was.
-        smallest_factor: at the update that was cut most.
-        longest_run: the most updates on end that were cut.
-        factors: min(1, c / |g|) of each update (steps,).
-        clipped: whether each update was cut (steps,).
+        fraction: the share of updates whose gradient was clipped.
+        mean_factor: the mean factor of the gradients over all updates; 1 if none was clipped.
+        mean_cut: the mean factor over the clipped updates; 1 if there is none.
+        smallest_factor: the smallest factor of any update.
+        longest_run: the largest number of consecutive clipped updates.
+        factors: min(1, c / |g|) for each update (steps,).
+        clipped: whether each update was clipped (steps,).
         grad_norm: |g| before clipping (steps,).
-        by_leaf: the norm of each parameter's gradient (steps,), by its path, such as "cell.W_hh"; empty where the
-            history does not hold them, as metrics.csv does not. Their squares sum to that of `grad_norm`.
+        by_leaf: the norm of each parameter's gradient (steps,), by its path, such as "cell.W_hh". The sum of their
+            squares is the square of `grad_norm`. Empty if the history has no such columns; metrics.csv has none.
     """
 
     clip_norm: float
@@ -44,27 +47,27 @@ class ClippingStatistics(NamedTuple):
     by_leaf: dict[str, Float[np.ndarray, " steps"]]
 
 
-def clipping_statistics(history: Any, clip_norm: float | None) -> ClippingStatistics:
-    """How clipping acted, g <- g min(1, c / |g|), over the updates of a run.
+def clipping_statistics(history: History, clip_norm: float | None) -> ClippingStatistics:
+    """Statistics of clipping, g <- g min(1, c / |g|), over the updates of a run.
 
     Args:
-        history: columns by name: `Fitted.history`, or metrics.csv as pandas reads it or as a dict of columns. It needs
-            "grad_norm", the norm before clipping.
-        clip_norm: c, the threshold of the run; or another, to see what it would have done to the same gradients. None
+        history: columns by name: `Fitted.history`, or metrics.csv as a pandas table or a dict of columns. The column
+            "grad_norm", the norm before clipping, is required.
+        clip_norm: c, the threshold of the run, or another threshold to compute its effect on the same gradients; None
             for a run without clipping.
 
     Returns:
         `ClippingStatistics`.
 
     Raises:
-        ValueError: there is no column "grad_norm", it is empty or not finite, or `clip_norm` is not positive.
+        ValueError: the column "grad_norm" is missing, empty or not finite, or `clip_norm` is not positive.
 
     Source: Pascanu, Mikolov and Bengio 2013, "On the difficulty of training recurrent neural networks", algorithm 1.
 
     Example:
         >>> import seqjax as sj
-        >>> acted = sj.analysis.clipping_statistics({"grad_norm": [0.5, 2.0, 4.0, 1.0]}, 1.0)
-        >>> acted.factors.tolist(), acted.fraction, acted.longest_run
+        >>> statistics = sj.analysis.clipping_statistics({"grad_norm": [0.5, 2.0, 4.0, 1.0]}, 1.0)
+        >>> statistics.factors.tolist(), statistics.fraction, statistics.longest_run
         ([1.0, 0.5, 0.25, 1.0], 0.5, 2)
     """
     limit = np.inf if clip_norm is None else float(clip_norm)
@@ -73,7 +76,7 @@ def clipping_statistics(history: Any, clip_norm: float | None) -> ClippingStatis
     norms = _column(history, "grad_norm")
     clipped = norms > limit
     cut = limit / norms[clipped]
-    factors = np.ones_like(norms)
+    factors = np.ones_like(norms)  # c / |g| only where it clips, because |g| may be zero elsewhere
     factors[clipped] = cut
     return ClippingStatistics(
         clip_norm=limit,
@@ -81,7 +84,7 @@ def clipping_statistics(history: Any, clip_norm: float | None) -> ClippingStatis
         mean_factor=float(factors.mean()),
         mean_cut=float(cut.mean()) if cut.size else 1.0,
         smallest_factor=float(factors.min()),
-        longest_run=max((len(list(run)) for acted, run in itertools.groupby(clipped) if acted), default=0),
+        longest_run=max((len(list(run)) for is_clipped, run in itertools.groupby(clipped) if is_clipped), default=0),
         factors=factors,
         clipped=clipped,
         grad_norm=norms,
@@ -93,7 +96,7 @@ def clipping_statistics(history: Any, clip_norm: float | None) -> ClippingStatis
     )
 
 
-def _column(history: Any, name: str) -> np.ndarray:
+def _column(history: History, name: str) -> np.ndarray:
     if name not in history:
         raise ValueError(
             f"expected a history with a column {name!r}, got {', '.join(map(repr, history)) or 'none'}: "
@@ -105,6 +108,6 @@ def _column(history: Any, name: str) -> np.ndarray:
     if not np.isfinite(column).all():
         raise ValueError(
             f"expected finite norms in {name}, got {column[~np.isfinite(column)][0]} in row "
-            f"{np.argmin(np.isfinite(column))}: leave out the updates after which training stopped"
+            f"{np.argmin(np.isfinite(column))}: remove the updates from the row at which training stopped"
         )
     return column

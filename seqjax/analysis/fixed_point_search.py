@@ -1,42 +1,42 @@
-"""Fixed and slow points: where a cell under a constant input stands still, s* = F(s*, x), or nearly so.
+"""Fixed and slow points: states that a cell with a constant input does not change, s* = F(s*, x), or hardly changes.
 
-Around such a point the cell is a linear system, and the eigenvalues of its Jacobian there say what it does: what
-decays, what oscillates, what grows, and what lasts. A trained network's memory usually lies in a few of them.
+Near such a point the cell is a linear system. The eigenvalues of its Jacobian describe which directions decay,
+oscillate, grow or persist. The memory of a trained network usually lies near a few such points.
 
-The search lets q(s) = |F(s) - s|^2 / 2 fall from many starts at once, by Newton steps that are damped where they do not
-help (`seqjax.analysis._descent`). It is done in float64 whatever the precision around it: in float32 the speed
-|F(s) - s| cannot fall much below 1e-7, and a slow point cannot be told from a fixed one.
+The search minimizes q(s) = |F(s) - s|^2 / 2 from many starts at once by damped Newton steps
+(`seqjax.analysis._descent`). It always runs in float64. In float32 the speed |F(s) - s| cannot fall much below 1e-7,
+so a slow point could not be distinguished from a fixed point.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Complex, Float, Int, PyTree
 
-from seqjax.analysis._descent import descend
-from seqjax.analysis._flow import Driven, driven, unflatten
+from seqjax.analysis._descent import DescentResult, descend
+from seqjax.analysis._flow import Sequences, check_arguments, unflatten
 from seqjax.analysis._starts import check_input, flat_starts
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 
 
 class Search(NamedTuple):
-    """What became of every one of the m starts, in their order.
+    """The result of each of the m starts, in their order.
 
     Attributes:
-        outcome: (m,), "fixed", "slow", "fast" (the speed has a minimum there, above `slow_tolerance`), "unfinished"
-            (no minimum within `max_iterations`), or "diverged" (not finite, or a million times farther out than where
-            it began).
-        residual: (m,), the speed |F(s) - s| where it ended, change of state for each step.
-        slope: (m,), |d speed / ds| there; at a minimum at most 1e-6, and so small that over a distance of max(1, |s|)
-            it would change the speed by less than a tenth.
-        iterations: (m,), attempted Newton steps.
-        converged: (m,), whether it ended at a fixed point or at a minimum of the speed.
-        point: (m,), which of the points it ended at; -1 where at none.
+        outcome: (m,), "fixed", "slow", "fast" (a minimum of the speed, above `slow_tolerance`), "unfinished" (no
+            minimum within `max_iterations`), or "diverged" (not finite, or a million times larger than the start).
+        residual: (m,), the speed |F(s) - s| at the end, in change of state per step.
+        slope: (m,), |d speed / ds| at the end. At a minimum it is at most 1e-6, and so small that over a distance of
+            max(1, |s|) it would change the speed by less than a tenth.
+        iterations: (m,), the number of attempted Newton steps.
+        converged: (m,), whether the end is a fixed point or a minimum of the speed.
+        point: (m,), the index of the point at the end; -1 for none.
     """
 
     outcome: np.ndarray
@@ -48,21 +48,21 @@ class Search(NamedTuple):
 
 
 class FixedPoints(NamedTuple):
-    """The k points that were found, in float64: fixed before slow, each by rising spectral radius.
+    """The k points, in float64: fixed points before slow points, each sorted by increasing spectral radius.
 
     Attributes:
-        points: (k, n), the states, flat; `state_parts` says where each field lies.
+        points: (k, n), the flat states; `state_parts` returns the position of each field.
         states: the same as the cell's own states, leaves (k, ...).
         kind: (k,), "fixed" or "slow".
-        residual: (k,), the speed |F(s) - s| there, change of state for each step.
-        counts: (k,), how many starts ended there.
-        jacobians: (k, n, n), ds_t/ds_{t-1} there.
-        eigenvalues: (k, n), of the Jacobians, by falling modulus; -1/ln|eigenvalue| is a time constant in steps.
+        residual: (k,), the speed |F(s) - s| at the point, in change of state per step.
+        counts: (k,), the number of starts that ended at the point.
+        jacobians: (k, n, n), ds_t/ds_{t-1} at the point.
+        eigenvalues: (k, n), of the Jacobians, by decreasing modulus; -1/ln|eigenvalue| is a time constant in steps.
         spectral_radius: (k,), the largest modulus.
-        stable: (k,), whether the spectral radius is below one; rounding decides where it is one.
-        unstable: (k,), how many eigenvalues have a modulus above one.
-        search: what became of every start.
-        reason: one line: how many starts ended how.
+        stable: (k,), whether the spectral radius is below one; arbitrary if it is one up to rounding errors.
+        unstable: (k,), the number of eigenvalues with a modulus above one.
+        search: the result of each start.
+        reason: one line with the number of starts for each outcome.
     """
 
     points: Float[np.ndarray, "k n"]
@@ -93,34 +93,35 @@ def fixed_points(
     distance: float = 1e-4,
     max_iterations: int = 200,
 ) -> FixedPoints:
-    """The states at which a cell under a constant input stands still, s* = F(s*, x), and those at which it is slowest.
+    """Searches for the fixed points s* = F(s*, x) of a cell with a constant input, and for points of minimal speed.
 
-    A fixed point has a speed |F(s) - s| below `tolerance`, and Newton's step from it, which says how far off it may
-    be, is below `distance`: a state on the way to infinity, where a gate closes ever more, may be as slow. A slow point
-    is a minimum of the speed below `slow_tolerance`: what is left of a pair of fixed points that has just vanished,
-    where a trajectory lingers. What the starts do not lead to is not found; a line of fixed points comes back as many.
+    A fixed point has a speed |F(s) - s| below `tolerance`. Also, Newton's step from it, which estimates its error, is
+    below `distance`; otherwise a state that diverges slowly while a gate closes would count as fixed. A slow point is a
+    minimum of the speed below `slow_tolerance`. It remains after a pair of fixed points has merged and disappeared, and
+    trajectories stay near it for many steps. The search finds only points that the starts lead to. It returns a line
+    of fixed points as many points.
 
     Args:
-        cell, params: any cell and its parameters; they are cast to float64.
-        x: the input of every step, one example at one time, such as (features,) or a token; by default zeros.
-        starts: states, leaves (m, ...), to start from all of them; or a trajectory from `sj.trajectory`, leaves
-            (batch, time + 1, ...), to start from `count` of its states. By default random ones,
+        cell, params: any cell and its parameters; the parameters are cast to float64.
+        x: the input of every step, for one example, such as (features,) or a token; by default zeros.
+        starts: states, leaves (m, ...), which are all used; or a trajectory from `sj.trajectory`, leaves
+            (batch, time + 1, ...), of which `count` states are used. By default random states,
             s ~ N(initial state, scale^2).
-        count: how many starts, where they are drawn.
-        key: to draw them with; `jax.random.key(0)` by default.
-        scale: of the random starts, in units of the state.
-        tolerance: of a fixed point's speed, relative to max(1, |s|). A cell that computes in float32 whatever its
-            parameters, such as `flax.nnx.SimpleCell`, needs 1e-6.
-        slow_tolerance: of a slow point's speed, change of state for each step.
-        distance: points closer than this, relative to max(1, |s|), are one.
+        count: the number of starts that are drawn.
+        key: for drawing them; `jax.random.key(0)` by default.
+        scale: the standard deviation of random starts, in units of the state.
+        tolerance: the largest speed of a fixed point, relative to max(1, |s|). A cell that always computes in float32,
+            such as `flax.nnx.SimpleCell`, needs 1e-6.
+        slow_tolerance: the largest speed of a slow point, in change of state per step.
+        distance: points closer than this, relative to max(1, |s|), are one point.
         max_iterations: for each start.
 
     Returns:
-        `FixedPoints`; k may be zero, and `search` then says why.
+        `FixedPoints`. If k is zero, `search` has the outcome of each start.
 
     Raises:
-        ValueError: a shape does not fit, or a number is not positive.
-        TypeError: a dtype does not fit, or the state cannot be differentiated.
+        ValueError: a shape does not match, or a number is not positive.
+        TypeError: a dtype does not match, or the state cannot be differentiated.
 
     Source: Sussillo and Barak 2013, "Opening the black box: low-dimensional dynamics in high-dimensional recurrent
         neural networks". The damping is that of Marquardt 1963, with the rule of Nielsen 1999.
@@ -129,100 +130,119 @@ def fixed_points(
         >>> import jax.numpy as jnp, seqjax as sj
         >>> cell = sj.VanillaRNN(1, 1)
         >>> params = sj.VanillaParams(W_xh=jnp.eye(1), W_hh=2 * jnp.eye(1), b_h=jnp.zeros(1))  # h' = tanh(2 h + x)
-        >>> found = sj.analysis.fixed_points(cell, params)
-        >>> [(round(abs(float(h)), 6), str(kind)) for h, kind in zip(found.points[:, 0], found.kind)]
+        >>> result = sj.analysis.fixed_points(cell, params)
+        >>> [(round(abs(float(h)), 6), str(kind)) for h, kind in zip(result.points[:, 0], result.kind)]
         [(0.957504, 'fixed'), (0.957504, 'fixed'), (0.0, 'fixed')]
-        >>> found.spectral_radius.round(6).tolist(), found.unstable.tolist()
+        >>> result.spectral_radius.round(6).tolist(), result.unstable.tolist()
         ([0.166372, 0.166372, 2.0], [0, 0, 1])
     """
     limits = dict(scale=scale, tolerance=tolerance, slow_tolerance=slow_tolerance, distance=distance)
     for name, value in (limits | dict(count=count, max_iterations=max_iterations)).items():
         if not value > 0:
-            raise ValueError(f"expected a positive {name}, got {value!r}: the default is a place to start")
+            raise ValueError(f"expected a positive {name}, got {value!r}: start with the default")
+    # Locally, so that the user's precision does not change.
     with jax.enable_x64(True):
-        params, x = _double(params), _double(check_input(cell, x))
+        params, x = _to_float64(params), _to_float64(check_input(cell, x))
         first = flat_starts(cell, params, starts, count, jax.random.key(0) if key is None else key, scale)
+        # Each start is one sequence of one step, so that all checks of sequences apply.
         xs = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None, None], (len(first), 1, *leaf.shape)), x)
-        given = driven(cell, params, xs, unflatten(cell, params, first), None, None)
-        ended = jax.tree.map(np.asarray, compiled(descend, cell, int(max_iterations))(given))
-        outcome = _outcomes(np.asarray(given.first), ended, tolerance, slow_tolerance, distance)
-        chosen, point = _without_duplicates(ended, outcome, distance)
-        return _described(cell, given, ended, outcome, chosen, point)
+        sequences = check_arguments(cell, params, xs, unflatten(cell, params, first), None, None)
+        ends = jax.tree.map(np.asarray, cached_jit(descend, cell, int(max_iterations))(sequences))
+        outcome = _outcomes(np.asarray(sequences.first), ends, tolerance, slow_tolerance, distance)
+        chosen, point = _without_duplicates(ends, outcome, distance)
+        return _sorted_points(cell, sequences, ends, outcome, chosen, point)
 
 
-def _double(tree: PyTree) -> PyTree:
-    """Floating-point leaves in float64; tokens stay as they are."""
+def _to_float64(tree: PyTree) -> PyTree:
+    """Casts floating-point leaves; tokens do not change."""
 
-    def one(leaf: Any) -> Array:
+    def cast(leaf: ArrayLike) -> Array:
         leaf = jnp.asarray(leaf)
         return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cast, tree)
 
 
 def _size(points: np.ndarray) -> np.ndarray:
     return np.maximum(1.0, np.linalg.norm(points, axis=-1))
 
 
-def _newton_step(ended: Any, start: int) -> float:
-    """The length of the undamped step from where one start ended; what rounding leaves of a residual asks for none."""
-    r = np.asarray(ended.residual[start])
-    r = np.where(np.abs(r) <= 4 * np.finfo(r.dtype).eps * _size(ended.points)[start], 0, r)
-    return float(np.linalg.norm(np.linalg.lstsq(ended.jacobians[start] - np.eye(r.size), r)[0]))
+def _newton_step(ends: DescentResult, start: int) -> float:
+    """The length of the undamped Newton step from the end of one start."""
+    r = np.asarray(ends.residual[start])
+    # Rounding errors of the residual are set to zero, because a nearly singular matrix would make a long step of them.
+    r = np.where(np.abs(r) <= 4 * np.finfo(r.dtype).eps * _size(np.asarray(ends.points))[start], 0, r)
+    return float(np.linalg.norm(np.linalg.lstsq(ends.jacobians[start] - np.eye(r.size), r)[0]))
 
 
-def _outcomes(first: np.ndarray, ended: Any, tolerance: float, slow_tolerance: float, distance: float) -> np.ndarray:
-    size = _size(ended.points)
-    finite = np.isfinite(ended.speed) & np.isfinite(size)
+def _outcomes(
+    first: np.ndarray, ends: DescentResult, tolerance: float, slow_tolerance: float, distance: float
+) -> np.ndarray:
+    """`Search.outcome` of every start."""
+    speed, slope, size = np.asarray(ends.speed), np.asarray(ends.slope), _size(np.asarray(ends.points))
+    finite = np.isfinite(speed) & np.isfinite(size)
+    # A start that diverges may stop at any large state with a small relative speed.
     near = finite & (size <= 1e6 * _size(first))
-    minimum = near & (ended.slope <= 1e-6) & (ended.slope * size <= 0.1 * ended.speed)
-    fixed, slow = finite & (ended.speed <= tolerance * size), minimum & (ended.speed <= slow_tolerance)
+    minimum = near & (slope <= 1e-6) & (slope * size <= 0.1 * speed)
+    fixed, slow = finite & (speed <= tolerance * size), minimum & (speed <= slow_tolerance)
     for start in np.flatnonzero(fixed):
-        fixed[start] = _newton_step(ended, int(start)) <= distance * size[start]
+        fixed[start] = _newton_step(ends, int(start)) <= distance * size[start]
     return np.select([fixed, slow, minimum, near], ["fixed", "slow", "fast", "unfinished"], "diverged")
 
 
-def _without_duplicates(ended: Any, outcome: np.ndarray, distance: float) -> tuple[np.ndarray, np.ndarray]:
-    """The starts that stand for a point, fixed before slow and the smallest residual first; and each start's point."""
+def _without_duplicates(ends: DescentResult, outcome: np.ndarray, distance: float) -> tuple[np.ndarray, np.ndarray]:
+    """One start for each point, and the index of each start's point.
+
+    Fixed points come before slow ones and small speeds first, so that the most exact start represents its point.
+    """
+    points, speed = np.asarray(ends.points), np.asarray(ends.speed)
     candidates = np.flatnonzero(np.isin(outcome, ["fixed", "slow"]))
-    candidates = candidates[np.lexsort((ended.speed[candidates], outcome[candidates] == "slow"))]
+    candidates = candidates[np.lexsort((speed[candidates], outcome[candidates] == "slow"))]
     chosen, point = [], np.full(len(outcome), -1)
     while candidates.size:
-        here = ended.points[candidates[0]]
-        same = np.linalg.norm(ended.points[candidates] - here, axis=1) <= distance * _size(here[None])
+        here = points[candidates[0]]
+        same = np.linalg.norm(points[candidates] - here, axis=1) <= distance * _size(here[None])
         point[candidates[same]] = len(chosen)
         chosen.append(candidates[0])
         candidates = candidates[~same]
     return np.array(chosen, int), point
 
 
-def _described(
-    cell: Cell, given: Driven, ended: Any, outcome: np.ndarray, chosen: np.ndarray, point: np.ndarray
+def _sorted_points(
+    cell: Cell, sequences: Sequences, ends: DescentResult, outcome: np.ndarray, chosen: np.ndarray, point: np.ndarray
 ) -> FixedPoints:
-    values = np.linalg.eigvals(ended.jacobians[chosen]).astype(complex)
+    """The chosen ends in the order of `FixedPoints`."""
+    points, speed = np.asarray(ends.points), np.asarray(ends.speed)
+    values = np.linalg.eigvals(ends.jacobians[chosen]).astype(complex)
     values = np.take_along_axis(values, np.argsort(-np.abs(values), axis=1, kind="stable"), axis=1)
     radius, slow = np.abs(values[:, 0]), outcome[chosen] == "slow"
-    order = np.lexsort((ended.points[chosen, 0], radius.round(9), slow))  # mirror images have one radius
-    new_place = np.append(np.argsort(order), -1)
+    # The radius is rounded so that mirror images, whose radii are equal, are sorted by their first number.
+    order = np.lexsort((points[chosen, 0], radius.round(9), slow))
+    new_index = np.append(np.argsort(order), -1)  # -1 stays -1
     chosen, values, radius = chosen[order], values[order], radius[order]
-    point = new_place[point]
+    point = new_index[point]
     counts = np.bincount(point[point >= 0], minlength=len(chosen))
-    states = jax.tree.map(np.asarray, unflatten(cell, given.params, jnp.asarray(ended.points[chosen])))
+    states = jax.tree.map(np.asarray, unflatten(cell, sequences.params, jnp.asarray(points[chosen])))
     kinds = [f"{np.sum(outcome == kind)} {kind}" for kind in np.unique(outcome)]
     reason = f"{len(outcome)} starts: {', '.join(kinds)}; {np.sum(~slow)} fixed and {np.sum(slow)} slow points"
     return FixedPoints(
-        points=ended.points[chosen],
+        points=points[chosen],
         states=states,
         kind=outcome[chosen],
-        residual=ended.speed[chosen],
+        residual=speed[chosen],
         counts=counts,
-        jacobians=ended.jacobians[chosen],
+        jacobians=np.asarray(ends.jacobians)[chosen],
         eigenvalues=values,
         spectral_radius=radius,
         stable=radius < 1,
         unstable=np.sum(np.abs(values) > 1, axis=1),
         search=Search(
-            outcome, ended.speed, ended.slope, ended.iterations, np.isin(outcome, ["fixed", "slow", "fast"]), point
+            outcome,
+            speed,
+            np.asarray(ends.slope),
+            np.asarray(ends.iterations),
+            np.isin(outcome, ["fixed", "slow", "fast"]),
+            point,
         ),
         reason=reason,
     )

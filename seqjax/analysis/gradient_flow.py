@@ -1,7 +1,7 @@
-"""How far back a gradient reaches: its size at every step, and the norm of ds_t/ds_{t-k} against the lag k.
+"""Gradient norms through time: |dL/ds_t| at every step, and the norm of ds_t/ds_{t-k} for every lag k.
 
-Gradients are pulled back with their scale kept apart as a power of two, so that a norm of 10^-9000 is as right as one
-of 1. Naive products in float32 leave the normal range at lag 392 where a step multiplies by 0.8.
+Gradients are pulled back with a separate power of two as their scale, so a norm of 10^-9000 is as accurate as a norm of
+1. Without it, if every step multiplies by 0.8, products in float32 leave the normal range at lag 392.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis._flow import driven, flat_trajectory, random_frame, state_parts, unflatten
-from seqjax.analysis._gradient_traces import loss_gradient, norms_by_lag, turns
+from seqjax.analysis._flow import check_arguments, flat_trajectory, random_frame, state_parts, unflatten
+from seqjax.analysis._gradient_traces import is_nonlinear, log_loss_gradients, norms_by_lag
 from seqjax.analysis._spans import check_horizon, check_times
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 
-EXACT = 256  # numbers in a state up to which every column is pulled back
-PROBES = 64  # random columns beyond that
+EXACT = 256  # the largest state, in numbers, for which every column is pulled back by default
+PROBES = 64  # random columns for larger states
 
 
 class GradientByLag(NamedTuple):
@@ -30,22 +30,22 @@ class GradientByLag(NamedTuple):
 
     Attributes:
         log_gradient: (batch, T + 1), ln |dL/ds_t| for t = 0..T.
-        log_gradient_parts: the same for each field of the state alone, by name; minus infinity where it is below the
-            smallest float beside the whole.
+        log_gradient_parts: the same for each field of the state, by name. Minus infinity if the field underflows at the
+            scale of the whole state.
         lags: (K + 1,), k = 0..K, in steps.
-        times: the steps t from which ds_t/ds_{t-k} was traced back.
-        table: (batch, len(times), K + 1), ln of the expected norm |ds_t/ds_{t-k}|_F / sqrt(n): what a random unit
-            gradient at s_t is at s_{t-k}, in root mean square. NaN before the sequence begins.
+        times: the steps t for which ds_t/ds_{t-k} was computed.
+        table: (batch, len(times), K + 1), ln of the expected norm |ds_t/ds_{t-k}|_F / sqrt(n), the root mean square of
+            a random unit gradient at s_t after it was pulled back to s_{t-k}. NaN before the sequence begins.
         log_expected: (K + 1,), ln of its root mean square over times and sequences.
         log_worst: (K + 1,), ln of the largest spectral norm |ds_t/ds_{t-k}|_2 over times and sequences.
-        log_parts: by field of the state, (K + 1,): ln of the expected norm of what arrives in this field of s_{t-k}.
-        horizon: the memory horizon, the first lag from which on the expected norm stays below `threshold`; inf where
-            it does not within the lags of the table.
-        threshold: of the horizon, as a plain number.
-        exact: whether all n columns were traced back; else `log_expected` is an estimate from random ones and
-            `log_worst` a lower bound.
-        reliable: False where `reason` says what is wrong.
-        reason: empty if nothing is.
+        log_parts: by field of the state, (K + 1,): ln of the expected norm of this field of the gradient at s_{t-k}.
+        horizon: the memory horizon, the first lag from which the expected norm stays below `threshold`; inf if there is
+            no such lag in the table.
+        threshold: of the horizon.
+        exact: whether all n columns were pulled back. If not, `log_expected` is an estimate from random columns, and
+            `log_worst` is a lower bound.
+        reliable: whether all numbers are valid.
+        reason: why they are not, or empty.
     """
 
     log_gradient: Float[np.ndarray, "batch time1"]
@@ -78,25 +78,25 @@ def gradient_by_lag(
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
 ) -> GradientByLag:
-    """ln |dL/ds_t| for every t, and ln |ds_t/ds_{t-k}| for every lag k, safe at any lag.
+    """ln |dL/ds_t| for every t, and ln |ds_t/ds_{t-k}| for every lag k, without overflow or underflow.
 
         dL/ds_{t-1} = dl_{t-1}/ds_{t-1} + J_t^T dL/ds_t
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
-        loss: from the states s_1..s_T, leaves (batch, time, ...), to one number, as for `state_gradients`; by default
-            a random unit gradient arrives at s_T alone.
+        loss: maps the states s_1..s_T, leaves (batch, time, ...), to one number, as for `state_gradients`; by default
+            its gradient is a random unit vector at s_T and zero at all other steps.
         horizon: K, the largest lag, in steps; by default T, at most 100.
-        times: the steps t to trace back from; by default 8 in the second half of the sequence, the last among them.
-        threshold: below which memory counts as lost.
-        exact: whether to trace all n columns back, and not 64 random ones; by default up to n = 256.
-        key: draws the random gradients.
+        times: the steps t; by default 8 steps in the second half of the sequence, including the last one.
+        threshold: memory counts as lost if the norm is below this value.
+        exact: whether to pull back all n columns instead of 64 random ones; by default True up to n = 256.
+        key: for drawing the random gradients.
 
     Returns:
         `GradientByLag`.
 
     Raises:
-        ValueError: the horizon or a time lies outside the sequence, or a shape does not fit.
+        ValueError: the horizon or a time is outside the sequence, or a shape does not match.
         TypeError: the state cannot be differentiated.
 
     Source: Hochreiter 1991; Pascanu, Mikolov and Bengio 2013.
@@ -105,42 +105,44 @@ def gradient_by_lag(
         >>> import jax.numpy as jnp, seqjax as sj
         >>> cell = sj.VanillaRNN(1, 1, activation="identity")
         >>> params = sj.VanillaParams(W_xh=jnp.eye(1), W_hh=0.8 * jnp.eye(1), b_h=jnp.zeros(1))
-        >>> found = sj.analysis.gradient_by_lag(cell, params, jnp.ones((1, 40, 1)))
-        >>> round(float(jnp.exp(found.log_expected[20])), 4), found.horizon  # 0.8^20; 0.8^21 is below 0.01
+        >>> result = sj.analysis.gradient_by_lag(cell, params, jnp.ones((1, 40, 1)))
+        >>> round(float(jnp.exp(result.log_expected[20])), 4), result.horizon  # 0.8^20; 0.8^21 is below 0.01
         (0.0115, 21.0)
     """
-    given = driven(cell, params, xs, state, mask, reset, backward=True)
-    T, n = given.time, given.size
+    sequences = check_arguments(cell, params, xs, state, mask, reset, backward=True)
+    T, n = sequences.time, sequences.size
     if T == 0:
-        raise ValueError("expected at least one step to trace a gradient through, got T = 0")
+        raise ValueError("expected at least one step to pull a gradient back through, got T = 0")
     K = check_horizon(horizon, min(T, 100), T)
     chosen = check_times(times, max(T // 2, K), T)
     key_loss, key_frame = jax.random.split(jax.random.key(0) if key is None else key)
-    dtype, exact = given.first.dtype, n <= EXACT if exact is None else exact
+    dtype, exact = sequences.first.dtype, n <= EXACT if exact is None else exact
 
-    states = compiled(flat_trajectory, cell)(given)
+    states = cached_jit(flat_trajectory, cell)(sequences)
     if loss is None:
         arriving = jnp.zeros_like(states[:, 1:]).at[:, -1].set(random_frame(key_loss, 1, n, dtype)[0])
     else:
         arriving = jax.grad(lambda s: loss(unflatten(cell, params, s)))(states[:, 1:])
     parts = state_parts(cell, params)
-    log_gradient, of_parts = compiled(loss_gradient, cell)(given, states, arriving)
+    log_gradient, log_gradient_parts = cached_jit(log_loss_gradients, cell)(sequences, states, arriving)
 
     frame = jnp.eye(n, dtype=dtype) if exact else random_frame(key_frame, min(PROBES, n), n, dtype)
     ends = jnp.asarray(chosen)
-    traced = compiled(norms_by_lag, cell, K)(given, states, ends, frame)
-    table, worst, by_part = (np.asarray(values, np.float64) for values in traced)
+    norms = cached_jit(norms_by_lag, cell, K)(sequences, states, ends, frame)
+    table, worst, by_part = (np.asarray(values, np.float64) for values in norms)
     log_gradient = np.asarray(log_gradient, np.float64)
     log_expected = _root_mean_square(table)
     log_worst = _largest(worst)
+    # Lags before the beginning of the sequence are NaN by definition, and not an error.
     inside = np.where(np.arange(K + 1) <= chosen[:, None], table, 0.0)
     reasons = [
-        f"sequence {b}: {what}"
+        f"sequence {b}: {problem}"
         for b, rows in enumerate(zip(np.asarray(states), log_gradient, inside, strict=True))
-        if (what := _not_finite(*rows))
+        if (problem := _not_finite(*rows))
     ]
+    # A rounding error of the state grows by the worst norm. From 1/eps on it is as large as the state.
     lost = np.flatnonzero(log_worst > -math.log(float(jnp.finfo(dtype).eps)))
-    if not reasons and lost.size and compiled(turns, cell)(given, states):
+    if not reasons and lost.size and cached_jit(is_nonlinear, cell)(sequences, states):
         reasons = [
             f"within {lost[0]} steps rounding errors of {dtype} grow as large as the state, so gradients over more "
             f"steps than that belong to no trajectory"
@@ -148,13 +150,14 @@ def gradient_by_lag(
     reason = "; ".join(reasons)
     return GradientByLag(
         log_gradient=log_gradient,
-        log_gradient_parts={name: np.asarray(of_parts[i], np.float64) for i, name in enumerate(parts)},
+        log_gradient_parts={name: np.asarray(log_gradient_parts[i], np.float64) for i, name in enumerate(parts)},
         lags=np.arange(K + 1),
         times=chosen,
         table=table,
         log_expected=log_expected,
         log_worst=log_worst,
         log_parts={name: _root_mean_square(by_part[:, :, i]) for i, name in enumerate(parts)},
+        # Larger lags than any t have no value, and NaN would make the horizon NaN.
         horizon=memory_horizon(log_expected[: chosen.max() + 1], threshold),
         threshold=threshold,
         exact=exact,
@@ -164,7 +167,7 @@ def gradient_by_lag(
 
 
 def _not_finite(states: np.ndarray, log_gradient: np.ndarray, table: np.ndarray) -> str:
-    """What is wrong with one sequence, in words; minus infinity is the logarithm of a gradient that is gone."""
+    """Describes what is not finite in one sequence; minus infinity is valid, the logarithm of a zero gradient."""
     finite = np.isfinite(states).all(axis=1)
     if not finite.all():
         return f"the state is not finite from step {int(np.argmin(finite))} on"
@@ -175,14 +178,14 @@ def _not_finite(states: np.ndarray, log_gradient: np.ndarray, table: np.ndarray)
 
 
 def memory_horizon(log_norms: Float[Any, " lags"] | Sequence[float], threshold: float) -> float:
-    """The first lag from which on a norm stays below a threshold.
+    """The first lag from which a norm stays below a threshold.
 
     Args:
         log_norms: ln of a norm at lags 0..K.
         threshold: a positive number.
 
     Returns:
-        The lag in steps; inf where the norm is not below at the end, and NaN where it is not a number.
+        The lag in steps; inf if the last norm is not below the threshold, and NaN if a norm is NaN.
 
     Raises:
         ValueError: the threshold is not positive.
@@ -203,8 +206,8 @@ def memory_horizon(log_norms: Float[Any, " lags"] | Sequence[float], threshold: 
 
 
 def _root_mean_square(log_norms: np.ndarray) -> np.ndarray:
-    """ln sqrt(mean norm^2) over the first two axes, where they are not NaN."""
-    top = _largest(log_norms)
+    """ln sqrt(mean norm^2) over the first two axes, ignoring NaN."""
+    top = _largest(log_norms)  # taken out of the exponential, which would overflow
     with np.errstate(invalid="ignore", divide="ignore"):
         squares = np.exp(2 * (log_norms - np.where(np.isfinite(top), top, 0)))
         counted = ~np.isnan(log_norms)
@@ -213,6 +216,6 @@ def _root_mean_square(log_norms: np.ndarray) -> np.ndarray:
 
 
 def _largest(log_norms: np.ndarray) -> np.ndarray:
-    """The largest over the first two axes, where there is one that is not NaN."""
+    """The largest value over the first two axes, ignoring NaN; NaN if all are."""
     some = ~np.isnan(log_norms).all(axis=(0, 1))
     return np.where(some, np.max(np.where(np.isnan(log_norms), -np.inf, log_norms), axis=(0, 1)), np.nan)

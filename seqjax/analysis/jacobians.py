@@ -1,8 +1,8 @@
-"""Step Jacobians J_t = ds_t/ds_{t-1} and their products: what one step, and many, do to a perturbation of the state."""
+"""Step Jacobians J_t = ds_t/ds_{t-1} and their products: the effect of one or many steps on a perturbation."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,21 +10,22 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.analysis._flow import Driven, driven, flat_step, flat_trajectory, push, state_parts, unflatten
-from seqjax.analysis._scaled import log_of_power, rescaled
+from seqjax.analysis._flow import Sequences, check_arguments, flat_map, flat_trajectory, state_parts
+from seqjax.analysis._scaled import log_power, rescale
+from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import compiled
-from seqjax.sequence._execution.jacobian import step_jacobian
+from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._partition.plan import shapes_of_one
 
 
 class StepJacobians(NamedTuple):
-    """The derivatives of every step; all are change of a state for each unit of change of what it depends on.
+    """The derivatives of every step, in change of the state per unit of change of the other variable.
 
     Attributes:
-        by_state: J_t = ds_t/ds_{t-1}, (batch, time, n, n); the identity where a step is held, zero where it is reset.
-        by_input: ds_t/dx_t, (batch, time, n, m), where it was asked for.
-        parts: where each field of the state lies in 0..n, by name.
+        by_state: J_t = ds_t/ds_{t-1}, (batch, time, n, n); the identity at a masked step, and zero at a reset.
+        by_input: ds_t/dx_t, (batch, time, n, m); None if it was not requested.
+        parts: the position of each field of the state in 0..n, by name.
     """
 
     by_state: Float[Array, "batch time n n"]
@@ -32,7 +33,7 @@ class StepJacobians(NamedTuple):
     parts: dict[str, slice]
 
     def block(self, of: str, by: str) -> Float[Array, "batch time a b"]:
-        """One block, such as dh_t/dc_{t-1} = block("h", "c").
+        """One block of `by_state`, such as dh_t/dc_{t-1} = block("h", "c").
 
         Raises:
             ValueError: the state has no field of that name.
@@ -57,19 +58,19 @@ def step_jacobians(
 
         J_t = D_s + sum_i D_i W_i
 
-    from the parts of the step (`seqjax.sequence._execution.jacobian`), for any cell. Memory grows with
-    batch * time * n^2. The other functions of this package never form these matrices.
+    It is computed from the parts of the step (`seqjax.sequence._execution.jacobian`), for any cell. Memory grows with
+    batch * time * n^2. Most other functions of this package never form these matrices.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
-        inputs: also ds_t/dx_t, over the inputs of one step as one vector of m numbers.
+        inputs: whether to compute ds_t/dx_t too, with all inputs of one step as one vector of m numbers.
 
     Returns:
         `StepJacobians`.
 
     Raises:
-        ValueError: a shape does not fit.
-        TypeError: the state, or the inputs where they are asked for, cannot be differentiated.
+        ValueError: a shape does not match.
+        TypeError: the state cannot be differentiated, or `inputs` is True and the inputs cannot be.
 
     Source: Pascanu, Mikolov and Bengio 2013, "On the difficulty of training recurrent neural networks".
 
@@ -81,43 +82,38 @@ def step_jacobians(
         >>> J[0, :, 0, 0].tolist()  # at h = 0, 2 tanh'(0)
         [2.0, 2.0, 2.0]
     """
-    given = driven(cell, params, xs, state, mask, reset)
-    if inputs and not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(given.inputs[0])):
+    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    if inputs and not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(sequences.inputs.x)):
         raise TypeError(
-            f"expected floating-point xs for ds_t/dx_t, got {jax.tree.leaves(given.inputs[0])[0].dtype}: "
+            f"expected floating-point xs for ds_t/dx_t, got {jax.tree.leaves(sequences.inputs.x)[0].dtype}: "
             f"leave inputs=False for tokens, or analyse the layers above the embedding"
         )
-    by_state, by_input = compiled(jacobians_at, cell, inputs)(given, jnp.arange(given.time))
+    by_state, by_input = cached_jit(jacobians_at, cell, inputs)(sequences, jnp.arange(sequences.time))
     return StepJacobians(by_state, by_input, state_parts(cell, params))
 
 
-def jacobians_at(cell: Cell, inputs: bool, given: Driven, times: Array) -> tuple[Array, Array | None]:
-    """`StepJacobians` of the steps `times`, from 0, alone."""
-    before, drive = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, given), given.inputs))
-    step, params = flat_step(cell, given.params), given.params
-    unravel = partial(unflatten, cell, params)
-    like, at = shapes_of_one(before, 2), shapes_of_one((*drive, None), 2)
-    jacobian = step_jacobian(cell, params, jax.eval_shape(unravel, like), at)
+def jacobians_at(cell: Cell, inputs: bool, sequences: Sequences, times: Array) -> tuple[Array, Array | None]:
+    """The derivatives of `StepJacobians` at only the steps `times`, counted from 0."""
+    before, inputs_at = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, sequences), sequences.inputs))
+    flat, params = flat_map(cell, sequences.params), sequences.params
+    by_state = flat.jacobian(params, shapes_of_one((before, inputs_at), 2))
 
-    def by_state(v: Array, at: PyTree) -> Array:
-        return jacobian(unravel(v), (*at, None)).astype(v.dtype)
+    def by_input(v: Array, at: Inputs) -> Array:
+        x, unravel = ravel_pytree(at.x)  # inputs are no state, so `FlatCell` does not flatten them
+        return jax.jacfwd(lambda x: flat.step(params, v, at._replace(x=unravel(x))))(x)
 
-    def by_input(v: Array, at: PyTree) -> Array:
-        x, unravel = ravel_pytree(at[0])
-        return jax.jacfwd(lambda x: step(params, v, (unravel(x), *at[1:])))(x)
+    def at_all_steps(derivative: Callable[[Array, Inputs], Array]) -> Array:
+        return jax.vmap(jax.vmap(derivative))(before, inputs_at)
 
-    def everywhere(derivative: Any) -> Array:
-        return jax.vmap(jax.vmap(derivative))(before, drive)
-
-    return everywhere(by_state), everywhere(by_input) if inputs else None
+    return at_all_steps(by_state), at_all_steps(by_input) if inputs else None
 
 
 class JacobianProduct(NamedTuple):
     """J_stop ... J_{start+1} = exp(log_scale) * matrix.
 
     Attributes:
-        matrix: (batch, n, n), scaled so that its largest entry lies between 1/2 and 1.
-        log_scale: (batch,), in nats; minus infinity where the product is zero.
+        matrix: (batch, n, n), scaled so that its largest entry is between 1/2 and 1.
+        log_scale: (batch,), in nats; minus infinity if the product is zero.
     """
 
     matrix: Float[Array, "batch n n"]
@@ -135,21 +131,21 @@ def jacobian_product(
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
 ) -> JacobianProduct:
-    """ds_stop/ds_start = J_stop ... J_{start+1}, with its scale kept as a logarithm.
+    """ds_stop/ds_start = J_stop ... J_{start+1}, with its scale as a separate logarithm.
 
-    The scale neither overflows nor vanishes at any lag. The *small* singular values of a long product are lost all the
-    same, as in any product that is multiplied out: `product_singular_values` and `lyapunov_exponents` keep them.
+    So the product neither overflows nor underflows at any lag. But like every explicit product of many matrices, it
+    loses the *small* singular values; `product_singular_values` and `lyapunov_exponents` compute them.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
-        start: s, in steps from 0.
-        stop: t, in steps up to the time of `xs`, which is the default.
+        start: the first state, in steps from 0.
+        stop: the last state, in steps; by default the last step of `xs`.
 
     Returns:
         `JacobianProduct`.
 
     Raises:
-        ValueError: start and stop are not in order within the sequence, or a shape does not fit.
+        ValueError: `start` and `stop` are not in order within the sequence, or a shape does not match.
         TypeError: the state cannot be differentiated.
 
     Example:
@@ -160,36 +156,24 @@ def jacobian_product(
         >>> round(float(product.log_scale[0]))  # 100 000 ln 0.8, far below the smallest float
         -22314
     """
-    given = driven(cell, params, xs, state, mask, reset)
-    start, stop = check_span(start, stop, given.time)
-    return compiled(_jacobian_product, cell, start, stop)(given)
+    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    start, stop = check_span(start, stop, sequences.time)
+    return cached_jit(_jacobian_product, cell, start, stop)(sequences)
 
 
-def check_span(start: int, stop: int | None, time: int) -> tuple[int, int]:
-    """Returns a span of steps, 0 <= start <= stop <= time, as two whole numbers.
+def _jacobian_product(cell: Cell, start: int, stop: int, sequences: Sequences) -> JacobianProduct:
+    states = flat_trajectory(cell, sequences.until(stop))
+    flat, params = flat_map(cell, sequences.params), sequences.params
 
-    Raises:
-        ValueError: it is not one.
-    """
-    stop = time if stop is None else stop
-    if not 0 <= start <= stop <= time:
-        raise ValueError(f"expected 0 <= start <= stop <= time = {time}, got start {start} and stop {stop}")
-    return int(start), int(stop)
-
-
-def _jacobian_product(cell: Cell, start: int, stop: int, given: Driven) -> JacobianProduct:
-    states = flat_trajectory(cell, given.until(stop))
-    step, params = flat_step(cell, given.params), given.params
-
-    def one(v: Array, inputs: PyTree) -> JacobianProduct:
+    def one_sequence(v: Array, inputs: PyTree) -> JacobianProduct:
         def advance(carry: tuple[Array, Array, Array], at: PyTree) -> tuple[tuple[Array, Array, Array], None]:
             v, columns, exponent = carry
-            v, columns = push(step, params, v, columns, at)
-            columns, more = rescaled(columns)
-            return (v, columns, exponent + more), None
+            v, columns = flat.push(params, v, columns, at)
+            columns, shift = rescale(columns)
+            return (v, columns, exponent + shift), None
 
         first = (v, jnp.eye(v.size, dtype=v.dtype), jnp.zeros((), jnp.int32))
         (_, columns, exponent), _ = jax.lax.scan(advance, first, inputs)
-        return JacobianProduct(columns.T, log_of_power(columns, exponent))
+        return JacobianProduct(columns.T, log_power(columns, exponent))  # `push` stores columns as rows
 
-    return jax.vmap(one)(states[:, start], given.between(start, stop).inputs)
+    return jax.vmap(one_sequence)(states[:, start], sequences.between(start, stop).inputs)

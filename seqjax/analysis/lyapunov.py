@@ -1,15 +1,15 @@
-"""Lyapunov exponents: the mean rate, in nats a step, at which a perturbation of the state grows in each direction.
+"""Lyapunov exponents: the mean growth rates of perturbations of the state, in nats per step.
 
-A frame of k perturbations is pushed along the trajectory, V <- J_t V, and made orthonormal again by QR every few steps;
-the exponents are the mean logarithms of the diagonal of R,
+A frame of k perturbations is pushed along the trajectory, V <- J_t V, and orthonormalized by QR every few steps. The
+exponents are the mean logarithms of the diagonal of R,
 
     lambda_i = lim (1/T) sum_t ln R_t[i, i].
 
-The n x n Jacobian is never formed: k columns cost k passes through the linearised step.
+The n x n Jacobian is never formed: k columns cost k passes through the linearized step.
 
-Between two QRs the columns lean towards the fastest direction. When the slowest has shrunk beside it by 1/eps it is
-lost, and its exponent is rounding error that looks like a number. So the interval is chosen from the measured spread,
-checked on every block afterwards, and shortened where a block went too far.
+Between two QRs all columns turn towards the fastest direction. When the slowest one has shrunk by 1/eps relative to it,
+the slowest is lost, and its exponent is a rounding error that looks like a result. So the interval between QRs is
+chosen from measured growth rates, checked on every block afterwards, and shortened if a block exceeds the limit.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis._flow import Driven, driven, random_frame
+from seqjax.analysis._flow import Sequences, check_arguments, random_frame
 from seqjax.analysis._frames import (
-    advance,
     check_count,
-    counted_steps,
+    count_valid_steps,
+    final_states,
     log_diagonal,
     lost_directions,
     safe_interval,
@@ -38,31 +38,32 @@ from seqjax.analysis._frames import (
 )
 from seqjax.analysis._statistics import bootstrap_interval
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import compiled
+from seqjax.cells.whole_numbers import whole_number
+from seqjax.sequence._cached_jit import cached_jit
 
-BLOCKS = 32  # at least, where the run is that long, so that an interval can be had from them
+MIN_BLOCKS = 32  # if the run is long enough, because the confidence intervals resample the blocks
 
 
 class LyapunovExponents(NamedTuple):
-    """Exponents in nats a step, largest first. A reset moves the state and leaves the perturbations as they are.
+    """Exponents in nats per step, largest first. A reset sets the state but does not change the perturbations.
 
     Attributes:
-        exponents: (batch, k), one spectrum for each sequence; minus infinity where steps are singular.
-        mean: (k,), over the sequences.
-        spread: (k,), the standard deviation over the sequences; 0 for one.
-        low, high: (batch, k), a 95 % interval by block bootstrap over time; NaN for too short a run.
-        split_half: (batch, k), second half of the run less the first: how far it still drifts.
+        exponents: (batch, k), one spectrum for each sequence; minus infinity if a step is singular in that direction.
+        mean: (k,), the mean over the sequences.
+        spread: (k,), the standard deviation over the sequences; 0 for one sequence.
+        low, high: (batch, k), a 95 % confidence interval by block bootstrap over time; NaN if the run is too short.
+        split_half: (batch, k), the estimate from the second half of the run minus that from the first half.
         history: (batch, blocks, k), the estimate after each block.
-        history_steps: (blocks,), steps counted by then, of the first sequence.
-        kaplan_yorke: (batch,), the dimension j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|; NaN where k is too small,
-            and n where all n exponents add up to no contraction.
-        entropy_rate: (batch,), the sum of positive exponents, in nats a step: Pesin's upper bound.
-        singular: (batch, k), where a step's Jacobian has lost the direction to the precision of the dtype: it shrank
-            beside the fastest one by exp(12) or so in float32, by exp(32) in float64, or to nothing at all.
-        qr_every: steps between two QRs.
-        steps: (batch,), valid steps that were averaged over.
-        reliable: (batch,), False where a number is wrong; `reason` then says of this sequence what is.
-        reason: what is wrong, in words, and where exponents are minus infinity; empty where there is nothing to say.
+        history_steps: (blocks,), the number of valid steps up to each block, in the first sequence.
+        kaplan_yorke: (batch,), the dimension j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|; NaN if k is too small,
+            and n if all n exponents are known and their sum is not negative.
+        entropy_rate: (batch,), the sum of the positive exponents, in nats per step, which is Pesin's upper bound.
+        singular: (batch, k), whether one step shrank the direction below the precision of the dtype: by a factor of
+            about exp(12) relative to the fastest direction in float32, of about exp(32) in float64, or to zero.
+        qr_every: the number of steps between two QRs.
+        steps: (batch,), the number of valid steps in the mean.
+        reliable: (batch,), whether all numbers of a sequence are valid.
+        reason: for each sequence, why they are not, or which exponents are minus infinity; empty if there is none.
     """
 
     exponents: Float[np.ndarray, "batch k"]
@@ -100,22 +101,23 @@ def lyapunov_exponents(
 
         lambda_i = lim (1/T) sum_t ln R_t[i, i],    J_t Q_{t-1} = Q_t R_t
 
-    Memory grows with time only by the history, batch * blocks * k numbers.
+    Of the memory only the history, batch * blocks * k numbers, grows with time.
 
     Args:
-        cell, params, xs, state, mask, reset: as for `unroll`; a cell without inputs takes xs (batch, time, 0).
-        k: how many; by default 8, or all of a smaller state.
-        burn_in: steps before the perturbations start, for the state to reach its attractor; by default a fifth of the
-            time, at most 100.
-        frame_burn_in: steps after that which turn the frame and are not counted; by default the same.
-        qr_every: steps between two QRs; by default chosen from the measured spread and never unsafe.
-        key: draws the first frame.
+        cell, params, xs, state, mask, reset: as for `unroll`. For a cell without inputs, xs is (batch, time, 0).
+        k: the number of exponents; by default 8, or all of a smaller state.
+        burn_in: the number of first steps without perturbations, in which the state reaches its attractor; by default a
+            fifth of the time, at most 100.
+        frame_burn_in: the number of steps after these that only align the frame and are not in the mean; by default
+            the same.
+        qr_every: the number of steps between two QRs; by default chosen from the measured growth rates.
+        key: for drawing the first frame.
 
     Returns:
         `LyapunovExponents`.
 
     Raises:
-        ValueError: k is larger than the state, the sequences are shorter than the burn-in, or a shape does not fit.
+        ValueError: k is larger than the state, the sequences are too short for the burn-in, or a shape does not match.
         TypeError: the state cannot be differentiated.
 
     Source: Benettin et al. 1980, "Lyapunov characteristic exponents for smooth dynamical systems"; Engelken, Wolf and
@@ -127,79 +129,77 @@ def lyapunov_exponents(
         ...     def init(self, key): return {}
         ...     def initial_state(self, params): return jnp.full(1, 0.3)
         ...     def step(self, params, s, x): return 4 * s * (1 - s), s
-        >>> found = sj.analysis.lyapunov_exponents(Logistic(), {}, jnp.zeros((1, 20_000, 0)))
-        >>> round(float(found.exponents[0, 0]), 2)  # ln 2
+        >>> result = sj.analysis.lyapunov_exponents(Logistic(), {}, jnp.zeros((1, 20_000, 0)))
+        >>> round(float(result.exponents[0, 0]), 2)  # ln 2
         0.69
     """
-    given = driven(cell, params, xs, state, mask, reset)
-    k = check_count(k, given.size)
-    burn_in, frame_burn_in = _check_burn_in(given, burn_in, frame_burn_in)
-    if qr_every is not None and not (_is_whole(qr_every) and qr_every >= 1):
-        raise ValueError(
-            f"expected qr_every of at least 1 whole step, got {qr_every!r}: leave it out to have it chosen"
-        )
+    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    k = check_count(k, sequences.size)
+    burn_in, frame_burn_in = _check_burn_in(sequences, burn_in, frame_burn_in)
+    if qr_every is not None:
+        hint, expected = "None chooses a safe interval", "qr_every of at least 1 whole step"
+        qr_every = whole_number("qr_every", qr_every, hint=hint, expected=expected)
     key = jax.random.key(0) if key is None else key
     start = burn_in + frame_burn_in
 
-    states, frames, warm_logs = compiled(_warm_up, cell, k, burn_in, frame_burn_in)(given, key)
+    states, frames, warm_logs = cached_jit(_warm_up, cell, k, burn_in, frame_burn_in)(sequences, key)
     dtype, chosen = frames.dtype, qr_every is None
-    enough = max(1, (given.time - start) // BLOCKS)
-    every = qr_every or min(safe_interval(np.asarray(warm_logs, np.float64), dtype), enough)
+    longest = max(1, (sequences.time - start) // MIN_BLOCKS)
+    every = qr_every or min(safe_interval(np.asarray(warm_logs, np.float64), dtype), longest)
     while True:
-        logs = np.asarray(compiled(_count, cell, start, every)(given, states, frames), np.float64)
-        strained = strain(logs, dtype)
-        if not chosen or every == 1 or strained.max() <= 1:
+        logs = np.asarray(cached_jit(_block_logs, cell, start, every)(sequences, states, frames), np.float64)
+        strains = strain(logs, dtype)
+        if not chosen or every == 1 or strains.max() <= 1:
             break
-        every //= 2
-    steps = counted_steps(given.between(start, given.time), every)
-    found = _result(logs, steps, start, every, chosen, strained, dtype)
-    if k < given.size:
-        return found
-    return found._replace(kaplan_yorke=np.where(found.exponents.sum(axis=1) >= 0, float(k), found.kaplan_yorke))
+        every //= 2  # growth in a later block was faster than in the steps that the interval was chosen from
+    steps = count_valid_steps(sequences.between(start, sequences.time), every)
+    result = _result(logs, steps, start, every, chosen, strains, dtype)
+    if k < sequences.size:
+        return result
+    return result._replace(kaplan_yorke=np.where(result.exponents.sum(axis=1) >= 0, float(k), result.kaplan_yorke))
 
 
 def _warm_up(
-    cell: Cell, k: int, burn_in: int, frame_burn_in: int, given: Driven, key: Array
+    cell: Cell, k: int, burn_in: int, frame_burn_in: int, sequences: Sequences, key: Array
 ) -> tuple[Array, Array, Array]:
-    """The states and the frames after their burn-in, and ln R_ii of single steps, to choose the interval from."""
-    states = advance(cell, given.until(burn_in))
-    frame = random_frame(key, k, given.size, given.first.dtype)
-    frames = jnp.broadcast_to(frame, (given.batch, *frame.shape))
+    """The states and the frames after their burn-in, and ln R_ii of single steps, from which the interval is chosen."""
+    states = final_states(cell, sequences.until(burn_in))
+    frame = random_frame(key, k, sequences.size, sequences.first.dtype)
+    frames = jnp.broadcast_to(frame, (sequences.batch, *frame.shape))
     start = burn_in + frame_burn_in
-    probe = given.between(burn_in, start if frame_burn_in else min(start + 32, given.time))
+    # Without a burn-in of the frame, the first steps of the run are measured, but the run itself starts from the frame.
+    probe = sequences.between(burn_in, start if frame_burn_in else min(start + 32, sequences.time))
     warm_states, warm_frames, logs = sweep(cell, 1, log_diagonal, probe, states, frames)
     return (warm_states, warm_frames, logs) if frame_burn_in else (states, frames, logs)
 
 
-def _count(cell: Cell, start: int, every: int, given: Driven, states: Array, frames: Array) -> Array:
+def _block_logs(cell: Cell, start: int, every: int, sequences: Sequences, states: Array, frames: Array) -> Array:
     """ln R_ii of every block after the burn-in."""
-    return sweep_all(cell, log_diagonal, every, given.between(start, given.time), states, frames)
+    return sweep_all(cell, log_diagonal, every, sequences.between(start, sequences.time), states, frames)
 
 
-def _check_burn_in(given: Driven, burn_in: int | None, frame_burn_in: int | None) -> tuple[int, int]:
-    usual = min(100, given.time // 5)
-    burn_in = usual if burn_in is None else burn_in
-    frame_burn_in = usual if frame_burn_in is None else frame_burn_in
-    if not (_is_whole(burn_in) and _is_whole(frame_burn_in)):
-        raise ValueError(f"expected whole steps of burn-in, got {burn_in!r} and {frame_burn_in!r}")
-    if burn_in < 0 or frame_burn_in < 0 or burn_in + frame_burn_in >= given.time:
+def _check_burn_in(sequences: Sequences, burn_in: int | None, frame_burn_in: int | None) -> tuple[int, int]:
+    default = min(100, sequences.time // 5)
+    burn_in = default if burn_in is None else burn_in
+    frame_burn_in = default if frame_burn_in is None else frame_burn_in
+    expected = "whole steps of burn-in"
+    burn_in = whole_number("burn_in", burn_in, 0, expected=expected)
+    frame_burn_in = whole_number("frame_burn_in", frame_burn_in, 0, expected=expected)
+    if burn_in + frame_burn_in >= sequences.time:
         raise ValueError(
             f"expected sequences longer than burn_in + frame_burn_in, {burn_in} + {frame_burn_in} steps, "
-            f"got {given.time}: use longer ones, or a shorter burn-in"
+            f"got {sequences.time}: use longer ones, or a shorter burn-in"
         )
-    return int(burn_in), int(frame_burn_in)
-
-
-def _is_whole(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return burn_in, frame_burn_in
 
 
 def _result(
-    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strained: np.ndarray, dtype: DTypeLike
+    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strains: np.ndarray, dtype: DTypeLike
 ) -> LyapunovExponents:
     total = steps.sum(axis=1)
+    # Within a longer block a direction may shrink that far without a single singular step.
     lost = lost_directions(logs, dtype) if every == 1 else np.isneginf(logs)
-    singular = lost.any(axis=1)
+    singular = np.asarray(lost.any(axis=1))
     finite = np.isfinite(np.where(lost, 0.0, logs)).all(axis=(1, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(lost, -np.inf, logs)
@@ -207,23 +207,24 @@ def _result(
     exponents = history[:, -1]
     split_half = np.array([_drift(*row) for row in zip(logs, steps, strict=True)])
     intervals = np.array([bootstrap_interval(*row) for row in zip(logs, steps, strict=True)])
+    # QR orders the directions only in the limit of a long run, and NaN must come last.
     order = np.argsort(-np.where(np.isnan(exponents), -np.inf, exponents), axis=1, kind="stable")
 
-    def ordered(values: Any) -> np.ndarray:
-        return np.take_along_axis(np.asarray(values), order, axis=1)
+    def ordered(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, order, axis=1)
 
     reasons = {}
     for b in np.flatnonzero(~finite):
         block = int(np.argmin(np.isfinite(np.where(lost[b], 0.0, logs[b])).all(axis=1)))
-        what = "the state or its derivative" + (f", over qr_every={every} steps," if every > 1 else "")
-        reasons[b] = f"{what} is not finite from about step {first + block * every + 1} on"
+        subject = "the state or its derivative" + (f", over qr_every={every} steps," if every > 1 else "")
+        reasons[b] = f"{subject} is not finite from about step {first + block * every + 1} on"
     for b in np.flatnonzero(total == 0):
         reasons[b] = "no valid step is left after the burn-in"
-    for b in np.flatnonzero(strained > 1) if every > 1 and not chosen else ():
+    for b in np.flatnonzero(strains > 1) if every > 1 and not chosen else ():
         reasons.setdefault(
             b,
             f"qr_every={every} is too long: in the worst block the columns lost more of their digits than is safe, "
-            f"{strained[b]:.1f} times; leave qr_every out",
+            f"{strains[b]:.1f} times; leave qr_every out",
         )
     remarks = {
         b: f"{count} of {logs.shape[2]} exponents are minus infinity: in some step these directions shrink below the "
@@ -232,6 +233,7 @@ def _result(
         if count and b not in reasons
     }
     exponents = ordered(exponents)
+    # Equal values have no spread, also if they are minus infinity, for which numpy computes NaN.
     with np.errstate(invalid="ignore"):
         spread = np.where((exponents == exponents[0]).all(axis=0), 0.0, exponents.std(axis=0))
     return LyapunovExponents(
@@ -254,7 +256,7 @@ def _result(
 
 
 def _drift(logs: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """The mean over the second half of the blocks that count, less that over the first; NaN where there is only one."""
+    """The mean over the second half of the blocks with valid steps minus that over the first; NaN for one block."""
     logs, steps = logs[steps > 0], steps[steps > 0]
     half = len(steps) // 2
     if not half:
@@ -264,13 +266,13 @@ def _drift(logs: np.ndarray, steps: np.ndarray) -> np.ndarray:
 
 
 def kaplan_yorke_dimension(exponents: Float[Any, " k"] | Sequence[float]) -> float:
-    """D = j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|, j the largest number whose partial sum is not negative.
+    """D = j + (lambda_1 + .. + lambda_j) / |lambda_{j+1}|, with the largest j whose partial sum is not negative.
 
     Args:
         exponents: in descending order, (k,), in nats.
 
     Returns:
-        The dimension; NaN where all partial sums of the k exponents are positive, so that more of them are needed.
+        The dimension; NaN if no partial sum of the k exponents is negative, so that more exponents are needed.
 
     Source: Kaplan and Yorke 1979, "Chaotic behavior of multidimensional difference equations".
 

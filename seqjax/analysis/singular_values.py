@@ -1,10 +1,11 @@
-"""The largest singular values of a product of a hundred thousand Jacobians, without the product.
+"""The largest singular values of a product of many Jacobians, without forming the product.
 
-For M = J_t ... J_{s+1}, block iteration on M^T M: a frame of columns is pushed forward through all steps with jvps, and
-the result pulled back through all of them with vjps, until the values stand still. QR after every few steps keeps the
-columns apart; what QR takes out is kept as triangular factors, whose product has the singular values of M on that
-frame. Multiplied out, the product of these factors would lose the small values as M itself would; kept as D U, with the
-logarithms of the diagonal D and U of unit diagonal, it loses none.
+For M = J_t ... J_{s+1} the algorithm is block iteration on M^T M. A frame of columns is pushed forward through all
+steps with jvps, and the result is pulled back with vjps, until the values converge. A QR after every few steps keeps
+the columns independent. The product of its triangular factors has the singular values of M on that frame.
+
+Like M itself, an explicit product of these factors would lose the small values. The product is therefore stored as D U,
+with the logarithms of the diagonal D and a U with unit diagonal, which loses none of them.
 """
 
 from __future__ import annotations
@@ -17,35 +18,45 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.analysis._flow import Driven, driven, flat_step, flat_trajectory, held, orthonormal, pull, random_frame
+from seqjax.analysis._flow import (
+    Sequences,
+    check_arguments,
+    flat_map,
+    flat_trajectory,
+    orthonormal,
+    pad_with_masked_steps,
+    random_frame,
+)
 from seqjax.analysis._frames import (
-    advance,
     check_count,
+    final_states,
     log_diagonal,
     lost_directions,
     safe_interval,
     strain,
     sweep,
-    whole_factor,
+    triangular_factor,
 )
-from seqjax.analysis.jacobians import check_span
+from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 
-OVERSAMPLED = 8  # columns beyond the k that are asked for: they make the k-th converge
+OVERSAMPLED = 8  # additional columns, because a value converges at the rate of its ratio to the last column's value
 MOST_SWEEPS = 30
+MAX_EXPONENT = 600.0  # exp of more than 709 overflows in float64
 
 
 class ProductSingularValues(NamedTuple):
     """Singular values of J_stop ... J_{start+1}.
 
     Attributes:
-        log_values: (batch, k), natural logarithms, largest first; minus infinity where the product is singular.
-        change: (batch, k), by how much each logarithm moved in the last sweep; zero where the k + 8 columns are all of
-            the state, which needs no more than one sweep.
-        converged: (batch, k), whether that, and what more sweeps would add to it, is within the tolerance.
-        sweeps: forward sweeps that were made.
-        qr_every: steps between two QRs.
+        log_values: (batch, k), natural logarithms, largest first; minus infinity if the product is singular.
+        change: (batch, k), the change of each logarithm in the last sweep; zero if the k + 8 columns span the state, so
+            that one sweep is exact.
+        converged: (batch, k), whether the last change, and the estimated change in further sweeps, are within the
+            tolerance.
+        sweeps: the number of forward sweeps.
+        qr_every: the number of steps between two QRs.
     """
 
     log_values: Float[np.ndarray, "batch k"]
@@ -69,23 +80,23 @@ def product_singular_values(
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
 ) -> ProductSingularValues:
-    """ln sigma_i(J_stop ... J_{start+1}), i = 1..k: how much the best directions grow or shrink over a span.
+    """ln sigma_i(J_stop ... J_{start+1}), i = 1..k: the growth of the fastest directions over a span of steps.
 
-    Time is that of a few forward and backward passes with k + 8 columns; states are kept at sqrt(time) places only.
+    The cost is a few forward and backward passes with k + 8 columns. Only about sqrt(time) states are stored.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
-        k: how many; by default 8, or all of a smaller state.
+        k: the number of values; by default 8, or all of a smaller state.
         start, stop: the span, in steps; by default all of `xs`.
-        tolerance: of a logarithm; by default 1e-4 in float32 and 1e-9 in float64, or the rounding error of so many
-            steps, eps times their number, where that is more.
-        key: draws the first frame.
+        tolerance: of a logarithm; by default 1e-4 in float32 and 1e-9 in float64, or eps * steps, the rounding error of
+            the sum over all steps, if that is larger.
+        key: for drawing the first frame.
 
     Returns:
         `ProductSingularValues`.
 
     Raises:
-        ValueError: k is larger than the state, or the span or a shape does not fit.
+        ValueError: k is larger than the state, or the span or a shape does not match.
         TypeError: the state cannot be differentiated.
 
     Source: Halko, Martinsson and Tropp 2011, "Finding structure with randomness", section 4.5, with the factored form
@@ -95,125 +106,128 @@ def product_singular_values(
         >>> import jax.numpy as jnp, seqjax as sj
         >>> cell = sj.VanillaRNN(1, 2, activation="identity")
         >>> params = sj.VanillaParams(W_xh=jnp.ones((2, 1)), W_hh=jnp.diag(jnp.array([0.9, 0.5])), b_h=jnp.zeros(2))
-        >>> found = sj.analysis.product_singular_values(cell, params, jnp.ones((1, 1000, 1)))
-        >>> found.log_values.round(1).tolist()  # 1000 ln 0.9 and 1000 ln 0.5: a ratio of 10^255
+        >>> result = sj.analysis.product_singular_values(cell, params, jnp.ones((1, 1000, 1)))
+        >>> result.log_values.round(1).tolist()  # 1000 ln 0.9 and 1000 ln 0.5: a ratio of 10^255
         [[-105.4, -693.1]]
     """
-    given = driven(cell, params, xs, state, mask, reset)
-    start, stop = check_span(start, stop, given.time)
-    k = check_count(k, given.size)
-    dtype = given.first.dtype
+    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    start, stop = check_span(start, stop, sequences.time)
+    k = check_count(k, sequences.size)
+    dtype = sequences.first.dtype
     if start == stop:
-        zeros = np.zeros((given.batch, k))
+        zeros = np.zeros((sequences.batch, k))
         return ProductSingularValues(zeros, zeros, zeros == 0, 0, 1)
     if start:
-        given = given._replace(first=compiled(advance, cell)(given.until(start)))
-    given = given.between(start, stop)
+        sequences = sequences._replace(first=cached_jit(final_states, cell)(sequences.until(start)))
+    sequences = sequences.between(start, stop)
     if tolerance is None:
-        tolerance = max(1e-4 if dtype == jnp.float32 else 1e-9, given.time * float(jnp.finfo(dtype).eps))
-    columns = min(given.size, k + OVERSAMPLED)
-    frame = random_frame(jax.random.key(0) if key is None else key, columns, given.size, dtype)
-    frames = jnp.broadcast_to(frame, (given.batch, columns, given.size))
-    _, _, logs = compiled(sweep, cell, 1, log_diagonal)(given.until(min(stop - start, 32)), given.first, frames)
+        tolerance = max(1e-4 if dtype == jnp.float32 else 1e-9, sequences.time * float(jnp.finfo(dtype).eps))
+    columns = min(sequences.size, k + OVERSAMPLED)
+    frame = random_frame(jax.random.key(0) if key is None else key, columns, sequences.size, dtype)
+    frames = jnp.broadcast_to(frame, (sequences.batch, columns, sequences.size))
+    _, _, logs = cached_jit(sweep, cell, 1, log_diagonal)(
+        sequences.until(min(stop - start, 32)), sequences.first, frames
+    )
     every = safe_interval(np.asarray(logs, np.float64), dtype)
-    gone = np.zeros(given.batch, bool)
+    has_reset = np.zeros(sequences.batch, bool)
     if reset is not None:
-        gone |= np.asarray(given.inputs[2]).any(axis=1)
-    log_values, sweeps = np.full((given.batch, columns), np.inf), 0
-    forward, backward = compiled(_forward, cell, every), compiled(_backward, cell, every)
+        has_reset |= np.asarray(sequences.inputs.reset).any(axis=1)
+    log_values, sweeps = np.full((sequences.batch, columns), np.inf), 0
+    forward, backward = cached_jit(_forward, cell, every), cached_jit(_backward, cell, every)
     while True:
-        starts, ends, factors = forward(given, frames)
+        starts, ends, factors = forward(sequences, frames)
         factors = np.array(factors, np.float64)
         with np.errstate(divide="ignore"):
             logs = np.log(np.diagonal(factors, axis1=-2, axis2=-1))
         if every > 1 and strain(logs, dtype).max() > 1:
             every //= 2
-            forward, backward = compiled(_forward, cell, every), compiled(_backward, cell, every)
+            forward, backward = cached_jit(_forward, cell, every), cached_jit(_backward, cell, every)
             continue
-        if every == 1:  # what a single step lost is rounding error, in whose place zero is the value
+        if every == 1:  # the value of a direction that one step lost is a rounding error, and zero is correct
             factors[lost_directions(logs, dtype)] = 0
         sweeps, previous = sweeps + 1, log_values
         log_values = np.array([product_of_factors(row) for row in factors])
-        log_values[gone] = -np.inf  # after a reset nothing of the state before is left
-        change = _change(log_values, log_values if columns == given.size else previous)
-        change[gone] = 0
-        converged = ((change <= tolerance) & (_still_to_come(change, log_values) <= tolerance))[:, :k]
+        log_values[has_reset] = -np.inf  # the Jacobian of a reset is zero, but `sweep` does not apply it to frames
+        change = _change(log_values, log_values if columns == sequences.size else previous)
+        change[has_reset] = 0
+        converged = ((change <= tolerance) & (_remaining_change(change, log_values) <= tolerance))[:, :k]
         if sweeps == MOST_SWEEPS or (converged | np.isnan(change[:, :k])).all():
             break
-        frames = backward(given, starts, ends)
+        frames = backward(sequences, starts, ends)
     return ProductSingularValues(log_values[:, :k], change[:, :k], converged, sweeps, every)
 
 
 def _change(log_values: np.ndarray, previous: np.ndarray) -> np.ndarray:
-    """By how much logarithms moved: not at all from minus infinity to the same; NaN where they are not numbers."""
+    """The absolute change of logarithms; zero between two values of minus infinity, and NaN for NaN."""
     with np.errstate(invalid="ignore"):
         return np.where(np.isneginf(log_values) & np.isneginf(previous), 0.0, np.abs(log_values - previous))
 
 
-def _still_to_come(change: np.ndarray, log_values: np.ndarray) -> np.ndarray:
-    """By how much logarithms will move yet: a sweep shrinks the change by r = (sigma_last / sigma_i)^2, so r / (1 - r).
+def _remaining_change(change: np.ndarray, log_values: np.ndarray) -> np.ndarray:
+    """An estimate of the change of logarithms in all further sweeps.
 
-    Values that lie close together move slowly and not far: no further than they lie apart.
+    Each sweep multiplies the change by r = (sigma_last / sigma_i)^2, so their sum is change * r / (1 - r). If r is near
+    one this is too large, because a value cannot change by more than its distance to the last one.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         apart = log_values - log_values[:, -1:]
         return np.where(np.isneginf(log_values), 0.0, np.fmin(change / np.expm1(2 * apart), apart))
 
 
-def _chunks(given: Driven, every: int) -> PyTree:
-    """The inputs in chunks of about sqrt(time * every) steps, leaves (chunks, batch, steps, ...), held at the end."""
-    blocks = math.isqrt(math.ceil(given.time / every) - 1) + 1 if given.time > every else 1
+def _chunks(sequences: Sequences, every: int) -> PyTree:
+    """The inputs in chunks of about sqrt(time * every) steps, (chunks, batch, steps, ...), padded with masked steps."""
+    blocks = math.isqrt(math.ceil(sequences.time / every) - 1) + 1 if sequences.time > every else 1
     steps = every * blocks
-    count = math.ceil(given.time / steps)
-    inputs = held(given, count * steps).inputs
+    count = math.ceil(sequences.time / steps)
+    inputs = pad_with_masked_steps(sequences, count * steps).inputs
 
     def split(leaf: Array) -> Array:
-        return jnp.swapaxes(leaf.reshape(given.batch, count, steps, *leaf.shape[2:]), 0, 1)
+        return jnp.swapaxes(leaf.reshape(sequences.batch, count, steps, *leaf.shape[2:]), 0, 1)
 
     return jax.tree.map(split, inputs)
 
 
-def _forward(cell: Cell, every: int, given: Driven, frames: Array) -> tuple[Array, Array, Array]:
-    """M V^T = Q R_m ... R_1: the states where chunks start, (chunks, batch, n), Q as rows, and all R."""
+def _forward(cell: Cell, every: int, sequences: Sequences, frames: Array) -> tuple[Array, Array, Array]:
+    """M V^T = Q R_m ... R_1: returns the states before each chunk, (chunks, batch, n), Q as rows, and all R."""
 
     def chunk(carry: tuple[Array, Array], inputs: PyTree) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         states, frames = carry
-        part = given._replace(inputs=inputs)
-        after, frames, factors = sweep(cell, every, whole_factor, part, states, frames)
+        part = sequences._replace(inputs=inputs)
+        after, frames, factors = sweep(cell, every, triangular_factor, part, states, frames)
         return (after, frames), (states, factors)
 
-    (_, frames), (starts, factors) = jax.lax.scan(chunk, (given.first, frames), _chunks(given, every))
+    (_, frames), (starts, factors) = jax.lax.scan(chunk, (sequences.first, frames), _chunks(sequences, every))
     chunks, batch, blocks, k, _ = factors.shape
     return starts, frames, jnp.swapaxes(factors, 0, 1).reshape(batch, chunks * blocks, k, k)
 
 
-def _backward(cell: Cell, every: int, given: Driven, starts: Array, frames: Array) -> Array:
-    """An orthonormal frame of M^T Q, rows (batch, k, n); each chunk's states are computed again from its start."""
-    step, params = flat_step(cell, given.params), given.params
+def _backward(cell: Cell, every: int, sequences: Sequences, starts: Array, frames: Array) -> Array:
+    """An orthonormal frame of M^T Q, rows (batch, k, n); each chunk's states are recomputed from its start."""
+    flat, params = flat_map(cell, sequences.params), sequences.params
 
-    def one(frame: Array, before: Array, inputs: PyTree) -> Array:
-        def pulled(frame: Array, at: tuple[Array, PyTree]) -> tuple[Array, None]:
-            return pull(step, params, at[0], frame, at[1]), None
+    def one_sequence(frame: Array, before: Array, inputs: PyTree) -> Array:
+        def one_step(frame: Array, at: tuple[Array, PyTree]) -> tuple[Array, None]:
+            return flat.pull(params, at[0], frame, at[1]), None
 
-        def block(frame: Array, at: PyTree) -> tuple[Array, None]:
-            return orthonormal(jax.lax.scan(pulled, frame, at, reverse=True)[0])[0], None
+        def one_block(frame: Array, at: PyTree) -> tuple[Array, None]:
+            return orthonormal(jax.lax.scan(one_step, frame, at, reverse=True)[0])[0], None
 
         blocks = jax.tree.map(lambda leaf: leaf.reshape(len(leaf) // every, every, *leaf.shape[1:]), (before, inputs))
-        return jax.lax.scan(block, frame, blocks, reverse=True)[0]
+        return jax.lax.scan(one_block, frame, blocks, reverse=True)[0]
 
     def chunk(frames: Array, at: tuple[Array, PyTree]) -> tuple[Array, None]:
         first, inputs = at
-        before = flat_trajectory(cell, Driven(params, first, inputs))[:, :-1]
-        return jax.vmap(one)(frames, before, inputs), None
+        before = flat_trajectory(cell, Sequences(params, first, inputs))[:, :-1]
+        return jax.vmap(one_sequence)(frames, before, inputs), None
 
-    return jax.lax.scan(chunk, frames, (starts, _chunks(given, every)), reverse=True)[0]
+    return jax.lax.scan(chunk, frames, (starts, _chunks(sequences, every)), reverse=True)[0]
 
 
 def product_of_factors(factors: np.ndarray) -> np.ndarray:
     """Logarithms of the singular values of R_m ... R_1, upper triangular factors (m, k, k), in descending order.
 
-    The product is kept as D U with U of unit diagonal: from R D U, D'_i = R_ii D_i and
-    U'_ij = sum_l (R_il / R_ii) (D_l / D_i) U_lj, in which every ratio is moderate.
+    The product is stored as D U with U of unit diagonal. From R D U follow D'_i = R_ii D_i and
+    U'_ij = sum_l (R_il / R_ii) (D_l / D_i) U_lj, in which no ratio is extreme.
     """
     k = factors.shape[-1]
     log_d, U = np.zeros(k), np.eye(k)
@@ -227,17 +241,17 @@ def product_of_factors(factors: np.ndarray) -> np.ndarray:
 
 
 def _ratios(log_d: np.ndarray) -> np.ndarray:
-    """D_l / D_i for l >= i, zero below the diagonal and where both are zero."""
+    """D_l / D_i for l >= i; zero below the diagonal, and if both are zero."""
     with np.errstate(invalid="ignore"):
         difference = log_d[None, :] - log_d[:, None]
-    return np.triu(np.exp(np.clip(np.where(np.isnan(difference), -np.inf, difference), None, 600.0)))
+    return np.triu(np.exp(np.clip(np.where(np.isnan(difference), -np.inf, difference), None, MAX_EXPONENT)))
 
 
 def _graded_singular_values(log_d: np.ndarray, U: np.ndarray) -> np.ndarray:
-    """ln sigma_i(D U), each to full relative precision however far apart they are.
+    """ln sigma_i(D U), each to full relative precision, for any ratio between them.
 
-    A QR of the transpose again and again, U^T D = Q (S D), brings D U towards its diagonal of singular values: at once
-    where neighbours are far apart, and for groups of close ones an ordinary SVD is precise.
+    Repeated QRs of the transpose, U^T D = Q (S D), make D U converge to the diagonal matrix of the singular values. One
+    QR is enough for values that are far apart. For groups of close values an ordinary SVD is precise.
     """
     alive = np.isfinite(log_d)
     log_values = np.full(len(log_d), np.nan if np.isnan(log_d).any() or np.isnan(U).any() else -np.inf)
@@ -248,15 +262,16 @@ def _graded_singular_values(log_d: np.ndarray, U: np.ndarray) -> np.ndarray:
         S = np.linalg.qr(M, mode="r")
         diagonal = np.diagonal(S)
         log_d_next = log_d + np.log(np.abs(diagonal))
-        U = S / diagonal[:, None] * np.triu(np.exp(np.clip(log_d[None, :] - log_d[:, None], None, 600.0)))
+        U = S / diagonal[:, None] * np.triu(np.exp(np.clip(log_d[None, :] - log_d[:, None], None, MAX_EXPONENT)))
         log_d, M = log_d_next, U.T
     order = np.argsort(-log_d)
-    found, U = [], U[np.ix_(order, order)]
+    values, U = [], U[np.ix_(order, order)]
     log_d = log_d[order]
+    # Between groups the ratio is more than exp(15), and each of the QRs above reduced their coupling by its square.
     for group in np.split(np.arange(len(log_d)), np.flatnonzero(-np.diff(log_d) > 15) + 1):
         top = log_d[group[0]]
         scaled = np.exp(log_d[group] - top)[:, None] * U[np.ix_(group, group)]
-        found.append(top + np.log(np.linalg.svd(scaled, compute_uv=False)))
-    values = np.sort(np.concatenate(found))[::-1]
-    log_values[: len(values)] = values
+        values.append(top + np.log(np.linalg.svd(scaled, compute_uv=False)))
+    # The rest stays minus infinity: one zero on the diagonal of a factor makes one singular value zero.
+    log_values[: len(log_d)] = np.sort(np.concatenate(values))[::-1]
     return log_values

@@ -1,8 +1,8 @@
-"""Spectra of the matrices that a gradient meets: the recurrent weights, and the Jacobian of every step.
+"""Spectra of the matrices that multiply a gradient: the recurrent weights, and the Jacobian of every step.
 
-The spectral radius says what happens in the limit of many equal steps; the largest singular value bounds a single one.
-They agree for normal matrices alone. A matrix whose radius is below one can make gradients grow for many steps before
-they shrink, so both are reported, with how far from normal the matrix is.
+The spectral radius is the growth rate in the limit of many equal steps. The largest singular value bounds the growth in
+one step. They are equal only for normal matrices. A matrix with a radius below one can increase gradients for many
+steps before they shrink. So both are computed, with measures of the departure from normality.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Complex, Float, Int, PyTree
 
-from seqjax.analysis._flow import driven
+from seqjax.analysis._flow import check_arguments
 from seqjax.analysis._spans import check_times
 from seqjax.analysis.jacobians import jacobians_at
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.vanilla import VanillaRNN
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 
-BLOCKS = {1: ("",), 3: ("r", "z", "h~"), 4: ("i", "f", "c~", "o")}  # gates in the rows of our cells' W_hh
-ANGLES = 32
+BLOCKS = {1: ("",), 3: ("r", "z", "h~"), 4: ("i", "f", "c~", "o")}  # the gates in the rows of W_hh of seqjax's cells
+ANGLES = 32  # the first grid over half a circle; golden-section search then refines around its maximum
 
 
 class MatrixSpectrum(NamedTuple):
-    """What repeated multiplication by a matrix does; leading axes are those of the matrices.
+    """Numbers that describe repeated multiplication by a matrix; leading axes are those of the matrices.
 
     Attributes:
         eigenvalues: (..., n), the largest in modulus first.
         singular_values: (..., n), the largest first.
-        spectral_radius: max |eigenvalue|: the growth of a step in the limit of many equal ones.
-        norm: the largest singular value: the most that one step can do.
-        condition: largest over smallest singular value; inf for a singular matrix.
-        departure: Henrici's, sqrt(|A|_F^2 - sum |eigenvalue|^2): zero for a normal matrix.
-        numerical_radius: max |v* A v| over unit v, between the spectral radius and the norm; powers of A grow at most
-            to twice its power. None where it was not asked for.
+        spectral_radius: max |eigenvalue|, the growth factor per step in the limit of many equal steps.
+        norm: the largest singular value, the largest growth factor of one step.
+        condition: the largest over the smallest singular value; inf for a singular matrix.
+        departure: Henrici's departure from normality, sqrt(|A|_F^2 - sum |eigenvalue|^2); zero for a normal matrix.
+        numerical_radius: w = max |v* A v| over unit v, between the spectral radius and the norm; the norm of A^k is at
+            most 2 w^k. None if it was not requested.
     """
 
     eigenvalues: Complex[np.ndarray, "*batch n"]
@@ -55,7 +55,7 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
 
     Args:
         A: one matrix, or many, (..., n, n).
-        numerical_radius: also the numerical radius, which costs some fifty eigenvalue problems a matrix.
+        numerical_radius: whether to compute it too, which costs about a hundred eigenvalue problems per matrix.
 
     Returns:
         `MatrixSpectrum`.
@@ -67,9 +67,9 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
 
     Example:
         >>> import jax.numpy as jnp, seqjax as sj
-        >>> found = sj.analysis.matrix_spectrum(jnp.array([[0.9, 10.0], [0.0, 0.9]]))
-        >>> round(float(found.spectral_radius), 4), round(float(found.norm), 4), round(float(found.numerical_radius), 4)
-        (0.9, 10.0804, 5.9)
+        >>> result = sj.analysis.matrix_spectrum(jnp.array([[0.9, 10.0], [0.0, 0.9]]))
+        >>> [round(float(x), 4) for x in (result.spectral_radius, result.norm, result.numerical_radius)]
+        [0.9, 10.0804, 5.9]
     """
     A = np.asarray(A, np.float64)
     if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
@@ -81,6 +81,7 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
     singular_values = np.linalg.svd(A, compute_uv=False)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         condition = np.where(singular_values[..., -1] > 0, singular_values[..., 0] / singular_values[..., -1], np.inf)
+    # For a normal matrix this difference is zero, and rounding errors may make it negative.
     squares = (A**2).sum(axis=(-2, -1)) - (np.abs(eigenvalues) ** 2).sum(axis=-1)
     radius = _numerical_radius(A.reshape(-1, *A.shape[-2:])).reshape(A.shape[:-2]) if numerical_radius else None
     return MatrixSpectrum(
@@ -95,13 +96,13 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
 
 
 def _numerical_radius(A: np.ndarray) -> np.ndarray:
-    """max over theta of the largest eigenvalue of the Hermitian part of exp(i theta) A, of each of many (m, n, n)."""
+    """max over theta of the largest eigenvalue of the Hermitian part of exp(i theta) A, for each A of (m, n, n)."""
 
     def height(theta: np.ndarray) -> np.ndarray:
-        turned = np.exp(1j * theta)[..., None, None] * A
-        return np.linalg.eigvalsh((turned + np.conj(np.swapaxes(turned, -1, -2))) / 2)[..., -1]
+        rotated = np.exp(1j * theta)[..., None, None] * A
+        return np.linalg.eigvalsh((rotated + np.conj(np.swapaxes(rotated, -1, -2))) / 2)[..., -1]
 
-    # For a real matrix theta and -theta give the same, so half the circle is enough.
+    # A real matrix has the same value for theta and -theta, so half the circle is enough.
     grid = np.linspace(0, math.pi, ANGLES)
     heights = np.stack([height(np.full(A.shape[:-2], theta)) for theta in grid])
     best = grid[np.argmax(heights, axis=0)]
@@ -117,13 +118,13 @@ class Spectrum(NamedTuple):
     """The spectra of a cell on its inputs.
 
     Attributes:
-        steps: of J_t, leading axes (batch, len(times)).
-        times: the steps t that were looked at, from 1 to T.
-        recurrent: of each recurrent matrix W_hh by name, such as "W_hh" or an LSTM's "W_hh.f"; empty for a cell whose
-            parameters have no W_hh.
-        bound: gamma * norm(W_hh), the most that one step of a vanilla network multiplies a gradient by; else None.
-        bound_holds: whether it is below one, so that gradients must vanish whatever the inputs.
-        largest_step_norm: (batch,), the largest norm of J_t among `times`; below one, every gradient there shrinks.
+        steps: the spectra of J_t, with leading axes (batch, len(times)).
+        times: the steps t, from 1 to T.
+        recurrent: the spectrum of each matrix of `recurrent_matrices`, by name, such as "W_hh" or an LSTM's "W_hh.f".
+        bound: gamma * norm(W_hh), the largest factor of a gradient in one step of a vanilla network; None for others.
+        bound_holds: whether the bound is below one, so that gradients vanish for all inputs.
+        largest_step_norm: (batch,), the largest norm of J_t among `times`; if it is below one, every gradient shrinks
+            at these steps.
     """
 
     steps: MatrixSpectrum
@@ -146,24 +147,24 @@ def spectrum(
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
 ) -> Spectrum:
-    """Spectra of J_t at chosen steps and of W_hh, and the bound of Pascanu et al. where it applies.
+    """Spectra of J_t at chosen steps and of W_hh, and the bound of Pascanu et al. for vanilla networks.
 
         norm(J_t) <= gamma * sigma_max(W_hh),    gamma = max |phi'|
 
-    sigma_max(W_hh) < 1 / gamma is enough for gradients to vanish; a spectral radius below 1 / gamma is not.
+    sigma_max(W_hh) < 1 / gamma is sufficient for gradients to vanish; a spectral radius below 1 / gamma is not.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
-        times: which steps, from 1 to T; by default 8 spread over the sequence.
-        gamma: the largest slope of the cell's activation; known for `VanillaRNN` (1) and else None for no bound. It
-            speaks of h_t = phi(W_xh x_t + W_hh h_{t-1} + b_h) alone.
-        numerical_radius: also that of each W_hh, as for `matrix_spectrum`.
+        times: the steps, from 1 to T; by default 8 spread over the sequence.
+        gamma: the largest slope of the activation phi of a cell h_t = phi(W_xh x_t + W_hh h_{t-1} + b_h). It is 1 for
+            `VanillaRNN`. None for another cell means no bound.
+        numerical_radius: whether to compute that of each W_hh, as for `matrix_spectrum`.
 
     Returns:
         `Spectrum`.
 
     Raises:
-        ValueError: a time lies outside the sequence, or a shape does not fit.
+        ValueError: a time is outside the sequence, or a shape does not match.
         TypeError: the state cannot be differentiated.
 
     Source: Pascanu, Mikolov and Bengio 2013, section 2.1.
@@ -171,29 +172,32 @@ def spectrum(
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
         >>> cell = sj.VanillaRNN(2, 8, recurrent_init=sj.Orthogonal(0.8))
-        >>> found = sj.analysis.spectrum(cell, cell.init(jax.random.key(0)), jnp.ones((1, 5, 2)))
-        >>> round(found.bound, 4), found.bound_holds
+        >>> result = sj.analysis.spectrum(cell, cell.init(jax.random.key(0)), jnp.ones((1, 5, 2)))
+        >>> round(result.bound, 4), result.bound_holds
         (0.8, True)
     """
-    given = driven(cell, params, xs, state, mask, reset)
-    T = given.time
+    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    T = sequences.time
     chosen = check_times(times, 1, T)
-    jacobians, _ = compiled(jacobians_at, cell, False)(given, jnp.asarray(chosen - 1))
+    jacobians, _ = cached_jit(jacobians_at, cell, False)(sequences, jnp.asarray(chosen - 1))
     steps = matrix_spectrum(np.asarray(jacobians), numerical_radius=False)
     matrices = recurrent_matrices(params)
     recurrent = {name: matrix_spectrum(W, numerical_radius=numerical_radius) for name, W in matrices.items()}
     if gamma is None and type(cell) is VanillaRNN:
-        gamma = 1.0  # tanh, relu, identity
+        gamma = 1.0  # the largest slope of tanh, relu and the identity
     bound = None if gamma is None or len(recurrent) != 1 else gamma * float(next(iter(recurrent.values())).norm)
     holds = None if bound is None else bound < 1
     return Spectrum(steps, chosen, recurrent, bound, holds, steps.norm.max(axis=1))
 
 
 def recurrent_matrices(params: Params) -> dict[str, np.ndarray]:
-    """The square matrices among the parameters that are named W_hh, gate by gate, by their path.
+    """The recurrent matrices among the parameters, split by gate, by their path.
+
+    The selection is by name: a recurrent matrix is a leaf named W_hh with n columns and a multiple of n rows. Of a cell
+    with other names, such as an adapter of another library, none is returned.
 
     Args:
-        params: of a cell, a stack or anything that holds some.
+        params: of a cell, of a stack, or any tree that contains them.
 
     Returns:
         Matrices (n, n) by name.
@@ -203,7 +207,7 @@ def recurrent_matrices(params: Params) -> dict[str, np.ndarray]:
         >>> list(sj.analysis.recurrent_matrices(sj.GRU(2, 3).init(jax.random.key(0))))
         ['W_hh.r', 'W_hh.z', 'W_hh.h~']
     """
-    found = {}
+    matrices = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if name.split(".")[-1] != "W_hh" or leaf.ndim != 2 or leaf.shape[0] % leaf.shape[1]:
@@ -211,5 +215,5 @@ def recurrent_matrices(params: Params) -> dict[str, np.ndarray]:
         count = leaf.shape[0] // leaf.shape[1]
         names = BLOCKS.get(count, tuple(map(str, range(count))))
         for block, W in zip(names, np.split(np.asarray(leaf), count), strict=True):
-            found[f"{name}.{block}" if block else name] = W
-    return found
+            matrices[f"{name}.{block}" if block else name] = W
+    return matrices

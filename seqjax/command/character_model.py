@@ -1,6 +1,6 @@
-"""The main job: a character model of a text, from its settings to its score, without a screen or a disk.
+"""The character model that the command trains, from its settings to its score, without terminal or files.
 
-`seqjax.command.run_folder` keeps such a job in a folder, and `seqjax.command.cli` shows it.
+`seqjax.command.run_folder` stores a run in a folder, and `seqjax.command.cli` is the command line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +19,29 @@ import numpy as np
 import optax
 
 from seqjax.cells.embedding import Embedding
-from seqjax.cells.gru import GRU
-from seqjax.cells.lstm import LSTM
+from seqjax.cells.registry import exported_cells
 from seqjax.cells.stack import stack
-from seqjax.cells.vanilla import VanillaRNN
 from seqjax.data.text import windows
-from seqjax.models.generation import generate
+from seqjax.models.generation import stream_tokens
 from seqjax.models.heads import Categorical
 from seqjax.models.model import Model, ModelParams, log_probs
 from seqjax.training.fit import evaluate
 from seqjax.training.loop import Metrics, TrainState, clipped, start, updates
 
-CELLS = {"vanilla": VanillaRNN, "lstm": LSTM, "gru": GRU}
+CELLS = exported_cells()
+if TYPE_CHECKING:
+    CellName = str
+else:
+    CellName = Literal[tuple(CELLS)]  # the choices that the command line shows
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result of a training run, besides the text."""
+    """Everything besides the text that determines the result of a training run."""
 
     text: Path | None = None
     """A UTF-8 file to learn; by default the topics of the Python manual."""
-    cell: Literal["vanilla", "lstm", "gru"] = "lstm"
+    cell: CellName = "lstm"
     """The recurrent cell."""
     embedding: int = 64
     """Length of a character's vector."""
@@ -79,7 +81,7 @@ class Settings:
 
     @property
     def last_step(self) -> int | None:
-        """The number of updates, or None where only time ends the training."""
+        """The number of updates, or None if only the minutes limit the training."""
         return 600 if self.steps is None and self.minutes is None else self.steps
 
 
@@ -92,16 +94,19 @@ def build(settings: Settings, vocabulary: str) -> Model:
     return Model(stack([Embedding(len(vocabulary), settings.embedding), *layers]), head)
 
 
-adam = functools.lru_cache(optax.adam)  # one object for one learning rate, so that its update compiles once
+adam = functools.lru_cache(optax.adam)  # optax.adam(r) != optax.adam(r), so a new object would compile the update again
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Adam on clipped gradients."""
+    """Adam with gradient clipping."""
     return clipped(adam(settings.learning_rate), settings.clip_norm)
 
 
 def first_state(settings: Settings, model: Model) -> TrainState:
-    """The state before the first update, which also carries the cell's state, so that every later one looks like it."""
+    """The training state before the first update.
+
+    It already carries the cell's initial state, so it has the same tree as every later training state.
+    """
     state = start(model, optimizer(settings), jax.random.key(settings.seed))
     rows = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (settings.batch, *leaf.shape)),
@@ -113,7 +118,7 @@ def first_state(settings: Settings, model: Model) -> TrainState:
 def train(
     settings: Settings, model: Model, tokens: np.ndarray, state: TrainState
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    """Updates from `state` to the last step of the settings, without end where they name none."""
+    """The updates after `state`, up to the last step of the settings, or endless if they set none."""
     done = int(state.step)
     stream = windows(tokens, settings.batch, settings.window, skip=done)
     left = None if settings.last_step is None else max(settings.last_step - done, 0)
@@ -122,15 +127,15 @@ def train(
     )
 
 
-def bits(settings: Settings, model: Model, params: ModelParams, tokens: np.ndarray) -> float:
-    """Bits per character on a text read as in training: `batch` rows in windows, or one row where it is short."""
+def mean_loss(settings: Settings, model: Model, params: ModelParams, tokens: np.ndarray) -> float:
+    """The mean loss in nats per character, on a text in `batch` rows as in training, or in one row if it is short."""
     enough = (len(tokens) - 1) // settings.batch >= settings.window
     batch, window = (settings.batch, settings.window) if enough else (1, min(settings.window, len(tokens) - 1))
-    return evaluate(model, params, windows(tokens, batch, window, passes=1)) / math.log(2)
+    return evaluate(model, params, windows(tokens, batch, window, passes=1))
 
 
 def log_probability(model: Model, params: ModelParams, tokens: np.ndarray, chunk: int = 1024) -> float:
-    """log p(x_{2:T} | x_1) of a whole text in nats, read in one go with the state carried from chunk to chunk."""
+    """log p(x_{2:T} | x_1) of a whole text in nats, with the state carried from chunk to chunk."""
 
     @jax.jit
     def read(state, xs, ys, mask):
@@ -147,30 +152,17 @@ def log_probability(model: Model, params: ModelParams, tokens: np.ndarray, chunk
     return total
 
 
-def speak(
-    model: Model,
-    params: ModelParams,
-    prompt: np.ndarray,
-    length: int,
-    seed: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+def sample(
+    model: Model, params: ModelParams, prompt: np.ndarray, length: int, seed: int, **options: Any
 ) -> Iterator[int]:
-    """Tokens that continue a prompt, one by one as they are drawn."""
-    key, state, heard = jax.random.key(seed), None, np.asarray(prompt, np.int32)[None]
-    for n in range(length):
-        said = generate(
-            model,
-            params,
-            heard,
-            1,
-            jax.random.fold_in(key, n),
-            state=state,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-        state, heard = said.state, said.tokens
-        yield int(said.tokens[0, 0])
+    """The tokens that `generate` draws after a prompt with `jax.random.key(seed)`, one at a time.
+
+    Args:
+        model, params: from `build`.
+        prompt: tokens (time,).
+        length: the number of tokens.
+        seed: of the sampling.
+        **options: temperature, top_k and top_p, as for `generate`.
+    """
+    row = np.asarray(prompt, np.int32)[None]
+    return map(int, stream_tokens(model, params, row, length, jax.random.key(seed), **options))

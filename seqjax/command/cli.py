@@ -106,12 +106,12 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         command = _parse(arguments)
-        does: Any = {Train: train, Sample: sample, Score: score, Report: report, Compare: compare}[type(command)]
-        return does(command)
+        function: Any = {Train: train, Sample: sample, Score: score, Report: report, Compare: compare}[type(command)]
+        return function(command)
     except (RunError, ValueError, ModuleNotFoundError) as error:
         print(f"seqjax: {error}", file=sys.stderr)
     except BrokenPipeError:
-        sys.stdout = None  # whoever read the output has gone, so there is nobody to tell
+        sys.stdout = None  # the reader of the output is gone, and flushing at exit would raise again
     except OSError as error:
         where = f"got {error.filename}" if error.filename else "got none"
         print(f"seqjax: expected a file to read, {where}: {error.strerror or error}; check the path", file=sys.stderr)
@@ -122,7 +122,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def train(command: Train) -> int:
-    """Trains until the last step, the last minute or an interruption, and says what came of it."""
+    """Trains until the last step, the last minute or an interruption, and prints the result."""
     settings, console = command.settings, Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     corpus = manual_topics() if settings.text is None else read_text(settings.text)
     if command.resume is not None:
@@ -151,7 +151,7 @@ def train(command: Train) -> int:
 
 
 def sample(command: Sample) -> int:
-    """Prints the prompt and what the model writes after it, as it writes it."""
+    """Prints the prompt and the characters that the model adds, each as soon as it is drawn."""
     if command.length < 1:
         raise ValueError(f"expected --length of at least 1, got {command.length}")
     if not command.prompt:
@@ -160,17 +160,17 @@ def sample(command: Sample) -> int:
     prompt = encode(command.prompt, run.corpus.vocabulary, "--prompt")
     model, state = restore(run)
     options = {"temperature": command.temperature, "top_k": command.top_k, "top_p": command.top_p}
-    said = character_model.speak(model, state.params, prompt, command.length, command.seed, **options)
-    first = next(said)  # so that a wrong option is refused before anything is written
+    drawn = character_model.sample(model, state.params, prompt, command.length, command.seed, **options)
+    first = next(drawn)  # a wrong option raises here, before anything is printed
     print(command.prompt + run.corpus.vocabulary[first], end="", flush=True)
-    for token in said:
+    for token in drawn:
         print(run.corpus.vocabulary[token], end="", flush=True)
     print()
     return 0
 
 
 def score(command: Score) -> int:
-    """Prints how well the model predicts each character of a file from those before it."""
+    """Prints how well the model predicts each character of a file from the characters before it."""
     run = Run.open(command.run)
     tokens = encode(read_text(command.file).text, run.corpus.vocabulary, str(command.file))
     if len(tokens) < 2:
@@ -195,13 +195,13 @@ def report(command: Report) -> int:
 
 
 def compare(command: Compare) -> int:
-    """Writes the page on several runs and prints its path."""
+    """Writes the page that compares several runs and prints its path."""
     print(compare_runs(command.runs, command.out))
     return 0
 
 
 class _Display:
-    """A live line on a terminal; elsewhere one plain line at each validation."""
+    """A live line on a terminal; otherwise one plain line per validation."""
 
     def __init__(self, console: Console, settings: Settings) -> None:
         self.console, self.settings = console, settings
@@ -218,13 +218,13 @@ class _Display:
         self.progress.stop()
 
     def show(self, job: Job, metrics: Metrics, validated: bool) -> None:
-        """Shows an update. The speed is that since the last validation, without compiling and validating."""
+        """Shows an update. The speed is measured since the last validation, without compilation and validation."""
         now = time.monotonic()
         since, at = self.since or (now, job.step)
         speed = (job.step - at) * self.settings.batch * self.settings.window / max(now - since, 1e-9)
         if self.since is None or validated:
             self.since = (now, job.step)
-        validation = "-" if math.isnan(job.validation_bits) else f"{job.validation_bits:.2f}"
+        validation = "-" if math.isnan(job.validation) else f"{job.validation / math.log(2):.2f}"
         line = (
             f"step {job.step}  bits/char {metrics.loss / math.log(2):.2f} valid {validation}  "
             f"grad {metrics.grad_norm:.2f}  clipped {job.table.clipped / job.step:.0%}  {speed:,.0f} char/s"
@@ -242,17 +242,17 @@ def _describe(job: Job) -> str:
 
 
 def _conclude(job: Job, console: Console) -> None:
-    """What shows that it worked: the score on text that it has not seen beside that of no memory, and a sample."""
+    """Prints the score on unseen text beside the score of a model without memory, and a sample."""
     _, validation, test = job.parts
-    validation_bits = job.bits(validation) if math.isnan(job.validation_bits) else job.validation_bits
+    validation_loss = job.mean_loss(validation) if math.isnan(job.validation) else job.validation
     console.print(f"after {job.step} steps, {job.table.seconds:.0f} s of training")
-    console.print(f"bits per character, validation text    {validation_bits:.3f}")
-    console.print(f"bits per character, test text          {job.bits(test):.3f}")
+    console.print(f"bits per character, validation text    {validation_loss / math.log(2):.3f}")
+    console.print(f"bits per character, test text          {job.mean_loss(test) / math.log(2):.3f}")
     entropy = unigram_entropy(np.concatenate(job.parts))
     console.print(f"unigram entropy of the corpus          {entropy:.3f}  (a model without memory)")
     prompt, vocabulary = validation[:20], job.run.corpus.vocabulary
-    said = character_model.speak(job.model, job.state.params, prompt, 200, seed=0, temperature=0.8)
-    text = f"{decode(prompt, vocabulary)}|{decode(np.array(list(said)), vocabulary)}"
+    drawn = character_model.sample(job.model, job.state.params, prompt, 200, seed=0, temperature=0.8)
+    text = f"{decode(prompt, vocabulary)}|{decode(np.array(list(drawn)), vocabulary)}"
     console.print("a sample, after the bar:\n")
     console.print("    " + text.replace("\n", "\n    "))
     console.print(f"\nmore: seqjax sample {job.run.path}")
@@ -261,15 +261,15 @@ def _conclude(job: Job, console: Console) -> None:
 def _add_report(path: Path, console: Console) -> None:
     try:
         console.print(f"report: {report_run(path)}")
-    except Exception as error:  # noqa: BLE001 - the training is done and kept, whatever becomes of its report
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        console.print(f"no report ({said}); the run is kept: seqjax report {path}")
+    except Exception as error:  # noqa: BLE001 - a report that fails must not hide that the training is saved
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        console.print(f"no report ({reason}); the run is kept: seqjax report {path}")
 
 
 def _parse(arguments: Sequence[str]) -> Command:
     command = _parse_with(arguments, Train())
     if isinstance(command, Train) and command.resume is not None:
-        # Read again, so that what is not said is as the run began.
+        # Parsed again with the settings of the run as defaults, so that an option that is left out does not change.
         command = _parse_with(arguments, Train(settings=Run.open(command.resume).settings))
     return command
 

@@ -1,4 +1,4 @@
-"""A training run at work: begun or gone on with, one update after the other, each kept as the folder promises."""
+"""A training run in progress: start or resume it, and write each update to its folder."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ MAY_CHANGE = ("steps", "minutes", "learning_rate", "clip_norm", "validate_every"
 
 @dataclasses.dataclass
 class Job:
-    """A run in memory: what is trained, on what, and how far it is.
+    """A training run in memory.
 
     Attributes:
         run: its folder.
         model: an embedding, recurrent layers and a softmax.
-        parts: tokens to train on, to validate and to test.
-        state: after the last finished update.
+        parts: the tokens for training, validation and test.
+        state: the training state after the last finished update.
         table: its metrics on disk.
-        validation_bits: bits per character on the validation text when it was last read; NaN before.
+        validation: the mean loss on the validation text at its last evaluation, in nats per character; NaN before.
     """
 
     run: Run
@@ -41,23 +41,23 @@ class Job:
     parts: tuple[np.ndarray, np.ndarray, np.ndarray]
     state: TrainState
     table: MetricsTable
-    validation_bits: float = math.nan
+    validation: float = math.nan
 
     @property
     def step(self) -> int:
-        """Updates done."""
+        """The number of finished updates."""
         return int(self.state.step)
 
     @property
     def finished(self) -> bool:
-        """Whether the last step or the last minute of the settings has passed."""
+        """Whether the steps or the minutes of the settings are over."""
         settings = self.run.settings
         out_of_time = settings.minutes is not None and self.table.seconds >= 60 * settings.minutes
         return out_of_time or (settings.last_step is not None and self.step >= settings.last_step)
 
-    def bits(self, tokens: np.ndarray) -> float:
-        """Bits per character on a text."""
-        return character_model.bits(self.run.settings, self.model, self.state.params, tokens)
+    def mean_loss(self, tokens: np.ndarray) -> float:
+        """The mean loss on a text, in nats per character."""
+        return character_model.mean_loss(self.run.settings, self.model, self.state.params, tokens)
 
 
 def begin(settings: Settings, corpus: Corpus, path: Path) -> Job:
@@ -65,7 +65,7 @@ def begin(settings: Settings, corpus: Corpus, path: Path) -> Job:
 
     Raises:
         ValueError: the text is too short.
-        RunError: the folder cannot be made.
+        RunError: the folder cannot be created.
     """
     model, parts = character_model.build(settings, corpus.vocabulary), _parts(settings, corpus)
     run = Run.create(path, settings, corpus)
@@ -73,11 +73,11 @@ def begin(settings: Settings, corpus: Corpus, path: Path) -> Job:
 
 
 def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
-    """An earlier run, after its last checkpoint.
+    """An earlier run, from its last checkpoint.
 
     Raises:
         RunError: the folder, the text or the settings are not those of that run.
-        UnknownCharacter: the text holds characters that the run does not know.
+        UnknownCharacter: the text holds characters that are not in the vocabulary of the run.
     """
     stored = Run.open(path)
     encode(corpus.text, stored.corpus.vocabulary, corpus.name)
@@ -88,10 +88,10 @@ def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
             f"sha256 {corpus.sha256[:12]}): restore that text, or train anew"
         )
     for name in (field.name for field in dataclasses.fields(Settings)):
-        given, before = getattr(settings, name), getattr(stored.settings, name)
-        if name != "text" and given != before and name not in MAY_CHANGE:
+        new, before = getattr(settings, name), getattr(stored.settings, name)
+        if name != "text" and new != before and name not in MAY_CHANGE:
             raise RunError(
-                f"expected {name} {before}, with which {path} began, got {given}: "
+                f"expected {name} {before}, with which {path} began, got {new}: "
                 f"leave it out, or train anew; a resumed run may change {', '.join(MAY_CHANGE)}"
             )
     run = dataclasses.replace(stored, settings=dataclasses.replace(settings, text=stored.settings.text))
@@ -116,17 +116,17 @@ def restore(run: Run) -> tuple[Model, TrainState]:
 def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:
     """Trains until the job is finished or interrupted.
 
-    What is kept of an update is kept before the next one is looked at: its row, and its checkpoint where one is due.
+    The row and, when one is due, the checkpoint of an update are written before the next update is read.
 
     Args:
-        job: from `begin` or `resume`; it is brought forward in place.
-        show: called after each update with the job, its metrics, and whether the validation text was read.
+        job: from `begin` or `resume`. It is changed in place.
+        show: called after each update with the job, its metrics, and whether the validation text was evaluated.
 
     Returns:
         Whether it was interrupted before it was finished.
 
     Raises:
-        NotFinite: an update failed; the job is at the last good one.
+        NotFinite: an update is not finite; the job holds the state before it.
     """
     settings, earlier, began = job.run.settings, job.table.seconds, time.monotonic()
     stop = job.finished
@@ -138,9 +138,9 @@ def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:
             stop = job.finished or bool(interrupted)
             validate = job.finished or job.step % settings.validate_every == 0
             if validate:
-                job.validation_bits = job.bits(job.parts[1])
+                job.validation = job.mean_loss(job.parts[1])
             characters = job.step * settings.batch * settings.window
-            job.table.add(job.step, metrics, job.validation_bits if validate else None, characters)
+            job.table.add(job.step, metrics, job.validation if validate else None, characters)
             show(job, metrics, validate)
             if stop or job.step % settings.checkpoint_every == 0:
                 job.run.save(job.state)
@@ -148,7 +148,11 @@ def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:
 
 
 def _parts(settings: Settings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training, validation and test text, all long enough to be of use."""
+    """Training, validation and test text.
+
+    Raises:
+        ValueError: the text is too short for one window of each row.
+    """
     parts = split(corpus.tokens)
     need = settings.batch * settings.window + 1
     if len(parts[0]) < need or min(map(len, parts)) < 2:
@@ -162,7 +166,7 @@ def _parts(settings: Settings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray, 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Notes Ctrl-C and termination, so that the step at hand is finished and kept; a second one acts at once."""
+    """Records Ctrl-C and termination, so that the current update is finished and saved; a second one acts at once."""
     noted: list[int] = []
 
     def note(number: int, _: Any) -> None:

@@ -1,14 +1,15 @@
-"""A training run as a folder, from which it can go on.
+"""A training run as a folder, from which the training can continue.
 
     RUN/run.json       the settings, the versions, and the corpus: its name, length, hash and vocabulary
-    RUN/metrics.csv    one row an update
-    RUN/checkpoints/   the last states, by orbax: parameters, optimiser, carried state, step
+    RUN/metrics.csv    one row per update; losses in nats, with the column names of `sj.fit(...).history`
+    RUN/checkpoints/   the last two training states, written by orbax: parameters, optimizer, carried state, step
 
-Every file appears whole or not at all: it is written beside its place and moved there.
+Every file is written under another name and then renamed, so a file is complete or absent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -17,6 +18,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,17 @@ from seqjax.data.text import Corpus
 from seqjax.sequence.explain import explain
 from seqjax.training.loop import Metrics, TrainState
 
-FORMAT = 1
-COLUMNS = ("step", "train_bits", "validation_bits", "grad_norm", "clipped", "param_norm", "characters", "seconds")
+FORMAT = 2
+COLUMNS = ("step", "loss", "validation", "grad_norm", "clipped", "param_norm", "characters", "seconds")
 
 
 class RunError(Exception):
-    """A run folder cannot be used; the message says why and what to do."""
+    """A run folder cannot be used. The message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusRecord:
-    """What a run remembers of its text."""
+    """What run.json stores about the text."""
 
     name: str
     length: int
@@ -54,7 +56,7 @@ class CorpusRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder and what its run.json says."""
+    """A run folder and the content of its run.json."""
 
     path: Path
     settings: Settings
@@ -62,10 +64,10 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, settings: Settings, corpus: Corpus) -> Run:
-        """Makes the folder.
+        """Creates the folder.
 
         Raises:
-            RunError: something is there already, or the place cannot be written to.
+            RunError: the path exists and is not an empty folder, or it cannot be written to.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
@@ -93,7 +95,7 @@ class Run:
         """Reads the folder of an earlier run.
 
         Raises:
-            RunError: it is missing, half-written, or of another version.
+            RunError: the folder is missing, incomplete, or written by another version.
         """
         file = path / "run.json"
         if not path.is_dir():
@@ -132,7 +134,7 @@ class Run:
         _write(self.path / "run.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def save(self, state: TrainState) -> None:
-        """Adds a checkpoint; the last two are kept."""
+        """Writes a checkpoint and deletes all but the last two."""
         with _manager(self.path) as manager:
             step = int(state.step)
             if step not in manager.all_steps():
@@ -140,10 +142,10 @@ class Run:
                 manager.wait_until_finished()
 
     def metrics(self) -> dict[str, np.ndarray]:
-        """The columns of metrics.csv by name; NaN where there is no number. Nothing is changed.
+        """The columns of metrics.csv by name, with NaN for an empty field.
 
         Raises:
-            RunError: it is missing or damaged.
+            RunError: the file is missing or damaged.
         """
         try:
             with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
@@ -156,7 +158,7 @@ class Run:
             ) from None
 
     def set_aside_after(self, step: int) -> None:
-        """Moves checkpoints of later steps, which could not be read, out of the way of those that will be made."""
+        """Moves checkpoints of later steps, which could not be read, aside, so that new ones can be written."""
         for folder in (self.path / "checkpoints").iterdir():
             if folder.name.isdigit() and int(folder.name) > step:
                 aside = self.path / "unreadable"
@@ -167,10 +169,10 @@ class Run:
         """The newest checkpoint that can be read.
 
         Args:
-            like: a state of this run's types, such as the first one.
+            like: a training state with the shapes and dtypes of this run, such as its first state.
 
         Raises:
-            RunError: there is none.
+            RunError: no checkpoint can be read.
         """
         abstract = jax.tree.map(_abstract, like._asdict())
         reasons = []
@@ -193,10 +195,10 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 class MetricsTable:
-    """metrics.csv: one row an update, on disk as soon as it is written."""
+    """metrics.csv: one row per update, flushed to disk at once."""
 
     def __init__(self, run: Run, step: int) -> None:
-        """Opens the table to go on after `step`; rows of later steps, which no checkpoint has, are dropped."""
+        """Opens the table to continue after `step`. Rows of later steps are dropped, since no checkpoint has them."""
         self.path = run.path / "metrics.csv"
         try:
             with self.path.open(newline="", encoding="utf-8") as file:
@@ -211,10 +213,10 @@ class MetricsTable:
         _write(self.path, "\n".join(lines) + "\n")
         self.file = self.path.open("a", newline="", encoding="utf-8")
 
-    def add(self, step: int, metrics: Metrics, validation_bits: float | None, characters: int) -> None:
-        """Writes the row of one update, after `self.seconds` of training in all."""
-        validation = "" if validation_bits is None else validation_bits
-        numbers = (metrics.loss / math.log(2), validation, metrics.grad_norm, metrics.clipped, metrics.param_norm)
+    def add(self, step: int, metrics: Metrics, validation: float | None, characters: int) -> None:
+        """Writes the row of one update; `self.seconds` is the training time up to it."""
+        score = "" if validation is None else validation
+        numbers = (metrics.loss, score, metrics.grad_norm, metrics.clipped, metrics.param_norm)
         self.file.write(",".join(map(str, (step, *numbers, characters, f"{self.seconds:.3f}"))) + "\n")
         self.file.flush()
         self.clipped += metrics.clipped
@@ -241,7 +243,7 @@ def _versions() -> dict[str, str]:
 
 
 def _kernels(settings: Settings, vocabulary: str) -> list[str | None]:
-    """For each loop of the model's cell the compiled kernel that runs it; None if XLA does."""
+    """For each loop of the model's cell, the name of the compiled kernel that runs it; None if XLA runs it."""
     cell = build(settings, vocabulary).cell
     params = jax.eval_shape(cell.init, jax.random.key(0))
     loops = explain(cell, params, jax.ShapeDtypeStruct((), "int32")).loops
@@ -250,15 +252,23 @@ def _kernels(settings: Settings, vocabulary: str) -> list[str | None]:
 
 def _orbax() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own imports
+        warnings.simplefilter("ignore")  # orbax warns of its own imports
         import orbax.checkpoint
-
-    # It logs what is raised as well, and the sentence that the user gets is made from the exception.
-    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     return orbax.checkpoint
 
 
-def _manager(path: Path) -> Any:
-    ocp = _orbax()
+@contextlib.contextmanager
+def _manager(path: Path) -> Iterator[Any]:
+    """Orbax's checkpoint manager, with its log switched off while it is open.
+
+    Orbax logs every exception that it raises, and the user gets one sentence made from the exception instead.
+    """
+    ocp, log = _orbax(), logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((path / "checkpoints").resolve(), options=options)
+    try:
+        with ocp.CheckpointManager((path / "checkpoints").resolve(), options=options) as manager:
+            yield manager
+    finally:
+        log.setLevel(level)

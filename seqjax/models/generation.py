@@ -6,18 +6,20 @@ number into it, so what a sequence says does not depend on its neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.cell import State
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.pooling import last_valid
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import check_flags
 from seqjax.sequence.unroll import unroll
 
@@ -96,28 +98,68 @@ def generate(
     keys = _row_keys(key, batch)
     if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(mask, axis=1))):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
-    options = (("temperature", float(temperature)), ("top_k", top_k), ("top_p", top_p))
-    return compiled(_generate, model, steps, options)(params, prompt, keys, end, state, mask)
+    options = _Options(float(temperature), top_k, top_p)
+    return cached_jit(_generate, model, steps, options)(params, _Start(prompt, state, mask, keys), end)
+
+
+def stream_tokens(
+    model: Model, params: ModelParams, prompt: PyTree, steps: int, key: Array, **options: Any
+) -> Iterator[PyTree]:
+    """The tokens that `generate` returns for one prompt, one at a time as they are drawn.
+
+    Args:
+        model, params, prompt, steps, key: as for `generate`; the prompt is a batch of one, (1, time, ...).
+        **options: temperature, top_k and top_p.
+
+    Yields:
+        Each token, leaves (...).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, seqjax as sj
+        >>> from seqjax.models.generation import stream_tokens
+        >>> model = sj.Model(sj.stack([sj.Embedding(5, 4), sj.GRU(4, 8)]), sj.Categorical(8, 5))
+        >>> params, prompt = model.init(jax.random.key(0)), jnp.array([[1, 2]])
+        >>> whole = sj.generate(model, params, prompt, 6, jax.random.key(1)).tokens[0]
+        >>> [int(token) for token in stream_tokens(model, params, prompt, 6, jax.random.key(1))] == whole.tolist()
+        True
+    """
+    _check_options(steps, options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"))
+    start = _Start(prompt, None, None, _row_keys(key, 1))
+    run = cached_jit(_generate, model, 1, _Options(**options))
+    for step in range(steps):
+        generated = run(params, start._replace(step=jnp.asarray(step)), None)
+        start = start._replace(prompt=generated.tokens, state=generated.state)
+        yield jax.tree.map(lambda leaf: leaf[0, 0], generated.tokens)
+
+
+class _Options(NamedTuple):
+    """How a token is drawn."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+class _Start(NamedTuple):
+    """Where generation starts: the prompts, the state before them, their mask, a key per row, and the first step."""
+
+    prompt: PyTree
+    state: State | None
+    mask: Array | None
+    keys: Array
+    step: ArrayLike = 0
 
 
 def _generate(
-    model: Model,
-    steps: int,
-    options: tuple[tuple[str, Any], ...],
-    params: ModelParams,
-    prompt: PyTree,
-    keys: Array,
-    end: Any,
-    state: State | None,
-    mask: Any,
+    model: Model, steps: int, options: _Options, params: ModelParams, start: _Start, end: ArrayLike | None
 ) -> Generated:
-    state, outputs = unroll(model.cell, params.cell, prompt, state=state, mask=mask)
-    first = last_valid(outputs, mask)
+    state, outputs = unroll(model.cell, params.cell, start.prompt, state=start.state, mask=start.mask)
+    last = last_valid(outputs, start.mask)
 
-    def one(state: State, h: PyTree, key: Array) -> Generated:
+    def of_row(state: State, h: PyTree, key: Array) -> Generated:
         def body(carry: tuple[State, State, PyTree, Array], t: Array) -> tuple[Any, PyTree]:
             _, state, h, ended = carry
-            y = model.head.sample(params.head, h, jax.random.fold_in(key, t), **dict(options))
+            y = model.head.sample(params.head, h, jax.random.fold_in(key, t), **options._asdict())
             if end is not None:
                 y = jnp.where(ended, jnp.asarray(end, y.dtype), y)
             log_p = jnp.where(ended, 0, model.head.log_prob(params.head, h, y))
@@ -125,11 +167,11 @@ def _generate(
             now_ended = ended if end is None else ended | (y == end)
             return (state, next_state, next_h, now_ended), (y, log_p, ~ended)
 
-        start = (state, state, h, jnp.zeros((), bool))
-        (before_last, *_), (tokens, log_p, valid) = jax.lax.scan(body, start, jnp.arange(steps))
+        first = (state, state, h, jnp.zeros((), bool))
+        (before_last, *_), (tokens, log_p, valid) = jax.lax.scan(body, first, start.step + jnp.arange(steps))
         return Generated(tokens, log_p, valid, before_last)
 
-    return jax.vmap(one)(state, first, keys)
+    return jax.vmap(of_row)(state, last, start.keys)
 
 
 def _row_keys(key: Array, batch: int) -> Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -64,5 +63,5 @@ class ManyToOne:
     per_sequence: ClassVar[bool] = True
 
     def __call__(self, head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Any) -> Array:
-        h = self.pool(outputs, mask)
-        return -jnp.mean(jax.vmap(partial(head.log_prob, params))(h, jax.tree.map(jnp.asarray, targets)))
+        h, y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], (self.pool(outputs, mask), targets))
+        return -jnp.mean(head_log_probs(head, params, h, y))  # as sequences of one step

@@ -1,7 +1,7 @@
-"""Matrices of one step, whole or by their diagonal, so that every scan over time is written once for both.
+"""Operations on dense and on diagonal matrices with the same interface, so that each scan is written only once.
 
-A whole matrix is (n, n); a diagonal one is kept as (n,), in n numbers instead of n^2 and with products of n operations
-instead of n^3.
+A dense matrix is an array (n, n). A diagonal matrix is an array (n,) of its diagonal, which needs n numbers instead of
+n^2, and n operations instead of n^3 for a product.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-PRECISION = "highest"  # the default of some accelerators has ten bits, which gradients would keep
+# The default on some accelerators has 10 bits of mantissa. Newton's method would correct such errors of the states, but
+# the gradients are computed by one linear scan.
+PRECISION = "highest"
 
 
 @runtime_checkable
 class Algebra(Protocol):
-    """What a scan needs of its matrices, one step at a time."""
+    """The operations of a scan on the matrices of single steps."""
 
     def identity(self, size: int, dtype: DTypeLike) -> Array:
         """I."""
@@ -41,7 +43,7 @@ class Algebra(Protocol):
 
 
 class Dense:
-    """Matrices (n, n)."""
+    """Dense matrices, as arrays (n, n)."""
 
     def identity(self, size: int, dtype: DTypeLike) -> Array:
         """I (n, n)."""
@@ -65,26 +67,26 @@ class Dense:
 
 
 class Diagonal:
-    """Diagonal matrices, as (n,)."""
+    """Diagonal matrices, as arrays (n,)."""
 
     def identity(self, size: int, dtype: DTypeLike) -> Array:
         """Ones (n,)."""
         return jnp.ones(size, dtype)
 
     def product(self, A: Array, B: Array) -> Array:
-        """The products of the entries (n,)."""
+        """The elementwise product (n,)."""
         return A * B
 
     def apply(self, A: Array, v: Array) -> Array:
-        """The products of the entries (n,)."""
+        """The elementwise product (n,)."""
         return A * v
 
     def transpose(self, A: Array) -> Array:
-        """Itself."""
+        """The same matrix."""
         return A
 
     def inverse(self, A: Array) -> Array:
-        """One over each entry (n,)."""
+        """The reciprocals (n,)."""
         return 1 / A
 
 

@@ -1,6 +1,7 @@
-"""The loops of a cell as cells of their own, so that each is searched by itself, with smaller Jacobians.
+"""The loops of a cell as separate cells, so that Newton's method solves each with smaller Jacobians.
 
-A stack, whoever built it, has one loop per layer (`seqjax.sequence._partition.loops`).
+A stack has one loop per layer (`seqjax.sequence._partition.loops`), even if it is a cell of the user or of another
+library.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
+from jax.tree_util import PyTreeDef
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, Params
+from seqjax.cell import Cell, Params, State
 from seqjax.sequence._masked_step import last_output
 from seqjax.sequence._partition.loops import Stage, stages
 from seqjax.sequence._partition.plan import traced_step
 from seqjax.sequence._partition.program import inline
 
-Leaves = tuple[Any, ...]
+Leaves = tuple[PyTree, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoopCell:
-    """One loop of a cell's step. Its state and its inputs are tuples of leaves.
+    """One loop of a cell's step, as a cell whose state and inputs are tuples of leaves.
 
     Attributes:
         cell: the whole cell.
@@ -35,7 +37,7 @@ class LoopCell:
     stage: Stage
 
     def init(self, key: Array) -> Params:
-        """The whole cell's parameters."""
+        """The parameters of the whole cell."""
         return self.cell.init(key)
 
     def initial_state(self, params: Params) -> Leaves:
@@ -44,26 +46,28 @@ class LoopCell:
         return tuple(leaves[i] for i in self.stage.leaves)
 
     def step(self, params: Params, state: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
-        """The loop's part of the step; the outputs are what later loops or the caller read."""
+        """The part of the step in this loop. Its outputs are values that later loops or the caller read."""
         arguments = [*map(jnp.asarray, jax.tree.leaves(params)), *state, *x]
-        found = tuple(jaxpr_as_fun(self.stage.program)(*arguments))
-        return found[: len(state)], found[len(state) :]
+        results = tuple(jaxpr_as_fun(self.stage.program)(*arguments))
+        return results[: len(state)], results[len(state) :]
 
 
-def loops_of(
-    cell: Cell, params: Params, state: PyTree, x: PyTree, noise: PyTree
-) -> tuple[list[LoopCell], list[Any], Any]:
-    """The loops of a cell.
+def split_loops(
+    cell: Cell, params: Params, state: State, x: PyTree, noise: PyTree
+) -> tuple[list[LoopCell], list[Any], PyTreeDef]:
+    """Splits a cell into its loops.
 
     Args:
-        cell, params: any cell.
-        state, x, noise: of a batch, leaves (batch, ...), (batch, time, ...) and (batch, time, ...) or None.
+        cell, params: any cell and its parameters.
+        state: states of a batch, leaves (batch, ...).
+        x: inputs, leaves (batch, time, ...).
+        noise: the noise, leaves (batch, time, ...), or None.
 
     Returns:
-        The loops in their order, the last without a state; the variables of the leaves of (x, noise); and the tree of
-        the output.
+        The loops in their order, the last of which has no state; the variables of the leaves of (x, noise), which the
+        loops' `stage.inputs` refer to; and the tree structure of the output.
     """
-
+    # Without mask and reset, because Newton's method applies them to each loop.
     traced = traced_step(cell, last_output, params, state, (x, None, None, noise))
     program, sizes = inline(traced.program), (traced.params, traced.state)
     loops = [LoopCell(cell, stage) for stage in stages(program, *sizes)]

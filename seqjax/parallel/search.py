@@ -14,7 +14,7 @@ from seqjax.parallel._flat import At, FlatCell
 from seqjax.parallel._newton import newton
 from seqjax.parallel.contraction import largest_exponent
 from seqjax.parallel.methods import Method
-from seqjax.sequence._masked_step import guarded_step, new_state
+from seqjax.sequence._masked_step import Inputs, masked_step, new_state
 from seqjax.sequence.unroll import trajectory
 
 
@@ -88,6 +88,6 @@ def _scanned(flat: FlatCell, params: Params, first: Array, inputs: At) -> Array:
         return jax.vmap(jax.vmap(flat.ravel))(states)[:, 1:]
 
     def one(state: State, inputs: At) -> State:
-        return jax.lax.scan(lambda s, at: guarded_step(flat.cell, params, s, *at, new_state), state, inputs)[1]
+        return jax.lax.scan(lambda s, at: masked_step(flat.cell, params, s, Inputs(*at), new_state), state, inputs)[1]
 
     return jax.vmap(jax.vmap(flat.ravel))(jax.vmap(one)(start, inputs))

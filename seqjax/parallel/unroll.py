@@ -21,9 +21,9 @@ from seqjax.parallel._linear_scan import delayed
 from seqjax.parallel.contraction import warn_of_growth
 from seqjax.parallel.methods import DEER, Method
 from seqjax.parallel.search import Convergence, nothing_to_find, search, together
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_flags, check_inputs
-from seqjax.sequence._masked_step import drawn_noise
+from seqjax.sequence._masked_step import draw_noise
 
 
 def unroll_parallel(
@@ -87,7 +87,7 @@ def unroll_parallel(
     _check_options(method, tolerance, max_iterations)
     state = batch_of_states(cell, params, state, batch)
     _check_state(cell, method, state)
-    run = compiled(_run, cell, method, bool(reverse), bool(fallback))
+    run = cached_jit(_run, cell, method, bool(reverse), bool(fallback))
     limits = float(tolerance or 0), int(max_iterations)  # 0 for the default, so that either compiles once
     result, found = run(params, state, (xs, mask, reset), key, limits)
     warn_of_growth(method, found.exponent, found.converged, time)
@@ -105,7 +105,7 @@ def _run(
     key: Any,
     limits: Any,
 ) -> tuple[tuple[State, Output], Convergence]:
-    inputs = (*inputs, drawn_noise(cell, key, *jax.tree.leaves(inputs)[0].shape[:2]))
+    inputs = (*inputs, draw_noise(cell, key, *jax.tree.leaves(inputs)[0].shape[:2]))
     if reverse:
         inputs = _backwards(inputs)
     (state, outputs), found = _layers(cell, method, fallback, params, state, inputs, limits)

@@ -1,6 +1,6 @@
-"""Figures of every analysis: each function takes a result and matplotlib axes, and returns the axes.
+"""Figures of the analyses. Each function draws a result on matplotlib axes and returns the axes.
 
-matplotlib is imported when the first figure is drawn, so that `import seqjax` needs none.
+matplotlib is imported when the first figure is drawn, so `import seqjax` works without it.
 """
 
 from .cliff import loss_cliff as loss_cliff

@@ -1,15 +1,11 @@
-"""Figures of how far back gradients reach, and of what clipping does to them."""
+"""Figures of gradient norms through time, and of the effect of clipping."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from seqjax.analysis.cell_gradient_path import CellPath
-from seqjax.analysis.clipping import ClippingStatistics
-from seqjax.analysis.gradient_flow import GradientByLag
 
 from .canvas import (
     BLUE,
@@ -17,26 +13,34 @@ from .canvas import (
     GREY,
     VERMILLION,
     Axes,
-    axes,
-    base_ten,
-    decades,
-    finite,
-    label,
-    legend,
-    mean_of_finite,
-    named,
-    remark,
-    style,
-    tell_missing,
+    add_legend,
+    add_note,
+    finite_mean,
+    finite_or_nan,
+    format_power,
+    get_axes,
+    line_style,
+    note_missing,
+    set_labels,
+    set_power_ticks,
+    to_log10,
+    with_styles,
 )
 
+if TYPE_CHECKING:
+    from seqjax.analysis.cell_gradient_path import CellPath
+    from seqjax.analysis.clipping import ClippingStatistics
+    from seqjax.analysis.gradient_flow import GradientByLag
+else:  # at run time, figures do not import the analyses
+    CellPath = ClippingStatistics = GradientByLag = Any
 
-def gradient_by_lag(result: GradientByLag, *, ax: Axes | None = None) -> Any:
-    """Gradient norm by lag: the expected and the largest ||ds_t/ds_{t-k}|| against k, with threshold and horizon.
+
+def gradient_by_lag(result: GradientByLag, *, ax: Axes | None = None) -> Axes:
+    """The expected and the largest norm of ds_t/ds_{t-k} against the lag k, with the threshold and the horizon.
 
     Args:
         result: `GradientByLag`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
         The axes.
@@ -50,26 +54,26 @@ def gradient_by_lag(result: GradientByLag, *, ax: Axes | None = None) -> Any:
         >>> ax.get_xlabel(), len(ax.lines[0].get_xdata())
         ('lag k (steps)', 9)
     """
-    ax = axes(ax)
-    lags, expected, worst = result.lags, base_ten(result.log_expected), base_ten(result.log_worst)
-    ax.plot(lags, finite(expected), color=BLUE, label="expected")
-    ax.plot(lags, finite(worst), color=VERMILLION, linestyle="--", label="worst case")
+    ax = get_axes(ax)
+    lags, expected, worst = result.lags, to_log10(result.log_expected), to_log10(result.log_worst)
+    ax.plot(lags, finite_or_nan(expected), color=BLUE, label="expected")
+    ax.plot(lags, finite_or_nan(worst), color=VERMILLION, linestyle="--", label="worst case")
     _threshold(ax, result.threshold)
     if np.isfinite(result.horizon):
         ax.axvline(result.horizon, color=GREY, linestyle="-.", linewidth=1, label=f"horizon, {result.horizon:g} steps")
-    tell_missing(ax, expected, worst)
+    note_missing(ax, expected, worst)
     return _by_lag(ax, "Gradient norm by lag")
 
 
-def gradients_by_lag(results: Mapping[str, GradientByLag], *, ax: Axes | None = None) -> Any:
-    """Expected gradient norm by lag of several cells on the same axes.
+def gradients_by_lag(results: Mapping[str, GradientByLag], *, ax: Axes | None = None) -> Axes:
+    """The expected gradient norm by lag for several cells on the same axes.
 
     Args:
         results: `GradientByLag` by name.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
-        The axes, with one line a name in the same order, and the threshold of the first as the last.
+        The axes, with one line per name in the same order. The last line is the threshold of the first result.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -79,24 +83,24 @@ def gradients_by_lag(results: Mapping[str, GradientByLag], *, ax: Axes | None = 
         >>> [line.get_label() for line in sj.plots.gradients_by_lag(runs, ax=Figure().subplots()).lines][:2]
         ['0', '1']
     """
-    ax = axes(ax)
-    for name, result, look in named(results):
-        ax.plot(result.lags, finite(base_ten(result.log_expected)), label=name, **look)
+    ax = get_axes(ax)
+    for name, result, style in with_styles(results):
+        ax.plot(result.lags, finite_or_nan(to_log10(result.log_expected)), label=name, **style)
     for result in list(results.values())[:1]:
         _threshold(ax, result.threshold)
-    tell_missing(ax, *(result.log_expected for result in results.values()))
+    note_missing(ax, *(result.log_expected for result in results.values()))
     return _by_lag(ax, "Expected gradient norm by lag")
 
 
-def gradient_heat_map(result: GradientByLag, *, ax: Axes | None = None) -> Any:
-    """Gradient norm by time and lag: colour is the expected ||ds_t/ds_{t-k}||, averaged in logarithms over the batch.
+def gradient_heat_map(result: GradientByLag, *, ax: Axes | None = None) -> Axes:
+    """The gradient norm by time and lag. The colour is the geometric mean of ||ds_t/ds_{t-k}|| over the batch.
 
     Args:
         result: `GradientByLag`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
-        The axes; what lies before the beginning of the sequences stays empty.
+        The axes. Lags that reach before the beginning of the sequences stay empty.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -108,30 +112,30 @@ def gradient_heat_map(result: GradientByLag, *, ax: Axes | None = None) -> Any:
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    from .canvas import power
-
-    ax = axes(ax)
-    table = base_ten(mean_of_finite(result.table)).T  # (lags, times)
-    if np.isfinite(table).any():
+    ax = get_axes(ax)
+    table = to_log10(finite_mean(result.table)).T  # (lags, times)
+    if np.isfinite(table).any():  # matplotlib warns if it has no value to scale the colours by
         edges = _edges(np.asarray(result.times)), _edges(np.asarray(result.lags))
         image = ax.pcolormesh(*edges, np.ma.masked_invalid(table), cmap="viridis", rasterized=True)
         bar = ax.figure.colorbar(image, ax=ax, ticks=MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
         bar.set_label("gradient norm (ratio)")
         bar.outline.set_visible(False)
     else:
-        tell_missing(ax, table)
-    ax = label(ax, "Gradient norm by time and lag", "time t (steps)", "lag k (steps)")
+        note_missing(ax, table)
+    ax = set_labels(ax, "Gradient norm by time and lag", "time t (steps)", "lag k (steps)")
     ax.grid(False)
     return ax
 
 
-def loss_gradient(result: GradientByLag, *, ax: Axes | None = None) -> Any:
-    """Norm of dL/ds_t against t, of the whole state and of each of its parts, averaged in logarithms over the batch.
+def loss_gradient(result: GradientByLag, *, ax: Axes | None = None) -> Axes:
+    """The norm of dL/ds_t against t, for the whole state and for each of its fields.
+
+    Each line is the geometric mean over the batch.
 
     Args:
         result: `GradientByLag`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
         The axes.
@@ -144,23 +148,24 @@ def loss_gradient(result: GradientByLag, *, ax: Axes | None = None) -> Any:
         >>> [line.get_label() for line in sj.plots.loss_gradient(result, ax=Figure().subplots()).lines]
         ['whole state', 'h', 'c']
     """
-    ax = axes(ax)
+    ax = get_axes(ax)
+    # The only field of a state is the whole state.
     parts = result.log_gradient_parts if len(result.log_gradient_parts) > 1 else {}
-    lines = {name: mean_of_finite(log) for name, log in {"whole state": result.log_gradient, **parts}.items()}
-    for name, line, look in named(lines):
-        ax.plot(np.arange(len(line)), base_ten(line), label=name, **look)
-    tell_missing(ax, lines["whole state"])
-    decades(ax.yaxis)
-    legend(ax)
-    return label(ax, "Gradient of the loss through time", "time t (steps)", "norm of dL/ds_t")
+    lines = {name: finite_mean(log) for name, log in {"whole state": result.log_gradient, **parts}.items()}
+    for name, line, style in with_styles(lines):
+        ax.plot(np.arange(len(line)), to_log10(line), label=name, **style)
+    note_missing(ax, lines["whole state"])
+    set_power_ticks(ax.yaxis)
+    add_legend(ax)
+    return set_labels(ax, "Gradient of the loss through time", "time t (steps)", "norm of dL/ds_t")
 
 
-def cell_path(result: CellPath, *, ax: Axes | None = None) -> Any:
-    """The LSTM's additive path: the norm of the true dc_t/dc_{t-k} beside that of the forget gates' product.
+def cell_path(result: CellPath, *, ax: Axes | None = None) -> Axes:
+    """The norm of dc_t/dc_{t-k} of an LSTM, beside that of its additive path, the product of the forget gates.
 
     Args:
         result: `CellPath`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
         The axes.
@@ -173,20 +178,20 @@ def cell_path(result: CellPath, *, ax: Axes | None = None) -> Any:
         >>> [line.get_label() for line in sj.plots.cell_path(result, ax=Figure().subplots()).lines]
         ['true dc_t/dc_(t-k)', 'product of forget gates']
     """
-    ax = axes(ax)
+    ax = get_axes(ax)
     lines = {"true dc_t/dc_(t-k)": result.log_true, "product of forget gates": result.log_forget}
-    for name, log, look in named({name: mean_of_finite(log) for name, log in lines.items()}):
-        ax.plot(result.lags, base_ten(log), label=name, **look)
-    tell_missing(ax, *lines.values())
+    for name, log, style in with_styles({name: finite_mean(log) for name, log in lines.items()}):
+        ax.plot(result.lags, to_log10(log), label=name, **style)
+    note_missing(ax, *lines.values())
     return _by_lag(ax, "Memory of the cell state")
 
 
-def clipping(result: ClippingStatistics, *, ax: Axes | None = None) -> Any:
-    """The gradient's norm before clipping at every update, and the threshold above which it is scaled down.
+def clipping(result: ClippingStatistics, *, ax: Axes | None = None) -> Axes:
+    """The gradient norm before clipping at every update, and the threshold above which gradients are scaled down.
 
     Args:
         result: `ClippingStatistics`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
         The axes.
@@ -199,27 +204,27 @@ def clipping(result: ClippingStatistics, *, ax: Axes | None = None) -> Any:
         >>> ax.lines[1].get_xdata().tolist()  # the updates that were clipped
         [2, 3]
     """
-    ax = axes(ax)
+    ax = get_axes(ax)
     norm = np.asarray(result.grad_norm, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         log, updates = np.log10(norm), np.arange(1, len(norm) + 1)
-    ax.plot(updates, finite(log), color=BLUE, linewidth=1, label="gradient norm")
+    ax.plot(updates, finite_or_nan(log), color=BLUE, linewidth=1, label="gradient norm")
     if np.isfinite(result.clip_norm):
         above = norm > result.clip_norm
-        ax.plot(updates[above], finite(log[above]), "o", color=VERMILLION, markersize=2.5, label="clipped")
-        ax.axhline(np.log10(result.clip_norm), **style(2), linewidth=1, label=f"threshold {result.clip_norm:g}")
-    tell_missing(ax, log)
-    decades(ax.yaxis)
-    legend(ax)
-    return label(ax, "Gradient norm and clipping", "update", "gradient norm before clipping")
+        ax.plot(updates[above], finite_or_nan(log[above]), "o", color=VERMILLION, markersize=2.5, label="clipped")
+        ax.axhline(np.log10(result.clip_norm), **line_style(2), linewidth=1, label=f"threshold {result.clip_norm:g}")
+    note_missing(ax, log)
+    set_power_ticks(ax.yaxis)
+    add_legend(ax)
+    return set_labels(ax, "Gradient norm and clipping", "update", "gradient norm before clipping")
 
 
-def clipping_factor(result: ClippingStatistics, *, ax: Axes | None = None) -> Any:
-    """The factor min(1, c / |g|) by which clipping scaled every gradient.
+def clipping_factor(result: ClippingStatistics, *, ax: Axes | None = None) -> Axes:
+    """The factor min(1, c / |g|) that clipping applied to each gradient.
 
     Args:
         result: `ClippingStatistics`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
         The axes.
@@ -231,30 +236,30 @@ def clipping_factor(result: ClippingStatistics, *, ax: Axes | None = None) -> An
         >>> sj.plots.clipping_factor(result, ax=Figure().subplots()).lines[0].get_ydata().tolist()
         [1.0, 0.5, 0.25]
     """
-    ax = axes(ax)
+    ax = get_axes(ax)
     factors = np.asarray(result.factors, np.float64)
-    ax.plot(np.arange(1, len(factors) + 1), finite(factors), color=GREEN, linewidth=1)
+    ax.plot(np.arange(1, len(factors) + 1), finite_or_nan(factors), color=GREEN, linewidth=1)
     ax.set_ylim(0, 1.05)
-    tell_missing(ax, factors)
-    return label(ax, "How hard clipping acted", "update", "factor on the gradient")
+    note_missing(ax, factors)
+    return set_labels(ax, "Clipping factor", "update", "factor of the gradient")
 
 
-def _by_lag(ax: Axes, title: str) -> Any:
-    decades(ax.yaxis)
-    legend(ax)
-    return label(ax, title, "lag k (steps)", "gradient norm (ratio)")
+def _by_lag(ax: Axes, title: str) -> Axes:
+    set_power_ticks(ax.yaxis)
+    add_legend(ax)
+    return set_labels(ax, title, "lag k (steps)", "gradient norm (ratio)")
 
 
 def _threshold(ax: Axes, threshold: float) -> None:
     if threshold > 0:
         ax.axhline(np.log10(threshold), color=GREY, linestyle=":", linewidth=1, label=f"threshold {threshold:g}")
-    else:
-        remark(ax, f"threshold {threshold:g}")
+    else:  # zero has no logarithm
+        add_note(ax, f"threshold {threshold:g}")
 
 
-def _edges(middles: np.ndarray) -> np.ndarray:
-    """The borders of cells around these places."""
-    if len(middles) < 2:
-        return np.array([middles[0] - 0.5, middles[0] + 0.5])
-    between = (middles[1:] + middles[:-1]) / 2
-    return np.array([1.5 * middles[0] - 0.5 * middles[1], *between, 1.5 * middles[-1] - 0.5 * middles[-2]])
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """The edges of the mesh cells around these centres."""
+    if len(centres) < 2:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    between = (centres[1:] + centres[:-1]) / 2
+    return np.array([1.5 * centres[0] - 0.5 * centres[1], *between, 1.5 * centres[-1] - 0.5 * centres[-2]])

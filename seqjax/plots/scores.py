@@ -1,23 +1,39 @@
-"""Figures of how good a model is: over its training, by the place in a sequence, and by the length of one."""
+"""Figures of the score of a model: during training, by the position in a sequence, and by the sequence length."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from seqjax.analysis.by_length import ScoreByLength
+from .canvas import (
+    BLUE,
+    GREY,
+    VERMILLION,
+    ArrayLike,
+    Axes,
+    add_legend,
+    finite_or_nan,
+    get_axes,
+    note_missing,
+    set_integer_ticks,
+    set_labels,
+    with_styles,
+)
 
-from .canvas import BLUE, GREY, VERMILLION, Axes, axes, finite, label, legend, named, tell_missing, whole_numbers
+if TYPE_CHECKING:
+    from seqjax.analysis.by_length import ScoreByLength
+else:  # at run time, figures do not import the analyses
+    ScoreByLength = Any
 
 
-def loss_by_position(result: ScoreByLength, *, ax: Axes | None = None) -> Any:
-    """The score at each place of a sequence, over all sequences that reach it.
+def loss_by_position(result: ScoreByLength, *, ax: Axes | None = None) -> Axes:
+    """The mean score at each position, over all sequences that are long enough.
 
     Args:
         result: `ScoreByLength`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
         The axes.
@@ -31,18 +47,18 @@ def loss_by_position(result: ScoreByLength, *, ax: Axes | None = None) -> Any:
         >>> len(sj.plots.loss_by_position(result, ax=Figure().subplots()).lines[0].get_xdata())
         9
     """
-    ax = axes(ax)
-    ax.plot(result.position, finite(result.by_position), color=BLUE)
-    tell_missing(ax, result.by_position)
-    return label(ax, "Score by position", "position in the sequence (steps)", _unit(result))
+    ax = get_axes(ax)
+    ax.plot(result.position, finite_or_nan(result.by_position), color=BLUE)
+    note_missing(ax, result.by_position)
+    return set_labels(ax, "Score by position", "position in the sequence (steps)", _score_label(result))
 
 
-def loss_by_length(result: ScoreByLength, *, ax: Axes | None = None) -> Any:
-    """The score of sequences by their length, with the mean of the short ones and that of the long ones.
+def loss_by_length(result: ScoreByLength, *, ax: Axes | None = None) -> Axes:
+    """The score by sequence length, with the means over the short and over the long sequences.
 
     Args:
         result: `ScoreByLength`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
         The axes.
@@ -57,29 +73,29 @@ def loss_by_length(result: ScoreByLength, *, ax: Axes | None = None) -> Any:
         >>> sj.plots.loss_by_length(result, ax=Figure().subplots()).lines[0].get_xdata().tolist()
         [4, 9]
     """
-    ax = axes(ax)
-    ax.plot(result.length, finite(result.by_length), color=BLUE, marker="o", markersize=4)
+    ax = get_axes(ax)
+    ax.plot(result.length, finite_or_nan(result.by_length), color=BLUE, marker="o", markersize=4)
     halves = (f"up to {result.split} steps", result.short, GREY, "--"), ("longer", result.long, VERMILLION, "-.")
     for name, value, colour, dashes in halves:
-        if np.isfinite(value):
+        if np.isfinite(value):  # the mean is NaN if no sequence is that short or that long
             ax.axhline(value, color=colour, linestyle=dashes, linewidth=1, label=f"{name}, mean {value:.3g}")
-    tell_missing(ax, result.by_length)
-    legend(ax)
-    return label(ax, "Score by length", "length of the sequence (steps)", _unit(result))
+    note_missing(ax, result.by_length)
+    add_legend(ax)
+    return set_labels(ax, "Score by length", "length of the sequence (steps)", _score_label(result))
 
 
 def learning_curves(
-    curves: Mapping[str, tuple[Any, Any]], *, ax: Axes | None = None, unit: str = "bits per character"
-) -> Any:
-    """Scores over a training.
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ax: Axes | None = None, unit: str = "bits per character"
+) -> Axes:
+    """Scores against the number of updates.
 
     Args:
         curves: (updates, scores) by name.
-        ax: matplotlib axes to draw on; by default those of a new figure.
-        unit: of the scores.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
+        unit: the unit of the scores.
 
     Returns:
-        The axes, with one line a name.
+        The axes, with one line per name.
 
     Example:
         >>> import seqjax as sj
@@ -88,15 +104,16 @@ def learning_curves(
         >>> ax.get_ylabel(), ax.lines[0].get_ydata().tolist()
         ('bits per character', [3.0, 2.5])
     """
-    ax = axes(ax)
-    for name, (updates, scores), look in named(curves):
-        few = {"marker": "o", "markersize": 3} if len(updates) < 30 else {}
-        ax.plot(np.asarray(updates), finite(scores), label=name, linewidth=1.2, **few, **look)
-    tell_missing(ax, *(scores for _, scores in curves.values()))
-    whole_numbers(ax.xaxis)
-    legend(ax)
-    return label(ax, "Learning curve", "update", unit)
+    ax = get_axes(ax)
+    for name, (updates, scores), style in with_styles(curves):
+        # A line through one point is invisible, so short curves have markers.
+        markers = {"marker": "o", "markersize": 3} if np.size(updates) < 30 else {}
+        ax.plot(np.asarray(updates), finite_or_nan(scores), label=name, linewidth=1.2, **markers, **style)
+    note_missing(ax, *(scores for _, scores in curves.values()))
+    set_integer_ticks(ax.xaxis)
+    add_legend(ax)
+    return set_labels(ax, "Learning curve", "update", unit)
 
 
-def _unit(result: ScoreByLength) -> str:
-    return {"correct": "share of right answers"}.get(result.unit, f"loss ({result.unit})")
+def _score_label(result: ScoreByLength) -> str:
+    return {"correct": "share of correct answers"}.get(result.unit, f"loss ({result.unit})")

@@ -1,15 +1,13 @@
-"""Figures of what a cell's state and its gates do: saturation, memory in steps, and the state's path in a plane."""
+"""Figures of gates and states: saturation, time constants, and the path of the state in a plane."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from seqjax.analysis.fixed_point_search import FixedPoints
-from seqjax.analysis.gates import GateStatistics
 from seqjax.cell import State
 
 from .canvas import (
@@ -20,29 +18,35 @@ from .canvas import (
     PURPLE,
     VERMILLION,
     Axes,
-    axes,
-    decades,
-    finite,
-    label,
-    legend,
-    named,
-    tell_missing,
+    add_legend,
+    finite_or_nan,
+    get_axes,
+    note_missing,
+    set_labels,
+    set_power_ticks,
+    with_styles,
 )
+
+if TYPE_CHECKING:
+    from seqjax.analysis.fixed_point_search import FixedPoints
+    from seqjax.analysis.gates import GateStatistics
+else:  # at run time, figures do not import the analyses
+    FixedPoints = GateStatistics = Any
 
 _KINDS = {"stable": (GREEN, "o"), "unstable": (VERMILLION, "X"), "slow point": (PURPLE, "^")}
 
 
-def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Any:
-    """How often each unit's gate is shut and how often it is open: right-saturated against left-saturated fraction.
+def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Axes:
+    """How often the gate of each unit is closed (horizontal axis) and how often it is open (vertical axis).
 
-    A unit near the origin is in neither state; on the diagonal it is always in one of them.
+    The gate of a unit near the origin is rarely saturated. That of a unit on the diagonal always is.
 
     Args:
         results: `GateStatistics` by gate, from `gate_statistics`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
-        The axes, with one cloud of units a gate.
+        The axes, with one set of marks per gate.
 
     Source: Karpathy, Johnson and Li 2015, "Visualizing and understanding recurrent networks".
 
@@ -55,13 +59,13 @@ def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Axes | None = 
         >>> len(ax.collections) == len(results), len(ax.collections[0].get_offsets())
         (True, 3)
     """
-    ax = axes(ax, (4.4, 4.0))
+    ax = get_axes(ax, (4.4, 4.0))
     ax.plot([0, 1], [1, 0], color=GREY, linewidth=1)
-    for place, (name, result, look) in enumerate(named(results)):
-        marks = {"color": look["color"], "marker": MARKERS[place % 8]}
+    for number, (name, result, style) in enumerate(with_styles(results)):
+        marks = {"color": style["color"], "marker": MARKERS[number % 8]}
         ax.scatter(
-            np.ravel(finite(result.low)),
-            np.ravel(finite(result.high)),
+            np.ravel(finite_or_nan(result.low)),
+            np.ravel(finite_or_nan(result.high)),
             s=14,
             alpha=0.6,
             label=name,
@@ -69,20 +73,20 @@ def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Axes | None = 
             **marks,
         )
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
-    tell_missing(ax, *(part for result in results.values() for part in (result.low, result.high)))
-    legend(ax, loc="upper right")
-    return label(ax, "Gate saturation, one mark a unit", "fraction of steps shut", "fraction of steps open")
+    note_missing(ax, *(part for result in results.values() for part in (result.low, result.high)))
+    add_legend(ax, loc="upper right")
+    return set_labels(ax, "Gate saturation, one mark per unit", "fraction of steps closed", "fraction of steps open")
 
 
-def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Any:
-    """How often each gate takes each value, over all units and steps.
+def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Axes:
+    """Histograms of the gate values over all units and steps.
 
     Args:
         results: `GateStatistics` by gate, from `gate_statistics`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
-        The axes, with one line of steps a gate.
+        The axes, with one step line per gate.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -92,25 +96,27 @@ def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Axes | None = N
         >>> len(sj.plots.gate_histogram(results, ax=Figure().subplots()).patches) == len(results)
         True
     """
-    ax = axes(ax)
-    for name, result, look in named(results):
+    ax = get_axes(ax)
+    for name, result, style in with_styles(results):
         edges = np.asarray(result.edges, np.float64)
-        place = (edges - edges[0]) / (edges[-1] - edges[0])
-        ax.stairs(np.nan_to_num(finite(result.histogram)), place, label=name, **look)
-    tell_missing(ax, *(result.histogram for result in results.values()))
-    legend(ax)
-    return label(ax, "Gate values", "place in the gate's range (0 shut, 1 open)", "fraction of units and steps")
+        edges = (edges - edges[0]) / (edges[-1] - edges[0])  # signed gates range from -1 to 1, others from 0 to 1
+        ax.stairs(np.nan_to_num(finite_or_nan(result.histogram)), edges, label=name, **style)
+    note_missing(ax, *(result.histogram for result in results.values()))
+    add_legend(ax)
+    return set_labels(
+        ax, "Gate values", "position in the range of the gate (0 closed, 1 open)", "fraction of units and steps"
+    )
 
 
-def time_constants(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Any:
-    """Memory of each unit in steps, tau = -1 / ln(mean gate), from the shortest to the longest.
+def time_constants(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Axes:
+    """The time constant of each unit, tau = -1 / ln(mean gate) in steps, in ascending order.
 
     Args:
-        results: `GateStatistics` by gate, of those gates that multiply the old state.
-        ax: matplotlib axes to draw on; by default those of a new figure.
+        results: `GateStatistics` by gate, for gates that multiply the old state.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
 
     Returns:
-        The axes, with one line a gate.
+        The axes, with one line per gate.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -122,29 +128,31 @@ def time_constants(results: Mapping[str, GateStatistics], *, ax: Axes | None = N
         >>> (10 ** ax.lines[0].get_ydata()).round(3).tolist()  # -1 / ln(1/2)
         [1.443, 1.443, 1.443]
     """
-    ax = axes(ax)
+    ax = get_axes(ax)
     logs = {}
-    for name, result in results.items():
+    for name, result in results.items():  # a gate that is always 0 or 1 has a time constant of 0 or infinity
         with np.errstate(divide="ignore", invalid="ignore"):
             logs[name] = np.log10(np.sort(np.ravel(np.asarray(result.time_constant, np.float64))))
-    for place, (name, log, look) in enumerate(named(logs)):
+    for number, (name, log, style) in enumerate(with_styles(logs)):
         ranks = (np.arange(len(log)) + 0.5) / max(len(log), 1)
-        ax.plot(ranks, finite(log), marker=MARKERS[place % 8], markersize=3, label=name, **look)
-    tell_missing(ax, *logs.values())
-    decades(ax.yaxis)
-    legend(ax)
-    return label(ax, "Memory of the units", "fraction of units that forget faster", "time constant (steps)")
+        ax.plot(ranks, finite_or_nan(log), marker=MARKERS[number % 8], markersize=3, label=name, **style)
+    note_missing(ax, *logs.values())
+    set_power_ticks(ax.yaxis)
+    add_legend(ax)
+    return set_labels(
+        ax, "Time constants of the units", "fraction of units that forget faster", "time constant (steps)"
+    )
 
 
 def principal_plane(states: State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The plane in which states vary most.
+    """The plane with the largest variance of the states.
 
     Args:
         states: a state whose leaves are (batch, time, ...), as `trajectory` returns.
 
     Returns:
-        The mean state (n,), two orthonormal directions (2, n), and the share of the variance along each (2,); zeros
-        for a second direction that is not there.
+        The mean state (n,), two orthonormal directions (2, n), and the share of the variance along each (2,). If there
+        is no second direction, its entries are zero.
 
     Example:
         >>> import jax.numpy as jnp, seqjax as sj
@@ -152,34 +160,34 @@ def principal_plane(states: State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         >>> mean.tolist(), share.round(6).tolist()
         ([3.0, 2.0], [1.0, 0.0])
     """
-    flat = flat_states(states)
+    flat = flatten_states(states)
     rows = flat.reshape(-1, flat.shape[-1])
     rows = rows[np.isfinite(rows).all(1)]
     mean = rows.mean(0) if len(rows) else np.zeros(flat.shape[-1])
     _, sizes, directions = np.linalg.svd(rows - mean, full_matrices=False)
-    power, total = np.zeros(2), max(float((sizes**2).sum()), 1e-300)
-    plane = np.zeros((2, flat.shape[-1]))
-    here = min(2, len(sizes))
-    power[:here], plane[:here] = sizes[:here] ** 2 / total, directions[:here]
-    return mean, plane, power
+    total = max(float((sizes**2).sum()), 1e-300)  # a constant state has no variance
+    shares, plane = np.zeros(2), np.zeros((2, flat.shape[-1]))
+    rank = min(2, len(sizes))
+    shares[:rank], plane[:rank] = sizes[:rank] ** 2 / total, directions[:rank]
+    return mean, plane, shares
 
 
-def flat_states(states: State) -> np.ndarray:
-    """States (batch, time, n) of a state whose leaves are (batch, time, ...), in the order of the analyses."""
+def flatten_states(states: State) -> np.ndarray:
+    """Concatenates leaves (batch, time, ...) to (batch, time, n), in the same order as the analyses."""
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(states)]
     return np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=-1)
 
 
 def state_portrait(
     states: State, fixed_points: FixedPoints | None = None, *, ax: Axes | None = None, most: int = 8
-) -> Any:
-    """The state's path in the plane in which it varies most, with fixed points where there are any.
+) -> Axes:
+    """The paths of the state in the plane with its largest variance, with fixed points if they are given.
 
     Args:
         states: a state whose leaves are (batch, time, ...), as `trajectory` returns.
         fixed_points: `FixedPoints`.
-        ax: matplotlib axes to draw on; by default those of a new figure.
-        most: sequences to draw.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
+        most: the largest number of sequences to draw.
 
     Returns:
         The axes.
@@ -190,28 +198,28 @@ def state_portrait(
         >>> cell = sj.GRU(2, 3)
         >>> states = sj.trajectory(cell, cell.init(jax.random.key(0)), jnp.ones((2, 9, 2)))
         >>> ax = sj.plots.state_portrait(states, ax=Figure().subplots())
-        >>> [len(line.get_xdata()) for line in ax.lines]  # two paths of ten states, and where they begin
+        >>> [len(line.get_xdata()) for line in ax.lines]  # two paths of ten states, and their two starts
         [10, 10, 2]
     """
-    ax = axes(ax, (4.6, 4.0))
+    ax = get_axes(ax, (4.6, 4.0))
     mean, plane, share = principal_plane(states)
-    paths = (flat_states(states) - mean) @ plane.T
+    paths = (flatten_states(states) - mean) @ plane.T
     for row in paths[:most]:
-        ax.plot(*finite(row).T, color=BLUE, alpha=0.45, linewidth=0.8)
-    ax.plot(*finite(paths[:most, 0]).T, "s", color=GREY, markersize=5, label="start")
+        ax.plot(*finite_or_nan(row).T, color=BLUE, alpha=0.45, linewidth=0.8)
+    ax.plot(*finite_or_nan(paths[:most, 0]).T, "s", color=GREY, markersize=5, label="start")
     if fixed_points is not None:
         points = (np.asarray(fixed_points.points, np.float64).reshape(-1, len(mean)) - mean) @ plane.T
-        kinds = kinds_of(fixed_points)
+        kinds = point_kinds(fixed_points)
         for kind, (colour, marker) in _KINDS.items():
             if (kinds == kind).any():
                 ax.scatter(*points[kinds == kind].T, s=45, color=colour, marker=marker, label=kind, zorder=3)
-    tell_missing(ax, paths[:most])
-    legend(ax)
+    note_missing(ax, paths[:most])
+    add_legend(ax)
     names = [f"component {i + 1} ({100 * part:.0f} % of the variance)" for i, part in enumerate(share)]
-    return label(ax, "Paths of the state", *names)
+    return set_labels(ax, "Paths of the state", *names)
 
 
-def kinds_of(fixed_points: FixedPoints) -> np.ndarray:
-    """ "stable", "unstable" or "slow point" for each of `FixedPoints`."""
+def point_kinds(fixed_points: FixedPoints) -> np.ndarray:
+    """The kind of each point as text: "stable", "unstable" or "slow point"."""
     stable = np.where(np.asarray(fixed_points.stable, bool), "stable", "unstable")
     return np.where(np.asarray(fixed_points.kind).astype(str) == "slow", "slow point", stable)

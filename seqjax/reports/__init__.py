@@ -1,1 +1,1 @@
-"""One self-contained page about a cell: the verdict first, then the figures, then every number."""
+"""Self-contained HTML pages on a cell or on training runs: the verdict, figures, and tables with all numbers."""

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import os
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree
 
 from seqjax.cell import Cell, Params, State
-from seqjax.plots.canvas import need_matplotlib
 
 from . import sections
 from . import training_sections as training
+from .files import checked_place, foot, versions, write
 from .html import page, pairs, paragraph, section
 from .measure import STEPS, Measured, measure
 from .sections import safely
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from seqjax.analysis.gates import GateStatistics
+else:  # needed only in annotations
+    ArrayLike = GateStatistics = Any
 
 
 def report(
@@ -30,41 +34,43 @@ def report(
     *,
     path: str | os.PathLike[str],
     state: State | None = None,
-    mask: Any = None,
-    reset: Any = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
     rows: int | None = None,
     steps: int = STEPS,
     title: str | None = None,
-    history: Mapping[str, Any] | None = None,
+    history: Mapping[str, ArrayLike] | None = None,
     clip_norm: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes one HTML page on how information and gradients move through a cell on these inputs.
+    """Writes an HTML page on the gradients, the states and the gates of a cell, measured on the inputs `xs`.
 
-    It holds a verdict in words, figures with a sentence on how to read each, tables of every number, and what was
-    read. It needs no network, and reads well on a phone and in the dark. What cannot be had of a cell is left out with
-    a sentence that says why.
+    The page has a verdict in words, figures with captions that explain how to read them, tables with all numbers, and
+    the settings of the measurement. It needs no network, and it is readable on a phone and in dark mode. If an analysis
+    does not apply to the cell, a sentence gives the reason instead.
 
     Args:
         cell: any cell.
-        params: its parameters, after training or before.
-        xs: inputs like those that it is for, leaves (batch, time, ...).
-        path: the file to write; one that is there is replaced.
+        params: its parameters, trained or not.
+        xs: typical inputs of the cell, leaves (batch, time, ...).
+        path: the file to write. An existing file is replaced.
         state, mask, reset: as for `unroll`.
-        rows: sequences that are read, the first ones of `xs`; by default 8, or 4 of a state of more than 256 numbers.
-        steps: of each of these that are read, the first ones; more take longer and narrow the intervals.
-        title: of the page; by default the cell's type.
-        history: of its training, as `fit` returns it, for how clipping acted.
-        clip_norm: the threshold of that training.
-        settings: whatever else is to stand on the page, by name.
+        rows: the number of sequences to measure, from the first one; by default 8, or 4 if the state has more than 256
+            numbers.
+        steps: the number of steps to measure in each sequence, from the first one. More steps take longer and give
+            narrower confidence intervals.
+        title: the title of the page; by default the type of the cell.
+        history: the training history, as `fit` returns it. If it is given, the page has a section on clipping.
+        clip_norm: the clipping threshold of the training.
+        settings: other settings to show on the page, by name.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: a shape does not fit, or the file cannot be written.
-        TypeError: a dtype does not fit.
-        ModuleNotFoundError: there is no matplotlib.
+        ValueError: a shape does not match, or the file cannot be written.
+        TypeError: a dtype does not match.
+        ModuleNotFoundError: matplotlib is not installed.
 
     Example:
         >>> import pathlib, tempfile, jax, jax.numpy as jnp, seqjax as sj
@@ -81,101 +87,48 @@ def report(
         parts.append(training.clipping_section(history, clip_norm))
     parts.append(settings_section(measured, settings or {}))
     name = type(cell).__name__ if title is None else title
-    lead = f"How information and gradients move through {type(cell).__name__}, measured on {measured.about['read']}."
+    lead = f"The gradients, states and gates of {type(cell).__name__}, measured on {measured.about['read']}."
     return write(place, page(name, lead, parts, foot()))
 
 
 def cell_sections(cell: Cell, measured: Measured) -> list[str]:
-    """All that is told of a cell by itself."""
-    keep = memory_gates(cell, measured.found.get("gate_statistics", {}))
+    """The sections on the cell, without those on its training."""
+    memory = memory_gates(cell, measured.found.get("gate_statistics", {}))
     return [
         safely("verdict", "Verdict", sections.verdict_section, measured),
         safely("gradients", "Gradients through time", sections.gradient_section, measured),
         safely("exponents", "Lyapunov exponents", sections.exponent_section, measured),
         safely("jacobians", "Jacobians", sections.jacobian_section, measured),
-        safely("gates", "Gates", sections.gate_section, measured, keep),
+        safely("gates", "Gates", sections.gate_section, measured, memory),
         safely("states", "States", sections.state_section, measured),
     ]
 
 
-def memory_gates(cell: Cell, statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """The gates that multiply the old state, with their time constants.
+def memory_gates(cell: Cell, statistics: Mapping[str, GateStatistics]) -> dict[str, GateStatistics]:
+    """The statistics of the gates that multiply the old state, with the time constants of the state.
 
-    They are called "forget", or "update" in a GRU. Where an update gate writes, 1 - z keeps.
+    These gates have the role "keeps" or "replaces" in the cell's `gate_roles`. A gate z that replaces the state
+    multiplies it by 1 - z, so its time constant is -1 / ln(1 - E[z]).
     """
-    keep = {}
+    roles, memory = getattr(cell, "gate_roles", {}), {}
     for name, gate in statistics.items():
-        kind, update = name.rpartition("/")[2], getattr(_owner(cell, name), "update", None)
-        if kind == "forget" or (kind == "update" and update == "keeps"):
-            keep[name] = gate
-        elif kind == "update" and update == "writes":
-            with np.errstate(divide="ignore"):
+        if roles.get(name) == "keeps":
+            memory[name] = gate
+        elif roles.get(name) == "replaces":
+            with np.errstate(divide="ignore"):  # a gate that is always 0 keeps the state forever
                 tau = -1 / np.log1p(-np.asarray(gate.unit_mean, np.float64))
-            keep[name] = gate._replace(time_constant=tau)
-    return keep
-
-
-def _owner(cell: Cell, gate: str) -> object:
-    """The cell in wrappers and stacks that this gate belongs to; None where it cannot be told."""
-    owner: Any = cell
-    for layer in [*gate.split("/")[:-1], None]:
-        while hasattr(owner, "cell"):
-            owner = owner.cell
-        if layer is not None:
-            cells = getattr(owner, "cells", ())
-            owner = cells[int(layer)] if layer.isdigit() and int(layer) < len(cells) else None
-    return owner
+            memory[name] = gate._replace(time_constant=tau)
+    return memory
 
 
 def settings_section(measured: Measured, settings: Mapping[str, Any]) -> str:
-    """What was measured, with what settings and what versions."""
-    tables = [pairs("What was measured", measured.about)]
+    """The measurement, its settings, and the versions of the packages."""
+    tables = [pairs("Measurement", measured.about)]
     if settings:
         tables.append(pairs("Settings", settings))
     tables.append(pairs("Versions", versions()))
-    said = "Natural logarithms and nats, unless a column says otherwise. A norm is a ratio: 1 at lag 0."
-    return section("settings", "Settings and versions", paragraph(said), *tables)
-
-
-def versions() -> dict[str, str]:
-    """Of what this page was made with."""
-    names: Sequence[str] = ("seqjax", "jax", "jaxlib", "numpy", "optax", "matplotlib")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-def foot() -> str:
-    """When and by what."""
-    return f"Written by seqjax {importlib.metadata.version('seqjax')} on {datetime.date.today():%d %B %Y}."
-
-
-def checked_place(path: str | os.PathLike[str]) -> Path:
-    """The path of a page, before anything takes time.
-
-    Raises:
-        ValueError: nothing can be written there.
-        ModuleNotFoundError: there is no matplotlib.
-    """
-    need_matplotlib()
-    place = Path(path)
-    if place.is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
-        what = "a folder" if place.is_dir() else "a folder that is not there or not to be written to"
-        raise ValueError(f"expected a file to write the page to, got {place}, {what}: choose another path")
-    return place
-
-
-def write(place: Path, text: str) -> Path:
-    """Writes the page whole or not at all.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    beside = place.with_name(place.name + ".new")
-    try:
-        beside.write_text(text, "utf-8")
-        os.replace(beside, place)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ValueError(
-            f"expected a file to write the page to, got {place}: {error.strerror}; choose another path"
-        ) from None
-    return place
+    units = (
+        "Logarithms are natural and exponents are in nats, unless a column says otherwise. A gradient norm is a ratio: "
+        "it is 1 at lag 0."
+    )
+    return section("settings", "Settings and versions", paragraph(units), *tables)

@@ -1,4 +1,4 @@
-"""A page in words: every text that comes in is escaped here, and nowhere else is markup written."""
+"""The HTML of a page. Only this module and `svg` write markup, and every text argument is escaped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(title: str, lead: str, sections: Iterable[str], foot: str) -> str:
-    """A whole document, which asks nothing of anybody: no script, no network."""
+    """A complete document. Its security policy forbids scripts and all network access."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -57,60 +57,64 @@ def page(title: str, lead: str, sections: Iterable[str], foot: str) -> str:
 
 
 def section(name: str, title: str, *parts: str) -> str:
-    """A part of the page under a heading; `name` is its anchor."""
+    """A section with a heading; `name` is its anchor."""
     return f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{escape(title)}</h2>\n' + (
         "\n".join(part for part in parts if part) + "\n</section>"
     )
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """One paragraph; nothing for no text."""
+    """A paragraph of the CSS class `kind`; empty if the text is empty."""
+    # chr(34) is a double quote, which Python 3.11 does not allow inside the expression of an f-string.
     return f"<p{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{escape(text)}</p>" if text else ""
 
 
 def points(texts: Iterable[str]) -> str:
-    """A list; nothing for no texts."""
+    """A list with one item per text; empty if there is none."""
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
     return f"<ul>{items}</ul>" if items else ""
 
 
 def card(*parts: str) -> str:
-    """What is to be seen first."""
+    """A highlighted box, for the most important result."""
     return '<div class="verdict">' + "\n".join(part for part in parts if part) + "</div>"
 
 
 def figure(svg: str, caption: str) -> str:
-    """A figure and how to read it."""
+    """A figure with a caption that explains how to read it."""
     return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
 
 
 def figures(parts: Sequence[str]) -> str:
-    """Figures beside each other where there is room."""
+    """Figures in a grid with as many columns as fit on the screen."""
     return f'<div class="figures">\n{chr(10).join(parts)}\n</div>' if parts else ""
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]], *, folded: bool = False) -> str:
-    """A table whose first row and first column are headers. It scrolls by itself where it is wider than the page."""
+    """A table whose first row and first column are headers.
+
+    It scrolls horizontally if it is wider than the page. A folded table shows only its caption until it is opened.
+    """
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = []
     for first, *rest in rows:
         cells = "".join(_cell(value) for value in rest)
         lines.append(f'<tr><th scope="row">{escape(text(first))}</th>{cells}</tr>')
     name = escape(caption)
-    whole = (
+    element = (
         f'<div class="wide" role="region" tabindex="0" aria-label="{name}"><table><caption>{name}</caption>'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
-    return f"<details><summary>{name}</summary>{whole}</details>" if folded else whole
+    return f"<details><summary>{name}</summary>{element}</details>" if folded else element
 
 
 def pairs(caption: str, values: Mapping[str, Any]) -> str:
-    """A table of names and values."""
+    """A table with two columns, names and values."""
     return table(caption, ("name", "value"), values.items())
 
 
 def text(value: Any) -> str:
-    """A value in words: four digits of a number, and words for what is none.
+    """A value as text, with four significant digits for a float, and "none" for NaN and None.
 
     Example:
         >>> from seqjax.reports.html import text
@@ -130,5 +134,5 @@ def text(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    words = isinstance(value, str) and len(value) > 24
+    words = isinstance(value, str) and len(value) > 24  # long text is wrapped, and numbers are not
     return f"<td{' class=' + chr(34) + 'words' + chr(34) if words else ''}>{escape(text(value))}</td>"

@@ -1,9 +1,9 @@
-"""The parts of a report on a training: how it went, how clipping acted, and how good the model is by position."""
+"""The sections of a report on a training: the learning curve, clipping, and the loss by position."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,27 +14,36 @@ from seqjax.analysis.clipping import clipping_statistics
 from .html import figures, pairs, paragraph, section, table
 from .sections import drawn
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
-def clipping_section(history: Mapping[str, Any], clip_norm: float | None) -> str:
-    """How often and how hard gradients were clipped."""
+    from seqjax.analysis.clipping import ClippingStatistics
+    from seqjax.data.batch import Batch
+    from seqjax.models.model import Model, ModelParams
+else:  # needed only in annotations
+    ArrayLike = ClippingStatistics = Batch = Model = ModelParams = Any
+
+
+def clipping_section(history: Mapping[str, ArrayLike], clip_norm: float | None) -> str:
+    """How often gradients were clipped, and by how much."""
     title = "Clipping"
     try:
         result = clipping_statistics(history, clip_norm)
-    except Exception as error:  # noqa: BLE001 - the rest of the page is of use without it
+    except Exception as error:  # noqa: BLE001 - the page is useful without this section
         return section("clipping", title, paragraph(f"Left out: {error}.", "soft"))
     parts = [
         drawn(
             "clipping",
             plots.clipping,
             result,
-            caption="The gradient's norm at every update: what lies above the threshold was scaled down to it.",
+            caption="The gradient norm at every update. A gradient above the threshold was scaled down to it.",
         ),
         drawn(
             "factor",
             plots.clipping_factor,
             result,
-            caption="The factor on every gradient: at one it passed as it was; a factor that stays low means that "
-            "the threshold, and not the learning rate, sets the pace.",
+            caption="The factor of each gradient. It is one if the gradient was not clipped. If it is low all the "
+            "time, the threshold determines the size of the updates, and not only the learning rate.",
         ),
     ]
     tables = [pairs("Clipping in numbers", clipping_numbers(result))]
@@ -44,11 +53,11 @@ def clipping_section(history: Mapping[str, Any], clip_norm: float | None) -> str
     return section("clipping", title, figures(parts), *tables)
 
 
-def clipping_numbers(result: Any) -> dict[str, Any]:
+def clipping_numbers(result: ClippingStatistics) -> dict[str, Any]:
     """The numbers of `ClippingStatistics` by name."""
     return {
         "threshold": result.clip_norm,
-        "updates clipped (share)": result.fraction,
+        "clipped updates (share)": result.fraction,
         "mean factor over all updates": result.mean_factor,
         "mean factor over clipped updates": result.mean_cut,
         "smallest factor": result.smallest_factor,
@@ -58,48 +67,60 @@ def clipping_numbers(result: Any) -> dict[str, Any]:
     }
 
 
-def learning_section(table_of_run: Mapping[str, np.ndarray], entropy: float) -> str:
-    """The learning curve of a character model, beside what a model without memory needs."""
-    steps, training, validation = (table_of_run[name] for name in ("step", "train_bits", "validation_bits"))
-    read = np.isfinite(validation)
-    curves = {"training": (steps, training), "validation": (steps[read], validation[read])}
+def validation_bits(history: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The updates after which the validation loss was computed, and its value in bits per character."""
+    bits = history["validation"] / np.log(2)  # the history is in nats
+    computed = np.isfinite(bits)  # rows of other updates are NaN
+    return history["step"][computed], bits[computed]
+
+
+def learning_section(history: Mapping[str, np.ndarray], entropy: float) -> str:
+    """The learning curve of a character model.
+
+    Args:
+        history: the columns of metrics.csv.
+        entropy: the unigram entropy of the text in bits, which is the loss of a model without memory.
+    """
+    steps, training = history["step"], history["loss"] / np.log(2)
+    validation_steps, validation = validation_bits(history)
+    curves = {"training": (steps, training), "validation": (validation_steps, validation)}
     caption = (
-        f"Bits per character over the training; a model without memory needs {entropy:.3f}. Where validation rises "
-        f"while training falls, the model learns its text by heart."
+        f"Bits per character during the training. A model without memory needs {entropy:.3f}. If the validation curve "
+        f"rises while the training curve falls, the model overfits."
     )
     numbers = {
         "updates": len(steps),
         "bits per character, last training batch": float(training[-1]) if len(training) else float("nan"),
-        "bits per character, validation text": float(validation[read][-1]) if read.any() else float("nan"),
+        "bits per character, validation text": float(validation[-1]) if len(validation) else float("nan"),
         "unigram entropy of the text": entropy,
-        "seconds of training": float(table_of_run["seconds"][-1]) if len(steps) else 0.0,
+        "seconds of training": float(history["seconds"][-1]) if len(steps) else 0.0,
     }
-    rows = [(int(step), float(bits)) for step, bits in zip(steps[read], validation[read], strict=True)]
+    rows = [(int(step), float(bits)) for step, bits in zip(validation_steps, validation, strict=True)]
     return section(
         "learning",
         "Learning",
         figures([drawn("learning", plots.learning_curves, curves, caption=caption)]),
         pairs("The training in numbers", numbers),
-        table("Validation at every look", ("update", "bits per character"), rows, folded=True),
+        table("Validation during the training", ("update", "bits per character"), rows, folded=True),
     )
 
 
-def score_section(model: Any, params: Any, batches: list[Any]) -> str:
-    """The loss by the place in a sequence that begins without a past."""
+def score_section(model: Model, params: ModelParams, batches: list[Batch]) -> str:
+    """The loss by position, in sequences that start from the initial state."""
     try:
         result = score_by_length(model, params, batches)
-    except Exception as error:  # noqa: BLE001 - the rest of the page is of use without it
+    except Exception as error:  # noqa: BLE001 - the page is useful without this section
         return section("positions", "Loss by position", paragraph(f"Left out: {error}.", "soft"))
     caption = (
-        "The loss of sequences that begin without a past, by position: it falls for as long as the model makes use of "
-        "what it has read."
+        "The loss by position, in sequences that start from the initial state. It falls up to the number of steps that "
+        "the model can make use of."
     )
     parts = [drawn("positions", plots.loss_by_position, result, caption=caption)]
     if len(result.length) > 1:
-        caption = "The loss of sequences by their length: a rise to the right says that long ones are harder."
+        caption = "The loss by sequence length. If it rises, long sequences are harder for the model."
         parts.append(drawn("lengths", plots.loss_by_length, result, caption=caption))
-    places, scores, counts = (np.asarray(part) for part in result[:3])
-    rows = [(int(t), float(score), int(count)) for t, score, count in zip(places, scores, counts, strict=True)]
+    columns = result.position, result.by_position, result.position_count
+    rows = [(int(t), float(score), int(count)) for t, score, count in zip(*columns, strict=True)]
     numbers = {
         f"mean over sequences of up to {result.split} steps ({result.unit})": float(result.short),
         f"mean over longer ones ({result.unit})": float(result.long),
@@ -109,6 +130,6 @@ def score_section(model: Any, params: Any, batches: list[Any]) -> str:
         "positions",
         "Loss by position",
         figures(parts),
-        pairs("Short and long", numbers),
+        pairs("Short and long sequences", numbers),
         table("Loss at every position", head, rows, folded=True),
     )

@@ -1,7 +1,7 @@
-"""An unroll in pieces of time, of which a gradient keeps only the states between them and runs each once more.
+"""An unroll in chunks of time. A gradient saves only the states between the chunks and runs each chunk a second time.
 
-With pieces of sqrt(T) steps the memory of backpropagation through time is that of 2 sqrt(T) states instead of T (Chen
-et al. 2016, "Training deep nets with sublinear memory cost").
+With chunks of sqrt(T) steps backpropagation through time needs the memory of 2 sqrt(T) states instead of T (Chen et al.
+2016, "Training deep nets with sublinear memory cost").
 """
 
 from __future__ import annotations
@@ -18,36 +18,39 @@ from seqjax.cell import State
 def run_checkpointed(
     run: Callable[..., tuple[State, PyTree]], every: int, reverse: bool, state: State, sequences: PyTree
 ) -> tuple[State, PyTree]:
-    """Unrolls piece by piece.
+    """Unrolls chunk by chunk.
 
     Args:
-        run: of a state and sequences, the state after them and what is kept of them.
-        every: the steps of one piece; the last one may be shorter.
-        reverse: from the last piece to the first.
-        state: the state before the first piece, (batch, ...).
-        sequences: what `run` takes, leaves (batch, time, ...).
+        run: from a state and sequences to the state after them and the outputs of their steps.
+        every: the number of steps of one chunk. The last chunk may be shorter.
+        reverse: whether to run from the last chunk to the first.
+        state: the state before the first chunk, (batch, ...).
+        sequences: the sequences that `run` reads, leaves (batch, time, ...).
 
     Returns:
-        What one call of `run` over the whole time would.
+        The same as one call of `run` over the whole time.
     """
     time = jax.tree.leaves(sequences)[0].shape[1]
     count = time // every
-    # In a loop nothing can be merged with the first run, so the barrier against it may go.
-    piece = jax.checkpoint(lambda state, part: run(state, part), prevent_cse=False)
+    # Inside a scan XLA cannot merge the second run with the first, so the barrier that prevents it is not needed.
+    chunk = jax.checkpoint(lambda state, part: run(state, part), prevent_cse=False)
 
     def cut(leaf: Array) -> Array:
         return jnp.moveaxis(leaf[:, : count * every].reshape(leaf.shape[0], count, every, *leaf.shape[2:]), 1, 0)
 
-    def whole(state: State) -> tuple[State, PyTree]:
-        state, kept = jax.lax.scan(piece, state, jax.tree.map(cut, sequences), reverse=reverse)
-        return state, jax.tree.map(lambda k: jnp.moveaxis(k, 0, 1).reshape(k.shape[1], -1, *k.shape[3:]), kept)
+    def join(leaf: Array) -> Array:
+        return jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1, *leaf.shape[3:])
 
-    def rest(state: State) -> tuple[State, PyTree]:
-        return piece(state, jax.tree.map(lambda leaf: leaf[:, count * every :], sequences))
+    def full(state: State) -> tuple[State, PyTree]:
+        state, outputs = jax.lax.scan(chunk, state, jax.tree.map(cut, sequences), reverse=reverse)
+        return state, jax.tree.map(join, outputs)
+
+    def last(state: State) -> tuple[State, PyTree]:
+        return chunk(state, jax.tree.map(lambda leaf: leaf[:, count * every :], sequences))
 
     if count == 0 or time % every == 0:
-        return (whole if count else rest)(state)
-    state, one = (rest if reverse else whole)(state)
-    state, other = (whole if reverse else rest)(state)
-    first, last = (other, one) if reverse else (one, other)
-    return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, last)
+        return (full if count else last)(state)
+    state, first_run = (last if reverse else full)(state)
+    state, second_run = (full if reverse else last)(state)
+    in_order = (second_run, first_run) if reverse else (first_run, second_run)
+    return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *in_order)

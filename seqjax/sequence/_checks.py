@@ -1,4 +1,7 @@
-"""What a sequence call accepts, checked before anything compiles: expected, what came, and the likely fix."""
+"""Checks of the arguments of sequence calls, before anything compiles.
+
+Every message says what was expected, what came, and the likely fix.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, strong_type
+from seqjax.cell import Cell, Params, State, strong_type
+from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._parameter_checks import METHODS, check_params, is_cell, kind_of
 from seqjax.sequence._step_errors import errors_of_step
 
@@ -19,7 +23,7 @@ ADAPTERS = {"flax.linen": "sj.from_linen", "flax.nnx": "sj.from_nnx", "equinox":
 
 
 def check_methods(cell: Cell) -> None:
-    """Refuses what is not a cell: a class, a function, a model, or the parameters in the place of the cell.
+    """Checks that the first argument is a cell, and not a class, a function, a model or the parameters.
 
     Raises:
         TypeError: `cell` is not an object with the methods `init`, `initial_state` and `step`.
@@ -50,7 +54,7 @@ def _is_namespace(cell: type) -> bool:
 
 
 def _adapter(value: Any) -> str | None:
-    """The adapter for the library that a module, or the class of one, comes from."""
+    """The adapter for the library of a module, or of the class of a module."""
     bases = value.__mro__ if isinstance(value, type) else type(value).__mro__
     for library, adapter in ADAPTERS.items():
         if any(f"{base.__module__}.".startswith(f"{library}.") for base in bases):
@@ -67,8 +71,8 @@ def check_inputs(cell: Cell, xs: PyTree) -> tuple[PyTree, int, int]:
     """Returns `xs` as arrays, its batch and its time.
 
     Raises:
-        ValueError: there is no input, a leaf has no (batch, time), the leaves disagree, or the features are not the
-            cell's.
+        ValueError: there is no input, a leaf has no (batch, time), the leaves disagree, or the cell has another
+            `input_shape`.
         TypeError: `cell` is not a cell.
     """
     check_methods(cell)
@@ -93,7 +97,19 @@ def check_inputs(cell: Cell, xs: PyTree) -> tuple[PyTree, int, int]:
     return xs, batch, time
 
 
+def check_sequences(cell: Cell, inputs: Inputs) -> Inputs:
+    """Returns the inputs of a batch of sequences as arrays.
+
+    Raises:
+        ValueError, TypeError: as for `check_inputs` and `check_flags`.
+    """
+    xs, batch, time = check_inputs(cell, inputs.x)
+    flags = (check_flags(name, getattr(inputs, name), batch, time) for name in ("mask", "reset"))
+    return Inputs(xs, *flags, inputs.noise)
+
+
 def _missing_axis(got: tuple[int, ...], shape: tuple[int, ...] | None) -> str | None:
+    """The likely fix for an input with a missing or an extra axis."""
     rank = 0 if shape is None else len(shape)
     tail = got[len(got) - rank :]
     if len(got) == 1 + rank and shape in (None, tail):
@@ -108,7 +124,7 @@ def _missing_axis(got: tuple[int, ...], shape: tuple[int, ...] | None) -> str | 
 
 
 def check_flags(name: str, flags: Any, batch: int, time: int) -> Array | None:
-    """Returns a mask or a reset as a boolean array (batch, time), or None where there is none.
+    """Returns a mask or a reset as a boolean array (batch, time); None if there is none.
 
     Raises:
         ValueError: it has another shape than (batch, time).
@@ -132,6 +148,7 @@ def check_steps(name: str, steps: Any) -> int:
         ValueError: it is less than one.
     """
     try:
+        # A bool is an integer in Python, but here it is a mistake.
         whole = None if isinstance(steps, bool | np.bool_) else operator.index(steps)
     except TypeError:
         whole = None
@@ -142,12 +159,11 @@ def check_steps(name: str, steps: Any) -> int:
     return whole
 
 
-def batch_of_states(cell: Cell, params: PyTree, state: PyTree | None, batch: int) -> PyTree:
-    """The state before the first step for the whole batch: the one given, or the cell's own for each row.
+def batch_of_states(cell: Cell, params: Params, state: State | None, batch: int) -> State:
+    """The state before the first step for the whole batch: `state`, or the cell's initial state for each sequence.
 
     Raises:
-        ValueError: the parameters do not have the shapes of the cell's, or the given state has another structure,
-            batch or shape.
+        ValueError: a parameter has another shape than the cell's, or the state has another structure, batch or shape.
         TypeError: the parameters are another tree, or the state has another dtype.
     """
     check_params(cell, params)
@@ -155,17 +171,18 @@ def batch_of_states(cell: Cell, params: PyTree, state: PyTree | None, batch: int
         if state is None:
             own = strong_type(cell.initial_state(params))
         else:
+            # Only its shapes are compared with the state, so nothing is computed.
             own = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
     if state is None:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), own)
-    given, given_tree = jax.tree_util.tree_flatten_with_path(state)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     own_leaves, own_tree = jax.tree.flatten(own)
-    if given_tree != own_tree:
+    if tree != own_tree:
         raise ValueError(
-            f"expected a state of {type(cell).__name__}, {own_tree}, got {given_tree}: "
+            f"expected a state of {type(cell).__name__}, {own_tree}, got {tree}: "
             f"pass the final state of an earlier call, or leave it out to start anew"
         )
-    for (path, leaf), like in zip(given, own_leaves, strict=True):
+    for (path, leaf), like in zip(leaves, own_leaves, strict=True):
         name, got = f"state{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
         if got.shape != (batch, *like.shape):
             raise ValueError(

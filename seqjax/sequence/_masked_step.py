@@ -1,16 +1,16 @@
-"""One step with its flags: what a mask and a reset mean, for every function over a sequence and every gradient.
+"""One time step with its mask and reset, which define what these two mean for every function over a sequence.
 
-- mask, where False: the state is held, the output is zero, and the input reaches neither values nor gradients. The
-  input is replaced by zeros before the step and not only after it, since a NaN that is selected away still has a NaN
-  gradient; so a cell must be differentiable at x = 0.
-- reset, where True: the state is replaced by the initial one before the step. Replaced and not multiplied by zero, so
-  a state that holds NaN is gone.
+- mask: where False, the state stays the same, the output is zero, and the input reaches neither values nor gradients.
+  The input is set to zero before the step, and not only after it, because a NaN that `jnp.where` discards still has a
+  NaN gradient. So a cell must be differentiable at x = 0.
+- reset: where True, the initial state replaces the state before the step. It replaces the state and does not multiply
+  it by zero, so a NaN in the state is gone too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,60 +18,86 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Output, Params, State, output_of, same_state_type, strong_type
 
-Emit = Callable[[Params, State, PyTree, State, Output], PyTree]  # (params, s_{t-1}, x_t, s_t, o_t) -> what is kept of t
+# (params, s_{t-1}, x_t, s_t, o_t) -> the values that are saved of step t
+Emit = Callable[[Params, State, PyTree, State, Output], PyTree]
+
+
+class Inputs(NamedTuple):
+    """Everything that a step reads besides parameters and state, for whole sequences or for one step of one example.
+
+    Attributes:
+        x: the cell's input, leaves (batch, time, ...) or (...).
+        mask: whether a step is valid, (batch, time) or (); None if all steps are.
+        reset: whether the state starts anew before a step, (batch, time) or (); None if it never does.
+        noise: what the cell's `noise` drew, leaves (batch, time, ...) or (...); None for a deterministic step.
+    """
+
+    x: PyTree
+    mask: Array | None = None
+    reset: Array | None = None
+    noise: PyTree = None
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences."""
+        return jax.tree.leaves(self.x)[0].shape[0]
+
+    @property
+    def time(self) -> int:
+        """The number of steps of the padded sequences."""
+        return jax.tree.leaves(self.x)[0].shape[1]
 
 
 def last_output(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
-    """Keeps o_t: what `unroll` keeps of each step."""
+    """The output o_t: what `unroll` saves of each step."""
     return output
 
 
 def new_state(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
-    """Keeps s_t: what `trajectory` keeps of each step."""
+    """The state s_t: what `trajectory` saves of each step."""
     return after
 
 
-def guarded_step(
-    cell: Cell,
-    params: Params,
-    state: State,
-    x: PyTree,
-    valid: Array | None,
-    restart: Array | None,
-    noise: PyTree = None,
-    emit: Emit = last_output,
+def masked_step(
+    cell: Cell, params: Params, state: State, inputs: Inputs, emit: Emit = last_output
 ) -> tuple[State, PyTree]:
-    """`cell.step` for one example at one time with its flags and noise.
+    """`cell.step` for one example at one time, with mask, reset and noise.
 
-    None stands for always valid, never reset, deterministic.
+    Args:
+        cell, params: any cell.
+        state: s_{t-1}.
+        inputs: of one example at one time.
+        emit: selects the values that are saved of the step.
 
-    Returns the new state and what `emit` keeps of the step: zero where not valid, except for the state, held there.
+    Returns:
+        s_t, and what `emit` selects. In a step that is not valid the latter is zero, except for the state.
     """
+    x, valid, restart, noise = inputs
     if restart is not None:
-        state = choose(restart, strong_type(cell.initial_state(params)), state)
+        state = select(restart, strong_type(cell.initial_state(params)), state)
     if valid is not None:
-        x = choose(valid, x, zeros_like(x))
-    noisy_step: Any = cell.step  # of a cell with a method `noise`, whose step takes a fourth argument
+        x = select(valid, x, zeros_like(x))
+    noisy_step: Any = cell.step  # of a cell with a method `noise`, whose step has a fourth argument
     stepped = cell.step(params, state, x) if noise is None else noisy_step(params, state, x, noise)
     after, output = output_of(cell, stepped)
     after = same_state_type(cell, after, state)
     if valid is not None:
-        after = choose(valid, after, state)
-    kept = emit(params, state, x, after, output)
+        after = select(valid, after, state)
+    saved = emit(params, state, x, after, output)
     if valid is not None and emit is not new_state:
-        kept = choose(valid, kept, zeros_like(kept))
-    return after, kept
+        saved = select(valid, saved, zeros_like(saved))
+    return after, saved
 
 
-def drawn_noise(cell: Cell, key: Array | None, batch: int, time: int) -> PyTree:
-    """The noise of every step, (batch, time, ...), where there is a key and the cell draws some; otherwise None."""
+def draw_noise(cell: Cell, key: Array | None, batch: int, time: int) -> PyTree:
+    """The noise of every step, leaves (batch, time, ...); None without a key or if the cell draws none."""
     draw = getattr(cell, "noise", None)
     if key is None or draw is None:
         return None
     return jax.vmap(jax.vmap(draw))(jax.random.split(key, (batch, time)))
 
 
-def choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+def select(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     """One tree or the other, for one example."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 

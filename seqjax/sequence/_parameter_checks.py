@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from seqjax.cell import Cell
+from seqjax.cell import Cell, Params
 from seqjax.cells.learned_state import LearnedState, LearnedStateParams
 from seqjax.cells.stack import Stack
 
@@ -26,16 +26,16 @@ METHODS = ("init", "initial_state", "step")
 ANOTHER_CELL = "the parameters belong to another cell or size, and cell.init(key) draws those of this one"
 
 
-def check_params(cell: Cell, params: PyTree, name: str = "params") -> None:
-    """Refuses parameters that are not those of one of seqjax's own cells, also inside a stack or a learned state.
+def check_params(cell: Cell, params: Params, name: str = "params") -> None:
+    """Checks the parameters of seqjax's own cells, also inside a stack or a learned state.
 
     Every leaf must have the shape that `cell.init` gives it, because a broadcast would hide a wrong one. Any dtype is
-    accepted. An optional leaf, such as `GRUParams.b_hn`, may be None. The parameters of any other cell pass.
+    accepted. An optional leaf, such as `GRUParams.b_hn`, may be None. The parameters of any other cell are not checked.
 
     Args:
         cell: any cell.
         params: its parameters: arrays, tracers or shapes.
-        name: what the message calls them.
+        name: the name of the parameters in the error message.
 
     Raises:
         ValueError: a leaf has another shape, or a stack has another number of layers.
@@ -51,16 +51,16 @@ def check_params(cell: Cell, params: PyTree, name: str = "params") -> None:
     """
     if type(cell) is Stack:
         count = len(cell.cells)
-        if not isinstance(params, Sequence) or _is_of_model(params):
-            raise _another_tree(cell, params, f"a tuple of the parameters of {count} layers", tuple, name)
+        if not isinstance(params, Sequence) or _are_of_model(params):
+            raise _wrong_tree(cell, params, f"a tuple of the parameters of {count} layers", tuple, name)
         if len(params) != count:
             got = f"{len(params)}, {described(params)}"
             raise ValueError(f"expected {name} with one entry per layer, {count}, got {got}: {ANOTHER_CELL}")
-        for layer, (inner, own) in enumerate(zip(cell.cells, params, strict=True)):
-            check_params(inner, own, f"{name}[{layer}]")
+        for layer, (inner, inner_params) in enumerate(zip(cell.cells, params, strict=True)):
+            check_params(inner, inner_params, f"{name}[{layer}]")
     elif type(cell) is LearnedState:
         if not isinstance(params, LearnedStateParams):
-            raise _another_tree(cell, params, "LearnedStateParams(cell, state)", LearnedStateParams, name)
+            raise _wrong_tree(cell, params, "LearnedStateParams(cell, state)", LearnedStateParams, name)
         check_params(cell.cell, params.cell, f"{name}.cell")
         like = shapes_of_init(cell) if _is_ours(cell) else None
         if like is not None:
@@ -72,18 +72,18 @@ def check_params(cell: Cell, params: PyTree, name: str = "params") -> None:
 
 
 def _is_ours(cell: Cell) -> bool:
-    """Whether all of a cell is seqjax's code. A subclass belongs to the user."""
+    """Whether a cell and all cells inside it are classes of seqjax. A subclass is the user's."""
     inner = cell.cells if type(cell) is Stack else (cell.cell,) if type(cell) is LearnedState else ()
     return type(cell).__module__.startswith("seqjax.cells.") and all(map(_is_ours, inner))
 
 
-def _check_like(cell: Cell, params: PyTree, like: PyTree, name: str) -> None:
+def _check_like(cell: Cell, params: Params, like: PyTree, name: str) -> None:
     defaults = getattr(like, "_field_defaults", {})
     for path, wanted, got in differences(params, like, name):
         if path == name:
-            raise _another_tree(cell, params, described(like), type(like), name)
+            raise _wrong_tree(cell, params, described(like), type(like), name)
         if got is None and defaults.get(path.removeprefix(f"{name}."), 0) is None:
-            continue
+            continue  # an optional leaf
         fix = ANOTHER_CELL
         if isinstance(got, tuple) and wanted is not None:
             if len(got) == 2 and got == wanted[::-1]:
@@ -94,9 +94,9 @@ def _check_like(cell: Cell, params: PyTree, like: PyTree, name: str) -> None:
 
 
 def differences(tree: PyTree, like: PyTree, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where a tree differs from shapes: the path, the shape that was expected, and what is there instead.
+    """The differences between a tree and expected shapes: the path, the expected shape, and the shape in the tree.
 
-    One difference, at the path `name`, if the structures differ.
+    If the structures differ, there is one difference, at the path `name`.
     """
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
     shapes, expected = jax.tree.flatten(like, is_leaf=_is_none)
@@ -116,7 +116,7 @@ def _is_none(leaf: Any) -> bool:
 
 
 def _shape(leaf: Any) -> Any:
-    """A leaf's shape; None for None, and the name of the type of what is not an array."""
+    """The shape of a leaf; None for None, and the name of the type for a leaf that is not an array."""
     if leaf is None or isinstance(leaf, bool | int | float | complex):
         return None if leaf is None else ()
     shape = getattr(leaf, "shape", None)
@@ -130,7 +130,7 @@ def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def described(tree: PyTree, of: str = "an array ") -> str:
-    """A tree with shapes for leaves, on one line."""
+    """A tree with the shapes of its leaves, on one line."""
     if jax.tree_util.all_leaves([tree]):
         return f"{of}{_shape(tree)}" if hasattr(tree, "shape") else kind_of(tree)
     try:
@@ -142,21 +142,21 @@ def described(tree: PyTree, of: str = "an array ") -> str:
 
 
 def _short(cell: Cell) -> str:
-    """The cell with its sizes only."""
+    """The cell with its sizes but without its other options."""
     fields = [field.name for field in dataclasses.fields(cell)] if dataclasses.is_dataclass(cell) else []
     sizes = [name for name in fields if name in ("input_size", "hidden_size", "vocabulary", "features")]
     arguments = ", ".join(f"{name}={getattr(cell, name)}" for name in sizes)
     return f"{name_of(cell)}({arguments})" if sizes else name_of(cell)
 
 
-def _is_of_model(params: Any) -> bool:
-    """Whether parameters are `ModelParams`; the module of a model imports this one."""
+def _are_of_model(params: Params) -> bool:
+    # By name, because the module of `ModelParams` imports this one.
     return type(params).__module__ == "seqjax.models.model"
 
 
-def _another_tree(cell: Cell, params: Any, wanted: str, kind: type, name: str) -> TypeError:
+def _wrong_tree(cell: Cell, params: Params, wanted: str, kind: type, name: str) -> TypeError:
     fields = getattr(kind, "_fields", None)
-    if _is_of_model(params):
+    if _are_of_model(params):
         fix = f"pass {name}.cell"
     elif is_cell(params):
         fix = "the order of the arguments is (cell, params, xs)"
@@ -171,15 +171,16 @@ def _another_tree(cell: Cell, params: Any, wanted: str, kind: type, name: str) -
 
 def shapes_of_init(cell: Cell) -> PyTree | None:
     """The shapes of the parameters that a cell draws; None if its `init` cannot be traced."""
+    # Cached for seqjax's cells only, which are immutable. Another cell may change between two calls.
     try:
         return _shapes_by_value(cell) if _is_ours(cell) else _trace_init(cell)
-    except TypeError:  # an initializer that has no hash
+    except TypeError:  # an initializer without a hash
         return _trace_init(cell)
 
 
 def _trace_init(cell: Cell) -> PyTree | None:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # only the shapes are wanted, and the user did not call `init` here
             warnings.simplefilter("ignore")
             return jax.eval_shape(lambda: cell.init(jax.random.key(0)))
     except Exception:  # noqa: BLE001 - the cell may draw its parameters in any way
@@ -189,8 +190,8 @@ def _trace_init(cell: Cell) -> PyTree | None:
 _shapes_by_value = functools.lru_cache(maxsize=256)(_trace_init)
 
 
-def differences_from_init(cell: Cell, params: PyTree) -> Iterator[tuple[str, Any, Any]]:
-    """Where the parameters of any cell differ from those that its `init` draws; nothing if that is not known."""
+def differences_from_init(cell: Cell, params: Params) -> Iterator[tuple[str, Any, Any]]:
+    """The differences between the parameters of any cell and those that its `init` draws; none if these are unknown."""
     like = None if params is None else shapes_of_init(cell)
     return iter(()) if like is None else differences(params, like, "params")
 
@@ -201,7 +202,7 @@ def is_cell(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """A wrong argument in a few words."""
+    """A short description of a wrong argument."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if inspect.isroutine(value):

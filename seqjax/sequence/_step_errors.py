@@ -1,4 +1,4 @@
-"""Errors of a cell's own code in one sentence, with the cell and the line of the user's source."""
+"""Errors of a cell's own code, explained in one sentence with the cell's name and the line of the user's source."""
 
 from __future__ import annotations
 
@@ -7,47 +7,49 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
 import jax
 import jaxlib
 import jaxtyping
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import PyTree
 
-from seqjax.cell import Cell, line_of
+from seqjax.cell import PACKAGE, Cell, Params, line_of
 from seqjax.cells.learned_state import LearnedState
 from seqjax.cells.stack import Stack
 from seqjax.sequence._parameter_checks import described, differences_from_init, name_of
 
-FILES = (jax.__file__, jaxlib.__file__, jaxtyping.__file__, __file__)
-NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(f or "")) + os.sep for f in FILES)
+FILES = (jax.__file__, jaxlib.__file__, jaxtyping.__file__)
+# Folders whose code is not the user's.
+NOT_THE_USERS = (PACKAGE, *(os.path.dirname(os.path.abspath(f or "")) + os.sep for f in FILES))
 INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 UNORDERED = "use ordered=False, because jax.vmap runs the rows of a batch together"
 
 
 class errors_of_step:
-    """Explains an error of a cell's own code in one sentence, with the cell and the line: `with errors_of_step(cell):`.
+    """A context manager that explains an error of a cell's own code: `with errors_of_step(cell):`.
 
-    It belongs around the tracing of the step, and around a transformation of the step by `jax.vmap` or `jax.lax.scan`.
+    Use it around the tracing of the step, and around a transformation of the step by `jax.vmap` or `jax.lax.scan`.
 
     Args:
         cell: the cell whose step is traced.
         params: its parameters, to compare them with those of `cell.init` after an error.
         x: one input of the step, as arrays or shapes, to name its shape in the message.
-        method: which method of the cell runs.
+        method: the method of the cell that runs.
         only: the type of the errors to explain. The cell's code can raise any error while it is traced. Afterwards,
             while its program runs, only an `UnexpectedTracerError` is due to the cell.
 
     Raises:
-        Exception: the error as `explain_step_error` gives it.
+        Exception: the error that `explain_step_error` returns.
     """
 
     def __init__(
         self,
         cell: Cell,
-        params: PyTree = None,
+        params: Params = None,
         x: PyTree = None,
         *,
         method: str = "step",
@@ -58,7 +60,9 @@ class errors_of_step:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, self._only):
             cell, params, x = self._arguments
             explained = explain_step_error(cell, error, params, x, method=self._method)
@@ -67,22 +71,22 @@ class errors_of_step:
 
 
 def explain_step_error(
-    cell: Cell, error: Exception, params: PyTree = None, x: PyTree = None, *, method: str = "step"
+    cell: Cell, error: Exception, params: Params = None, x: PyTree = None, *, method: str = "step"
 ) -> Exception:
-    """An error of a cell's step as one sentence that names the cell and the user's line.
+    """Explains an error of a cell's step in one sentence that names the cell and the user's line.
 
     Args:
         cell: the cell whose step raised.
-        error: what it raised.
+        error: the error that it raised.
         params, x, method: as for `errors_of_step`.
 
     Returns:
-        `error` itself if its message has this form already; otherwise an error of the same type, or of its nearest base
-        that takes a message, or a RuntimeError.
+        `error` itself if its message has this form already. Otherwise an error of the same type, or of its nearest base
+        class that accepts a message, or a RuntimeError.
     """
     if error.args and str(error.args[0]).startswith("expected "):
         return error
-    raising = _raising(cell, error)
+    raising = _raising_cell(cell, error)
     name, line = f"{name_of(raising)}.{method}", user_line(error)
     text = next(iter(str(error).splitlines()), "").strip().rstrip(".:")
     if isinstance(error, jax.errors.UnexpectedTracerError):
@@ -91,6 +95,7 @@ def explain_step_error(
     else:
         got = f"{type(error).__name__}{f' at {line}' if line else ''}{f', {text}' if text else ''}"
     wanted, fix, not_traceable = _likely_cause(error, x, method)
+    # Code that JAX cannot trace is wrong with any parameters.
     other = None if not_traceable else next(differences_from_init(cell, params), None)
     if other is not None:
         path, own, instead = other
@@ -104,7 +109,7 @@ def explain_step_error(
 
 
 def _likely_cause(error: Exception, x: PyTree, method: str) -> tuple[str, str | None, bool]:
-    """What was expected of the step, the likely fix if the error tells it, and whether JAX could not trace the step."""
+    """What is expected of the step, the likely fix if the error tells it, and whether JAX could not trace the step."""
     text, errors = str(error), jax.errors
     traceable = "to be traceable by JAX"
     if isinstance(error, errors.UnexpectedTracerError):
@@ -129,8 +134,8 @@ def _likely_cause(error: Exception, x: PyTree, method: str) -> tuple[str, str | 
     return wanted, "sj.unroll adds the batch axis with jax.vmap" if shapes else None, False
 
 
-def _raising(cell: Cell, error: Exception) -> Any:
-    """The layer of a stack, or the cell inside a learned state, whose code raised; otherwise the cell."""
+def _raising_cell(cell: Cell, error: Exception) -> Any:
+    """The innermost layer of a stack, or cell inside a learned state, whose code raised; otherwise the cell."""
     found, cells = cell, {id(inner): inner for inner in _nested(cell)}
     for frame, _ in traceback.walk_tb(error.__traceback__):
         found = cells.get(id(frame.f_locals.get("self")), found)
@@ -146,29 +151,30 @@ def _nested(cell: Cell) -> Iterator[Any]:
 def _of_the_same_type(error: Exception, message: str) -> Exception:
     for kind in type(error).__mro__:
         if not issubclass(kind, Exception) or issubclass(kind, StopIteration):
-            continue  # a StopIteration would end the generator of a caller in silence
+            continue  # a StopIteration would silently end a generator that calls this
         if kind is Exception and type(error) is not Exception:
             break
         with contextlib.suppress(Exception):
-            made = kind.__new__(kind, message)  # without __init__, which in JAX's errors takes a tracer
-            if made.args == (message,) and (str(made) == message or kind is KeyError):
-                return made
+            new = kind.__new__(kind, message)  # without __init__, because that of JAX's errors expects a tracer
+            if new.args == (message,) and (str(new) == message or kind is KeyError):  # a KeyError quotes its message
+                return new
     return RuntimeError(message)
 
 
 def user_line(error: BaseException | TracebackType | None) -> str | None:
     """The last line of the user's own code that led to an error, as "file:line"; None if there is none.
 
-    Frames of JAX and seqjax are not the user's. Frames of other installed packages count only if there is no other.
+    Frames of JAX and seqjax are not the user's. Frames of other installed packages count only if there are no others.
 
     Args:
         error: an error, or a traceback.
     """
     if isinstance(error, BaseException):
-        # JAX keeps the line of an operation that failed under a transformation in the cause.
+        # If an operation fails under a transformation, JAX stores its line in the cause of the error.
         cause = error.__cause__
         before = cause if type(cause).__name__ == "JaxStackTraceBeforeTransformation" else None
         lines = [user_line(found.__traceback__) for found in (before, error) if found is not None]
+        # A leaked tracer fails far from its origin, and only the message tells the line that created it.
         created = re.search(r"value was created on line (\S+?:\d+)", str(error))
         lines.append(created and created[1])
         return next(filter(None, lines), None)
@@ -178,18 +184,19 @@ def user_line(error: BaseException | TracebackType | None) -> str | None:
     return next((f"{frame.filename}:{frame.lineno}" for frame in reversed(own or frames)), None)
 
 
-def check_effects(cell: Cell, program: Any) -> None:
-    """Refuses ordered side effects in the program of a step, which a batch cannot run.
+def check_effects(cell: Cell, program: ClosedJaxpr) -> None:
+    """Checks that the program of a step has no ordered side effects, which `jax.vmap` does not support.
 
     Args:
         cell: the cell.
-        program: its step as `jax.make_jaxpr` traced it.
+        program: the step, traced by `jax.make_jaxpr`.
 
     Raises:
         ValueError: the step calls `io_callback` with `ordered=True`.
     """
 
-    def ordered(effects: Any) -> bool:
+    def ordered(effects: Iterable[object]) -> bool:
+        # By name, because the class is private to JAX.
         return any(type(effect).__name__ == "OrderedIOEffect" for effect in effects)
 
     if not ordered(program.effects):

@@ -1,4 +1,4 @@
-"""What the partition of a cell's step found, in a page that a person can read."""
+"""A readable account of the partition of a cell's step: which products run when, and what is slow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ from seqjax.sequence._execution.kernel import kernel_supports
 from seqjax.sequence._masked_step import last_output
 from seqjax.sequence._parameter_checks import check_params
 from seqjax.sequence._partition.loops import Stage
-from seqjax.sequence._partition.parts import CUTS, Parts
+from seqjax.sequence._partition.parts import Parts
 from seqjax.sequence._partition.plan import NoPlan, Traced, plan_of, traced_one
-from seqjax.sequence._partition.program import Eqn, inline, multiplications, needed, reach, source_line
+from seqjax.sequence._partition.program import (
+    PRODUCTS,
+    Eqn,
+    count_multiplications,
+    dependents,
+    inline,
+    needed,
+    source_line,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +35,8 @@ class Product:
     """A product of the step.
 
     Attributes:
-        shape: of its weights.
-        lines: the places in the source where it is written; several if several products became one.
+        shape: the shape of its weights.
+        lines: the lines "file:line" that it comes from; several if products were merged into one.
     """
 
     shape: tuple[int, ...]
@@ -40,18 +48,18 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class LoopExplanation:
-    """One loop over time, or what needs no loop.
+    """One loop over time, or the products that need no loop.
 
     Attributes:
         carried: the names of the leaves of the state that the loop carries.
         per_chunk: the products that run once per chunk of time.
         per_step: the products that run once per step.
         saved: the leaves that are saved at every step for the backward pass.
-        saved_bytes: their bytes per example and step.
+        saved_bytes: the bytes of these leaves per example and step.
         rematerialized: the leaves that the backward pass computes again, without products.
-        plain: whether it runs as a plain scan, because there is no product to take out of the loop.
-        kernel: the compiled kernel that supports it, "lstm", "gru" or "vanilla".
-        slow: what stays in the loop although it holds a product, and the line that causes it.
+        plain: whether the loop runs as a plain scan, because the products outside of it would not save enough work.
+        kernel: the compiled kernel that supports the loop, "lstm", "gru" or "vanilla".
+        slow: the reasons why products are slower than in other cells, with the lines that cause them.
     """
 
     carried: tuple[str, ...]
@@ -72,7 +80,9 @@ class LoopExplanation:
         lines += [f"  product, once per chunk: {product}" for product in self.per_chunk]
         lines += [f"  product, once per step:  {product}" for product in self.per_step]
         if self.plain:
-            lines.append("  runs as a plain scan: no product to take out of the loop outweighs what stays in it")
+            lines.append(
+                "  runs as a plain scan: the products that could leave the loop do not outweigh those that stay"
+            )
         else:
             names = ", ".join(self.saved) or "no leaf"
             lines.append(f"  saved for the backward pass: {names}, {self.saved_bytes} bytes per example and step")
@@ -86,13 +96,13 @@ class LoopExplanation:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """How a cell is unrolled. `print` it.
+    """How a cell is unrolled. `print` shows it in words.
 
     Attributes:
-        cell: its name.
-        loops: its loops, in the order in which they run.
+        cell: the name of the cell.
+        loops: the loops in the order in which they run.
         jacobian: the form of ds_t/ds_{t-1}.
-        fallback: why the step runs as a plain scan, if it does.
+        fallback: why the whole step runs as a plain scan; None if it does not.
     """
 
     cell: str
@@ -112,12 +122,12 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
 
     Args:
         cell: any cell.
-        params: its parameters, as arrays or shapes.
-        x: the input of one example at one time, as `cell.step` takes it, as arrays or shapes.
+        params: the parameters, as arrays or shapes.
+        x: the input of `cell.step` for one example at one time, as arrays or shapes.
 
     Returns:
-        `Explanation`. Printed, it says which products run once per chunk and once per step, what is saved for the
-        backward pass, which form of the Jacobian applies, and which line keeps something in the slow part.
+        `Explanation`. `print` shows which products run once per chunk and once per step, what is saved for the backward
+        pass, which form of the Jacobian applies, and which lines make the loop slow.
 
     Raises:
         TypeError, ValueError: the step does not accept these parameters or this input.
@@ -151,62 +161,65 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
 
 def _loop(stage: Stage, parts: Parts, names: list[str]) -> LoopExplanation:
     own = [names[i] for i in stage.leaves]
-    seen = [n for n, s in zip(own, parts.seen, strict=True) if s]
-    size = sum(v.aval.size * v.aval.dtype.itemsize for v, s in zip(parts.state, parts.seen, strict=True) if s)
-    # The lines stand in the program before products were merged.
+    saved = [n for n, s in zip(own, parts.is_saved, strict=True) if s]
+    size = sum(v.aval.size * v.aval.dtype.itemsize for v, s in zip(parts.state, parts.is_saved, strict=True) if s)
+    # From here on the program before products were merged, because merged products have no source lines.
     jaxpr: Any = stage.program.jaxpr
     eqns, _ = needed(jaxpr.eqns, jaxpr.outvars)
     first = len(jaxpr.invars) - len(stage.inputs) - len(stage.leaves)
-    late = reach(eqns, jaxpr.invars[first : first + len(stage.leaves)])
-    early = reach(eqns, jaxpr.invars[first + len(stage.leaves) :])
-    products = [e for e in eqns if e.primitive.name in CUTS]
+    late = dependents(eqns, jaxpr.invars[first : first + len(stage.leaves)])
+    early = dependents(eqns, jaxpr.invars[first + len(stage.leaves) :])
+    products = [e for e in eqns if e.primitive.name in PRODUCTS]
     in_loop = [e for e in products if e.outvars[0] in late]
     before = [e for e in products if e.outvars[0] not in late and e.outvars[0] in early]
     kernel = kernel_supports(parts) if stage.leaves else None
     return LoopExplanation(
         carried=tuple(own),
-        per_chunk=_products([e for e in parts.drive if e.primitive.name in CUTS], before),
+        per_chunk=_products([e for e in parts.drive if e.primitive.name in PRODUCTS], before),
         per_step=_products([c.eqn for c in parts.cuts], in_loop),
-        saved=tuple(seen),
+        saved=tuple(saved),
         saved_bytes=size,
-        rematerialized=tuple(n for n in own if n not in seen),
-        plain=not parts.pays,
+        rematerialized=tuple(n for n in own if n not in saved),
+        plain=not parts.saves_work,
         kernel=None if kernel is None else kernel.name,
         slow=tuple(_slow(parts)),
     )
 
 
 def _products(merged: list[Eqn], written: list[Eqn]) -> tuple[Product, ...]:
+    """The merged products, each with the lines of the written products that it may come from."""
     found = []
     for e in merged:
         weights = e.invars[-1].aval.shape
+        # A merged product stacks weights, so only the size of the operand tells which products it contains.
         lines = [source_line(w) for w in written if w.invars[-1].aval.shape[-1] in weights]
         found.append(Product(weights, tuple(dict.fromkeys(line for line in lines if line))))
     return tuple(found)
 
 
 def _slow(parts: Parts) -> list[str]:
+    """The products that stay in the loop, although they are not cuts."""
     cuts, found = {id(c.eqn) for c in parts.cuts}, []
-    late = reach(parts.rest, parts.state)
+    late = dependents(parts.rest, parts.state)
     for e in parts.rest:
         name, line = e.primitive.name, source_line(e)
         where = f" at {line}" if line else ""
-        if name in CUTS and id(e) not in cuts:
+        if name in PRODUCTS and id(e) not in cuts:
             both = all(v in late for v in e.invars if not hasattr(v, "val"))
             why = "both operands depend on the state" if both else "its weights depend on the input"
             found.append(f"a product{where}: {why}, so it and its gradients run once per step")
-        elif name not in CUTS and multiplications(e):
+        elif name not in PRODUCTS and count_multiplications(e):
             found.append(f"a product inside {name}{where}: it and its gradients run once per step, as in a plain scan")
     return found
 
 
 def _jacobian(traced: Traced) -> str:
-    parts = Parts(inline(traced.program), traced.params, traced.state, with_sigmoids=False)
+    parts = Parts(inline(traced.program), traced.params, traced.state, merge_sigmoids=False)
     if not parts.state:
-        return "none: the cell carries no state"
+        return "none: the cell has no state"
     units = units_of(parts)
     if units is None:
-        return "one tangent of the rest per number of the state, the cuts' tangents read off their weights"
+        return "one tangent of the rest per number of the state; the tangents of the cuts are rows of their weights"
     behind = sum(c.operand not in parts.state for c in parts.cuts)
     cost = "no product of matrices" if not behind else f"{behind} product{'s' * (behind > 1)} of matrices"
     return f"D_s + sum_i D_i W_i: the rest acts unit by unit, {cost}"

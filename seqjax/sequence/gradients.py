@@ -1,18 +1,18 @@
-"""Gradients through time, taken apart.
+"""Backpropagation through time in its parts.
 
-Backpropagation through time is `jax.grad` of a loss of `unroll`. These functions show what is inside. With
-delta_t = dL/ds_t, the temporal chain rule is one linear recurrence that runs backward,
+Backpropagation through time is `jax.grad` of a loss of `unroll`. These functions return what it computes on the way.
+With delta_t = dL/ds_t, the chain rule through time is a linear recurrence that runs backward,
 
     delta_{t-1} = (ds_t/ds_{t-1})^T delta_t + (do_t/ds_{t-1})^T dL/do_t,
 
-and every step adds its own part to the gradient of the shared parameters,
+and every step contributes a term to the gradient of the shared parameters,
 
     dL/dtheta = sum_t (ds_t/dtheta)^T delta_t + (do_t/dtheta)^T dL/do_t.
 
-Truncated to a window of k steps, delta holds only what returns within the window: k - 1 rounds of the recurrence, each
-over all t at once, from delta = 0.
+Truncation to a window of k steps keeps only the gradient that returns within the window. It is computed for all t at
+once by k - 1 rounds of the recurrence, starting from delta = 0.
 
-They differentiate the same guarded step that `unroll` runs, so masks and resets mean what they mean there.
+All functions differentiate the masked step that `unroll` runs, so masks and resets have the same meaning.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._checks import check_flags, check_inputs
-from seqjax.sequence._masked_step import guarded_step
+from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._masked_step import Inputs, masked_step
 from seqjax.sequence.unroll import trajectory, unroll
 
 Loss = Callable[[PyTree], Array]
 
 
 def detach(state: State) -> State:
-    """Cuts the gradient, s <- stopgrad(s): the state goes on into the next chunk of a stream, its history does not.
+    """Stops the gradient, s <- stopgrad(s), so that a state carried into the next window brings no history.
 
     Args:
         state: any state.
@@ -84,10 +85,14 @@ def state_gradients(
         >>> sj.state_gradients(cell, params, jnp.ones((1, 3, 1)), last).h[0, :, 0].tolist()  # 0.5^(3 - t)
         [0.125, 0.25, 0.5, 1.0]
     """
-    run = _Run(cell, params, xs, state, mask, reset)
+    arguments = _checked(cell, params, xs, state, mask, reset)
+    return cached_jit(_state_gradients, cell, loss)(*arguments)
+
+
+def _state_gradients(cell: Cell, loss: Loss, params: Params, state: State | None, inputs: Inputs) -> State:
+    run = _ForwardPass(cell, params, state, inputs)
     after = jax.tree.map(lambda leaf: leaf[:, 1:], run.states)
-    d_states = jax.grad(loss)(after)
-    return run.state_gradients(d_states, run.zero_outputs())
+    return run.state_gradients(jax.grad(loss)(after), run.zero_outputs())
 
 
 def weight_gradients_by_step(
@@ -128,17 +133,23 @@ def weight_gradients_by_step(
         >>> by_step.W_hh.shape, bool(jnp.allclose(by_step.W_hh.sum(0), whole.W_hh, atol=1e-5))
         ((6, 9, 3), True)
     """
-    run = _Run.of_parameters(cell, params, xs, state, mask, reset)
-    d_outputs = run.output_gradients(loss)
-    delta = run.state_gradients(run.zero_states(), d_outputs)
+    arguments = _checked(cell, params, xs, state, mask, reset)
+    return cached_jit(_weight_gradients, cell, loss)(*arguments)
 
-    def at_step(before: PyTree, x: PyTree, flags: PyTree, d_after: PyTree, d_output: PyTree) -> Params:
-        step = jax.vmap(run.step, in_axes=(None, 0, 0, 0))
-        _, pull = jax.vjp(lambda p: step(p, before, x, flags), params)
+
+def _weight_gradients(cell: Cell, loss: Loss, params: Params, state: State | None, inputs: Inputs) -> Params:
+    run = _ForwardPass(cell, params, state, inputs)
+    d_outputs = run.output_gradients(loss)
+    inputs = run.starting_with_a_reset()
+    delta = run.state_gradients(run.zero_states(), d_outputs, inputs)
+
+    def at_step(before: PyTree, at: Inputs, d_after: PyTree, d_output: PyTree) -> Params:
+        step = jax.vmap(run.step, in_axes=(None, 0, 0))
+        _, pull = jax.vjp(lambda p: step(p, before, at), params)
         return pull((d_after, d_output))[0]
 
     before, after = _before(run.states), jax.tree.map(lambda leaf: leaf[:, 1:], delta)
-    return jax.vmap(at_step, in_axes=1)(before, run.xs, run.flags, after, d_outputs)
+    return jax.vmap(at_step, in_axes=1)(before, inputs, after, d_outputs)
 
 
 def truncated_grad(
@@ -183,66 +194,80 @@ def truncated_grad(
     """
     if isinstance(window, bool) or not hasattr(window, "__index__") or window < 1:
         raise ValueError(f"expected a window of at least 1 step, got {window!r}: window=1 is no recurrence at all")
-    run = _Run.of_parameters(cell, params, xs, state, mask, reset)
+    arguments = _checked(cell, params, xs, state, mask, reset)
+    return cached_jit(_truncated, cell, loss, int(window))(*arguments)
+
+
+def _truncated(cell: Cell, loss: Loss, window: int, params: Params, state: State | None, inputs: Inputs) -> Params:
+    run = _ForwardPass(cell, params, state, inputs)
     d_outputs = run.output_gradients(loss)
-    if window >= run.time:
-        delta = jax.tree.map(lambda leaf: leaf[:, 1:], run.state_gradients(run.zero_states(), d_outputs))
+    inputs = run.starting_with_a_reset()
+    if window >= inputs.time:
+        delta = run.state_gradients(run.zero_states(), d_outputs, inputs)
+        delta = jax.tree.map(lambda leaf: leaf[:, 1:], delta)
     else:
         delta = run.zero_states()
-    before = _before(run.states)
-    step = jax.vmap(jax.vmap(run.step, in_axes=(None, 0, 0, 0)), in_axes=(None, 0, 0, 0))
-    _, pull = jax.vjp(lambda p, s: step(p, s, run.xs, run.flags), params, before)
+    step = jax.vmap(jax.vmap(run.step, in_axes=(None, 0, 0)), in_axes=(None, 0, 0))
+    _, pull = jax.vjp(lambda p, s: step(p, s, inputs), params, _before(run.states))
 
     def one_step_further(_: Array, delta: State) -> State:
         d_before = pull((delta, d_outputs))[1]
         return jax.tree.map(lambda leaf: jnp.concatenate([leaf[:, 1:], jnp.zeros_like(leaf[:, :1])], axis=1), d_before)
 
-    if window < run.time:
+    if window < inputs.time:
         delta = jax.lax.fori_loop(0, window - 1, one_step_further, delta)
     return pull((delta, d_outputs))[0]
 
 
+def _checked(
+    cell: Cell, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any
+) -> tuple[Params, State | None, Inputs]:
+    """The arguments as arrays.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or a leaf of the state is not floating-point.
+    """
+    inputs = check_sequences(cell, Inputs(xs, mask, reset))
+    states = batch_of_states(cell, params, state, inputs.batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(states):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"expected a floating-point state to differentiate, got {leaf.dtype} in "
+                f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
+            )
+    return params, None if state is None else states, inputs
+
+
 def _before(states: State) -> State:
+    """s_0..s_{T-1} from s_0..s_T."""
     return jax.tree.map(lambda leaf: leaf[:, :-1], states)
 
 
-class _Run:
-    """One forward pass and what its backward passes need."""
+class _ForwardPass:
+    """One forward pass, and what the backward passes need from it."""
 
-    def __init__(self, cell: Cell, params: Params, xs: PyTree, state: State | None, mask: Any, reset: Any) -> None:
-        self.cell, self.params = cell, params
-        self.xs, batch, self.time = check_inputs(cell, xs)
-        mask, reset = check_flags("mask", mask, batch, self.time), check_flags("reset", reset, batch, self.time)
-        self.arguments = dict(state=state, mask=mask, reset=reset)
-        self.states = trajectory(cell, params, self.xs, **self.arguments)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.states):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise TypeError(
-                    f"expected a floating-point state to differentiate, got {leaf.dtype} in "
-                    f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
-                )
-        self.flags = (mask, reset)
+    def __init__(self, cell: Cell, params: Params, state: State | None, inputs: Inputs) -> None:
+        self.cell, self.params, self.state, self.inputs = cell, params, state, inputs
+        self.arguments = dict(state=state, mask=inputs.mask, reset=inputs.reset)
+        self.states = trajectory(cell, params, inputs.x, **self.arguments)
 
-    @classmethod
-    def of_parameters(cls, *arguments: Any) -> _Run:
-        """One whose first step makes the initial state itself, where none is given.
+    def starting_with_a_reset(self) -> Inputs:
+        """The inputs, with a reset before the first step if no state is given.
 
-        It begins with a reset, so the gradient of a learned initial state comes out of the first step like that of any
-        other parameter.
+        The first step then computes the initial state itself, so the gradient of a learned initial state comes out of
+        that step like the gradient of any other parameter.
         """
-        run = cls(*arguments)
-        mask, reset = run.flags
-        if run.arguments["state"] is None:
-            batch = jax.tree.leaves(run.xs)[0].shape[0]
-            first = jnp.broadcast_to(jnp.arange(run.time)[None] == 0, (batch, run.time))
-            run.flags = (mask, first if reset is None else reset | first)
-        return run
+        if self.state is not None:
+            return self.inputs
+        batch, time, reset = self.inputs.batch, self.inputs.time, self.inputs.reset
+        first = jnp.broadcast_to(jnp.arange(time)[None] == 0, (batch, time))
+        return self.inputs._replace(reset=first if reset is None else reset | first)
 
-    def step(self, params: Params, state: State, x: PyTree, flags: tuple[Any, Any]) -> tuple[State, PyTree]:
-        return guarded_step(self.cell, params, state, x, *flags)
+    def step(self, params: Params, state: State, inputs: Inputs) -> tuple[State, PyTree]:
+        return masked_step(self.cell, params, state, inputs)
 
     def outputs(self) -> PyTree:
-        return unroll(self.cell, self.params, self.xs, **self.arguments)[1]
+        return unroll(self.cell, self.params, self.inputs.x, **self.arguments)[1]
 
     def output_gradients(self, loss: Loss) -> PyTree:
         """dL/do_t for every t."""
@@ -254,18 +279,19 @@ class _Run:
     def zero_states(self) -> State:
         return jax.tree.map(jnp.zeros_like, _before(self.states))
 
-    def state_gradients(self, d_states: State, d_outputs: PyTree) -> State:
-        """delta_t for t = 0..T, from what the loss owes to s_1..s_T and to o_1..o_T directly."""
+    def state_gradients(self, d_states: State, d_outputs: PyTree, inputs: Inputs | None = None) -> State:
+        """delta_t for t = 0..T, from the gradients of the loss with respect to s_1..s_T and to o_1..o_T alone."""
 
-        def one(before: State, xs: PyTree, flags: PyTree, d_states: State, d_outputs: PyTree) -> State:
-            def back(delta: State, inputs: PyTree) -> tuple[State, State]:
-                s, x, flag, d_state, d_output = inputs
+        def of_sequence(before: State, inputs: Inputs, d_states: State, d_outputs: PyTree) -> State:
+            def back(delta: State, at: PyTree) -> tuple[State, State]:
+                s, inputs, d_state, d_output = at
                 delta = jax.tree.map(jnp.add, delta, d_state)
-                _, pull = jax.vjp(lambda s: self.step(self.params, s, x, flag), s)
+                _, pull = jax.vjp(lambda s: self.step(self.params, s, inputs), s)
                 return pull((delta, d_output))[0], delta
 
             zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), before)
-            delta_0, delta = jax.lax.scan(back, zero, (before, xs, flags, d_states, d_outputs), reverse=True)
+            delta_0, delta = jax.lax.scan(back, zero, (before, inputs, d_states, d_outputs), reverse=True)
             return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), delta_0, delta)
 
-        return jax.vmap(one)(_before(self.states), self.xs, self.flags, d_states, d_outputs)
+        inputs = self.inputs if inputs is None else inputs
+        return jax.vmap(of_sequence)(_before(self.states), inputs, d_states, d_outputs)

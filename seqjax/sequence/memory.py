@@ -1,4 +1,4 @@
-"""What an unroll would need, asked of the compiler before anything is allocated."""
+"""The memory that an unroll needs, from the compiler, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell
+from seqjax.cell import Cell, Params
 from seqjax.sequence.unroll import unroll
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes that a compiled unroll takes.
+    """The bytes that a compiled unroll needs.
 
     Args:
-        arguments: parameters and inputs.
-        outputs: what is returned: the outputs, or the gradient of every parameter.
-        temporaries: what stands between, above all the states kept for the way back.
+        arguments: the parameters and the inputs.
+        outputs: the results: the outputs, or the gradient of every parameter.
+        temporaries: everything else. The largest part are the states that are saved for the backward pass.
     """
 
     arguments: int
@@ -28,7 +29,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """The sum, in bytes."""
         return sum(self)
 
     def __str__(self) -> str:
@@ -45,27 +46,28 @@ def memory_estimate(
     checkpoint_every: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> MemoryEstimate:
-    """The memory of an unroll, or of backpropagation through it, found by compiling it and not by running it.
+    """The memory of an unroll, or of backpropagation through it. The program is compiled but does not run.
 
         temporaries ~ batch * time * saved    saved ~ the leaves of the state that `seqjax.explain` lists as saved
 
-    With `checkpoint_every` = k, time / k + k stands for time.
+    With `checkpoint_every` = k, replace time by time / k + k.
 
     Args:
-        cell: any cell that says its `input_shape`.
-        batch: rows.
-        time: steps of each.
-        gradient: of the sum of the outputs with respect to the parameters; False for the outputs alone.
+        cell: any cell with an `input_shape`.
+        batch: the number of sequences.
+        time: the number of steps of each.
+        gradient: whether to compute the gradient of the sum of the outputs with respect to the parameters, or the
+            outputs only.
         checkpoint_every: as for `unroll`.
-        dtype: of the inputs; by default float32, and int32 for inputs without features, which are tokens.
+        dtype: the dtype of the inputs. The default is float32, or int32 for inputs without features, which are tokens.
 
     Returns:
         `MemoryEstimate`, bytes on the default device.
 
     Raises:
-        TypeError: the cell does not say what one input is.
+        TypeError: the cell has no `input_shape`.
         ValueError: a size is not positive.
-        RuntimeError: the backend does not say what a compiled function takes.
+        RuntimeError: the backend does not report the memory of a compiled function.
 
     Example:
         >>> import seqjax as sj
@@ -86,17 +88,18 @@ def memory_estimate(
     dtype = dtype or (jnp.float32 if shape else jnp.int32)
     xs = jax.ShapeDtypeStruct((batch, time, *shape), dtype)
 
-    def outputs(params: Any, xs: Any) -> Any:
+    def outputs(params: Params, xs: Array) -> PyTree:
         return unroll(cell, params, xs, checkpoint_every=checkpoint_every)[1]
 
-    def loss(params: Any, xs: Any) -> Any:
+    def loss(params: Params, xs: Array) -> Any:
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(outputs(params, xs)))
 
     params = jax.eval_shape(cell.init, jax.random.key(0))
+    # A cell may have integer parameters. Their gradients have no bytes.
     function = jax.grad(loss, allow_int=True) if gradient else outputs
     used = jax.jit(function).lower(params, xs).compile().memory_analysis()
     if used is None:
-        raise RuntimeError(f"the backend {jax.default_backend()} does not say what a compiled function takes")
+        raise RuntimeError(f"the backend {jax.default_backend()} does not report the memory of a compiled function")
     return MemoryEstimate(used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PyTree
 
-from seqjax.cell import Cell, Output, Params, State, is_value
+from seqjax.cell import Cell, Output, Params, State
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checkpointed import run_checkpointed
-from seqjax.sequence._checks import batch_of_states, check_flags, check_inputs, check_methods, check_steps
+from seqjax.sequence._checks import batch_of_states, check_methods, check_sequences, check_steps
 from seqjax.sequence._execution.run import run_plan
-from seqjax.sequence._masked_step import Emit, drawn_noise, guarded_step, last_output, new_state
+from seqjax.sequence._masked_step import Emit, Inputs, draw_noise, last_output, masked_step, new_state
 from seqjax.sequence._partition.plan import NoPlan, Plan, plan_of, traced_step
 from seqjax.sequence._step_errors import errors_of_step
 
@@ -45,15 +46,15 @@ def unroll(
         cell: any object with `init`, `initial_state` and `step`.
         params: the cell's parameters, the same at every step.
         xs: inputs, every leaf (batch, time, ...).
-        state: the state before the first step, every leaf (batch, ...), such as the final state of an earlier call; by
-            default the cell's initial state.
-        mask: where False, the state is held, the output is zero, and the input reaches no value and no gradient.
-        reset: where True, the state is replaced by the initial one before the step, also where the mask is False.
-        reverse: right to left; outputs stay at their own time index.
-        key: a random key for cells that draw noise, such as `Dropout`; without one every cell is deterministic.
-        checkpoint_every: for gradients in little memory: keep the state only before every so many steps, and run
-            these steps once more in the backward pass. About sqrt(time) of them keep memory at sqrt(time) states, for
-            a third more time. None keeps what is quickest. Values and gradients are the same.
+        state: the state before the first step, every leaf (batch, ...), such as the final state of an earlier call. The
+            default is the cell's initial state.
+        mask: when False, the state stays the same, the output is zero, and the input reaches no value and no gradient.
+        reset: when True, the initial state replaces the state before the step, also if the mask is False.
+        reverse: whether to run from right to left. Outputs stay at their own time index.
+        key: a random key for cells that draw noise, such as `Dropout`. Without a key every cell is deterministic.
+        checkpoint_every: saves the state only before every so many steps, and runs these steps again in the backward
+            pass. With about sqrt(time) steps, a gradient needs the memory of sqrt(time) states and a third more time.
+            Values and gradients do not change. None saves what is fastest.
         kernel: whether the compiled kernel may run the loops that it supports (`seqjax.kernels`); False always runs
             XLA's loops.
 
@@ -75,7 +76,8 @@ def unroll(
     """
     if checkpoint_every is not None:
         checkpoint_every = check_steps("checkpoint_every", checkpoint_every)
-    return _run(last_output, cell, params, xs, state, mask, reset, reverse, key, checkpoint_every, kernel)
+    options = Options(bool(reverse), checkpoint_every, bool(kernel))
+    return _run(cell, params, state, Inputs(xs, mask, reset), key, options=options)
 
 
 def trajectory(
@@ -88,7 +90,7 @@ def trajectory(
     reset: Bool[Any, "batch time"] | None = None,
     reverse: bool = False,
 ) -> State:
-    """Every state s_0, s_1, ..., s_T, the initial one included.
+    """Every state s_0, s_1, ..., s_T, including the initial one.
 
     Args:
         cell, params, xs, state, mask, reset, reverse: as for `unroll`.
@@ -107,9 +109,9 @@ def trajectory(
         >>> sj.trajectory(cell, params, jnp.ones((1, 3, 1))).h[0, :, 0].tolist()
         [0.0, 1.0, 1.5, 1.75]
     """
-    xs, batch, _ = check_inputs(cell, xs)
-    first = batch_of_states(cell, params, state, batch)
-    _, states = _run(new_state, cell, params, xs, first, mask, reset, reverse)
+    inputs = check_sequences(cell, Inputs(xs, mask, reset))
+    first = batch_of_states(cell, params, state, inputs.batch)
+    _, states = _run(cell, params, first, inputs, emit=new_state, options=Options(bool(reverse)))
 
     def join(s_0: Array, s: Array) -> Array:
         s_0 = s_0[:, None]
@@ -136,7 +138,7 @@ def gates(
         params, xs, state, mask, reset, reverse: as for `unroll`.
 
     Returns:
-        For each name an array (batch, time, hidden); zero where the mask is False.
+        For each name an array (batch, time, hidden), which is zero when the mask is False.
 
     Raises:
         TypeError: the cell does not name its gates.
@@ -157,7 +159,8 @@ def gates(
             f"expected a cell that names its gates, got {type(cell).__name__}: "
             f"give it a method gates(params, state, x) that returns a dict of arrays"
         )
-    return _run(_Gates(cell), cell, params, xs, state, mask, reset, reverse)[1]
+    inputs, options = Inputs(xs, mask, reset), Options(bool(reverse))
+    return _run(cell, params, state, inputs, emit=_Gates(cell), options=options)[1]
 
 
 def length_mask(lengths: Int[Any, " batch"] | Sequence[int], time: int) -> Bool[Array, "batch time"]:
@@ -193,7 +196,7 @@ def length_mask(lengths: Int[Any, " batch"] | Sequence[int], time: int) -> Bool[
 
 @dataclasses.dataclass(frozen=True)
 class _Gates:
-    """What `gates` keeps of a step; equal for equal cells, so that it compiles once."""
+    """Selects the gates of a step, for `gates`. Equal cells give equal objects, so the call compiles once."""
 
     cell: Any
 
@@ -201,64 +204,64 @@ class _Gates:
         return self.cell.gates(params, before, x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an unroll runs; it compiles once for equal options.
+
+    Attributes:
+        reverse: right to left.
+        checkpoint_every: the steps between two states that a gradient keeps; None keeps what is fastest.
+        kernel: whether the compiled kernel may run the loops that it supports.
+    """
+
+    reverse: bool = False
+    checkpoint_every: int | None = None
+    kernel: bool = True
+
+
 def _run(
-    emit: Emit,
     cell: Cell,
     params: Params,
-    xs: PyTree,
     state: State | None,
-    mask: Any,
-    reset: Any,
-    reverse: bool,
+    inputs: Inputs,
     key: Array | None = None,
-    every: int | None = None,
-    kernel: bool = True,
+    *,
+    emit: Emit = last_output,
+    options: Options = Options(),
 ) -> tuple[State, PyTree]:
-    xs, batch, time = check_inputs(cell, xs)
-    mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
-    state = batch_of_states(cell, params, state, batch)
-    run = _run_compiled if is_value(cell) else _run_batch
-    every = None if every is None else int(every)
+    """Checks the arguments, compiles or finds the compiled code, and runs it."""
+    inputs = check_sequences(cell, inputs)
+    state = batch_of_states(cell, params, state, inputs.batch)
+    run = cached_jit(_run_batch, cell, emit, options)
     with errors_of_step(cell, params, only=jax.errors.UnexpectedTracerError):
-        return run(emit, cell, bool(reverse), every, bool(kernel), params, state, xs, mask, reset, key)
+        return run(params, state, inputs, key)
 
 
 def _run_batch(
-    emit: Emit,
-    cell: Cell,
-    reverse: bool,
-    every: int | None,
-    kernel: bool,
-    params: Params,
-    state: State,
-    xs: PyTree,
-    mask: Any,
-    reset: Any,
-    key: Any,
+    cell: Cell, emit: Emit, options: Options, params: Params, state: State, inputs: Inputs, key: Array | None
 ) -> tuple[State, PyTree]:
-    batch, time = jax.tree.leaves(xs)[0].shape[:2]
-    inputs = (xs, mask, reset, drawn_noise(cell, key, batch, time))
+    batch, time = inputs.batch, inputs.time
+    inputs = inputs._replace(noise=draw_noise(cell, key, batch, time))
     traced = traced_step(cell, emit, params, state, inputs)
-    plan = plan_of(traced, kernel) if batch and time else NoPlan("there is no step")
+    plan = plan_of(traced, options.kernel) if batch and time else NoPlan("there is no step")
     if isinstance(plan, Plan):
-        run = partial(run_plan, plan, reverse, params)
+        run = partial(run_plan, plan, options.reverse, params)
     else:
-        run = partial(_run_plainly, emit, cell, reverse, params)
-    return run(state, inputs) if every is None else run_checkpointed(run, every, reverse, state, inputs)
-
-
-_run_compiled = jax.jit(_run_batch, static_argnums=(0, 1, 2, 3, 4))
+        run = partial(_run_plainly, cell, emit, options.reverse, params)
+    if options.checkpoint_every is None:
+        return run(state, inputs)
+    return run_checkpointed(run, options.checkpoint_every, options.reverse, state, inputs)
 
 
 def _run_plainly(
-    emit: Emit, cell: Cell, reverse: bool, params: Params, state: State, inputs: PyTree
+    cell: Cell, emit: Emit, reverse: bool, params: Params, state: State, inputs: Inputs
 ) -> tuple[State, PyTree]:
     """One scan over `step` for every sequence of the batch."""
 
-    def one(state: State, inputs: PyTree) -> tuple[State, PyTree]:
-        def body(state: State, at: PyTree) -> tuple[State, PyTree]:
-            return guarded_step(cell, params, state, *at, emit=emit)
+    def of_sequence(state: State, inputs: Inputs) -> tuple[State, PyTree]:
+        def body(state: State, at: Inputs) -> tuple[State, PyTree]:
+            return masked_step(cell, params, state, at, emit)
 
         return jax.lax.scan(body, state, inputs, reverse=reverse)
 
-    return jax.vmap(one)(state, inputs)
+    return jax.vmap(of_sequence)(state, inputs)

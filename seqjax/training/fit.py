@@ -1,42 +1,47 @@
-"""`fit`: the training loop with a history, for a notebook; and `evaluate`, for what it has not seen."""
+"""`fit`, the training loop with a history, and `evaluate`, the mean loss over a stream."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State
 from seqjax.data.batch import Batch, check_batch
+from seqjax.data.history import LEAF_PREFIX, leaf_names
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.unroll import unroll
-from seqjax.training.loop import LEAF_PREFIX, Metrics, NotFinite, TrainState, clipped, leaf_names, start, updates
+from seqjax.training.loop import Metrics, NotFinite, TrainState, clipped, start, updates
 
-ADAM = optax.adam(1e-3)  # one object, so that fits with the default optimiser compile once
+ADAM = optax.adam(1e-3)  # one object, because optax.adam(1e-3) != optax.adam(1e-3) and each would compile again
 
 
 def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss: Objective = every_step) -> float:
-    """The mean loss over a finite stream, each batch weighted by its valid steps, or its sequences for `ManyToOne`.
+    """The mean loss over a finite stream. Each batch is weighted by its valid steps, or sequences for `ManyToOne`.
 
     Args:
-        model, params: what is evaluated.
-        stream: batches; the state is carried where they continue.
+        model, params: the model and its parameters.
+        stream: batches. The state is carried from one batch to the next if the latter continues the former.
         loss: as for `updates`.
 
     Returns:
         The mean loss, in nats for the losses of this library.
 
     Raises:
-        ValueError: the stream is empty, its first batch continues nothing, or a batch does not fit.
-        TypeError: the stream holds something else than batches.
+        ValueError: the stream is empty, its first batch continues another one, or a batch does not fit.
+        TypeError: the stream yields something that is not a `Batch`.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -46,12 +51,12 @@ def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss
         >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
         1.3863
     """
-    return _mean_loss(compiled(_evaluate, model, loss), loss, params, stream)
+    return _mean_loss(cached_jit(_evaluate, model, loss), loss, params, stream)
 
 
 def _mean_loss(
-    run: Callable[..., tuple[State, Array]], loss: Any, params: ModelParams, stream: Iterable[Batch]
-) -> float:
+    run: Callable[..., tuple[State, Array]], loss: Objective, params: ModelParams, stream: Iterable[Batch]
+) -> Any:
     carried, total, weight = None, 0.0, 0
     for batch in stream:
         state = check_batch(batch, carried)
@@ -59,7 +64,8 @@ def _mean_loss(
         rows, time = jax.tree.leaves(batch.xs)[0].shape[:2]
         steps = rows * time if batch.mask is None else int(np.sum(batch.mask))
         counted = rows if getattr(loss, "per_sequence", False) else steps
-        total, weight = total + float(value) * counted, weight + counted
+        value = value if isinstance(value, Tracer) else float(value)
+        total, weight = total + value * counted, weight + counted
     if not weight:
         raise ValueError("expected at least one valid step to evaluate on, got none: is the stream already used up?")
     return total / weight
@@ -73,20 +79,23 @@ def _evaluate(
     return final, loss(model.head, params.head, outputs, targets, mask)
 
 
-class Fitted(NamedTuple):
-    """What `fit` returns.
+@partial(jax.tree_util.register_dataclass, data_fields=("params", "history", "state"), meta_fields=("reason",))
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What `fit` returns; a pytree.
 
     Attributes:
         params: the trained parameters.
-        history: arrays, one entry an update, "step", "loss", "grad_norm", "clipped", "param_norm" and, for every leaf
-            of the parameters, "grad_norm/cell.W_hh"; and one an evaluation, "validation_step" and "validation".
-        state: to go on training from.
-        reason: why it stopped: "steps", "stream" (used up), or "not finite at step N (...)"; then `params` and `state`
-            are those before that step.
+        history: arrays by name. One entry per update: "step", "loss", "grad_norm", "clipped", "param_norm", and
+            "grad_norm/cell.W_hh" and the like for every leaf of the parameters. One entry per evaluation:
+            "validation_step" and "validation".
+        state: the training state, from which another `fit` can continue.
+        reason: why training stopped: "steps", "stream" (no batch was left), or "not finite at step N (...)"; in the
+            last case `params` and `state` are those before that step.
     """
 
     params: ModelParams
-    history: dict[str, np.ndarray]
+    history: dict[str, Any]
     state: TrainState
     reason: str
 
@@ -106,28 +115,31 @@ def fit(
     validate_every: int = 100,
     progress: Callable[[int, Metrics], None] | None = None,
 ) -> Fitted:
-    """Trains a model: theta <- theta + optimizer(clip(dL/dtheta)), batch after batch.
+    """Trains a model: theta <- theta + optimizer(clip(dL/dtheta)) for each batch.
+
+    It can run under `jax.vmap`, for instance over seeds: `jax.vmap(lambda key: sj.fit(model, batches, key=key))(keys)`.
+    Then the history holds arrays, and a loss that is not finite stays in the history instead of stopping the training.
 
     Args:
         model: the cell and its head.
         stream: batches of `seqjax.data`, or any iterable of `Batch`.
-        steps: how many updates; by default until the stream ends.
-        optimizer: an optax transformation; by default Adam at 1e-3.
+        steps: the number of updates; by default until the stream ends.
+        optimizer: an optax transformation; by default Adam with learning rate 1e-3.
         clip_norm: the largest norm of the gradient; None does not clip.
         loss: `every_step`, `ManyToOne(pool)`, or your own function of (head, params, outputs, targets, mask).
-        key: draws the parameters, unless `params` or `state` is given, and the noise of a cell that has some.
-        params: parameters to begin from.
-        state: the `state` of an earlier `Fitted`, to go on from.
-        validation: returns a fresh finite stream each time that it is called.
+        key: draws the parameters, unless `params` or `state` is given, and the noise of a cell that draws some.
+        params: initial parameters.
+        state: the `state` of an earlier `Fitted`, from which to continue.
+        validation: returns a fresh finite stream at every call.
         validate_every: updates between two evaluations.
         progress: called with the step and its metrics after every update.
 
     Returns:
-        `Fitted`: params, history, state, reason. A loss or gradient that is not finite stops the training and is warned
-        of, since no later step can be right.
+        `Fitted`: params, history, state, reason. A loss or gradient that is not finite stops the training with a
+        warning, because no later step can be right.
 
     Raises:
-        ValueError, TypeError: a batch does not fit the model, or there is nothing to begin from.
+        ValueError, TypeError: a batch does not fit the model, or neither a key, parameters nor a state is given.
 
     Example:
         >>> import jax, seqjax as sj
@@ -141,7 +153,8 @@ def fit(
         raise ValueError(f"expected steps of at least 0, got {steps}")
     optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
-    first, rows, validated, evaluator = int(latest.step), [], [], compiled(_evaluate, model, loss)
+    first = latest.step if isinstance(latest.step, Tracer) else int(latest.step)
+    rows, validated, evaluator = [], [], cached_jit(_evaluate, model, loss)
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"
     try:
@@ -165,5 +178,8 @@ def fit(
     return Fitted(latest.params, history, latest, reason)
 
 
-def _columns(names: list[str], rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {name: np.array([row[name] for row in rows]) for name in names}
+def _columns(names: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as one array per name; arrays of JAX if the rows hold traced values."""
+    traced = any(isinstance(value, Tracer) for row in rows for value in row.values())
+    array: Any = jnp.stack if traced else np.array
+    return {name: array([jnp.asarray(row[name]) if traced else row[name] for row in rows]) for name in names}

@@ -1,7 +1,8 @@
-"""Training any model on any stream of batches with optax, one update a turn.
+"""The training loop: one update per batch, for any model, any stream of batches and any optax optimizer.
 
-A batch either starts afresh, as independent sequences do, or continues the one before it, as windows of a long text do:
-then the state is carried over, detached, which is truncated backpropagation through time on chunks.
+A batch of independent sequences starts from the initial state. A batch that continues the one before it, such as the
+next window of a long text, starts from the state at the end of that batch. No gradient flows through the carried state,
+so this is truncated backpropagation through time.
 """
 
 from __future__ import annotations
@@ -14,28 +15,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State
 from seqjax.data.batch import Batch, check_batch
+from seqjax.data.history import LEAF_PREFIX, leaf_names
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
-from seqjax.sequence._cached_jit import compiled
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.gradients import detach
 from seqjax.sequence.unroll import unroll
 
 
 class TrainState(NamedTuple):
-    """All that the next update depends on besides its batch."""
+    """Everything that the next update depends on besides its batch.
+
+    Attributes:
+        step: the number of updates so far.
+        params: of the cell and the head.
+        optimizer: the state of the optax transformation.
+        carried: the cell's state at the end of the last batch, leaves (batch, ...); None before the first batch.
+    """
 
     step: Array
     params: ModelParams
     optimizer: PyTree
-    carried: State  # the cell's state at the end of the last batch, leaves (batch, ...); None before the first
+    carried: State
 
 
 class Metrics(NamedTuple):
-    """What is observed of one update.
+    """The measurements of one update.
 
     Attributes:
         loss: before the update, in nats for the losses of this library.
@@ -59,20 +69,8 @@ class Metrics(NamedTuple):
         return row | {f"{LEAF_PREFIX}{name}": norm for name, norm in by_leaf.items()}
 
 
-LEAF_PREFIX = "grad_norm/"  # of the columns that hold one leaf each
-
-
-def leaf_names(params: PyTree) -> list[str]:
-    """The path of every leaf, such as "cell.W_hh" or "cell.1.W_hh", in the order of the leaves."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [jax.tree_util.keystr(path) for path in paths]  # {"a": {"b": _}, "a.b": _} have one name when simple
-
-
 class NotFinite(ArithmeticError):
-    """The loss, the gradient or the parameters stopped being numbers at update `step`; the one before was good."""
+    """The loss, the gradient or the parameters are not finite at update `step`; the update before was finite."""
 
     def __init__(self, step: int, metrics: Metrics) -> None:
         self.step = step
@@ -82,9 +80,9 @@ class NotFinite(ArithmeticError):
 
 @functools.lru_cache
 def clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
-    """The optimiser on gradients clipped by their norm, g <- g min(1, c / |g|) (Pascanu, Mikolov and Bengio 2013).
+    """The optimizer with gradient clipping by global norm, g <- g min(1, c / |g|) (Pascanu, Mikolov and Bengio 2013).
 
-    The same arguments give the same object, so that what was compiled for it is found again.
+    The same arguments give the same object, so code that was compiled for it is reused.
     """
     if clip_norm is None:
         return optimizer
@@ -96,13 +94,13 @@ def clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) ->
 def start(
     model: Model, optimizer: optax.GradientTransformation, key: Array | None = None, params: ModelParams | None = None
 ) -> TrainState:
-    """The state before the first update, from a key or from parameters that you have.
+    """The training state before the first update.
 
     Args:
         model: the cell and its head.
-        optimizer: with its clipping, as `updates` will use it.
+        optimizer: the optax transformation that `updates` will use, clipping included.
         key: draws the parameters.
-        params: begins from these instead.
+        params: initial parameters, in place of those that the key draws.
 
     Returns:
         A `TrainState` at step 0.
@@ -133,25 +131,26 @@ def updates(
     clip_norm: float | None = None,
     key: Array | None = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    """One update a turn: theta <- theta + optimizer(dL/dtheta), the state carried and detached where a batch continues.
+    """Trains one batch at a time, theta <- theta + optimizer(dL/dtheta), as a generator.
 
     Args:
         model: the cell and its head.
-        stream: batches, endless or not.
-        state: from `start`, or a later one to go on.
+        stream: batches, finite or endless.
+        state: from `start`, or the state of an earlier training.
         optimizer: an optax transformation, clipping included: `clipped(optax.adam(1e-3), 1.0)`.
         loss: `every_step`, `ManyToOne(pool)`, or your own function of (head, params, outputs, targets, mask).
         clip_norm: the threshold that `Metrics.clipped` compares with.
-        key: for a cell that draws noise; update n uses `fold_in(key, n)`, so that a resumed training draws the same.
+        key: for a cell that draws noise. Update n uses `fold_in(key, n)`, so a resumed training draws the same noise.
 
     Yields:
-        The state after each update, and its `Metrics` as plain numbers. It yields one update behind the one that the
-        device works on, so that looking at the numbers keeps nobody waiting.
+        The state after each update, and its `Metrics` as Python numbers. The device already computes the next update
+        when one is yielded, so reading the numbers does not make the device wait. Inside `jax.jit` or `jax.vmap` the
+        metrics are arrays, and nothing checks whether they are finite.
 
     Raises:
-        ValueError, TypeError: a batch does not fit the model, or the first batch continues nothing, or
-            the cell draws noise and there is no key.
-        NotFinite: an update gave a loss, gradient or parameters that are not finite; it is not yielded.
+        ValueError, TypeError: a batch does not fit the model, the first batch continues another one, or the cell draws
+            noise and there is no key.
+        NotFinite: the loss, the gradient or the parameters of an update are not finite. That update is not yielded.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, seqjax as sj
@@ -174,7 +173,9 @@ def updates(
 
 
 def _finite(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
-    numbers = jax.tree.map(float, jax.device_get(metrics))  # all at once: one wait for the device, not one a number
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(metrics)):
+        return state, metrics
+    numbers = jax.tree.map(float, jax.device_get(metrics))  # one transfer for all numbers, not one for each
     if not np.all(np.isfinite(jax.tree.leaves(numbers))):
         raise NotFinite(int(state.step), numbers)
     return state, numbers
@@ -184,13 +185,13 @@ def _run_updates(
     model: Model,
     stream: Iterable[Batch],
     state: TrainState,
-    optimizer: Any,
+    optimizer: optax.GradientTransformation,
     loss: Objective,
     clip_norm: float | None,
     key: Array | None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     limit = float("inf") if clip_norm is None else float(clip_norm)
-    update = compiled(_update, model, optimizer, loss, limit)
+    update = cached_jit(_update, model, optimizer, loss, limit)
     for batch in stream:
         carried = check_batch(batch, state.carried)
         data = (batch.xs, batch.targets, batch.mask, batch.reset)
@@ -200,7 +201,7 @@ def _run_updates(
 
 def _update(
     model: Model,
-    optimizer: Any,
+    optimizer: optax.GradientTransformation,
     loss: Objective,
     limit: float,
     state: TrainState,

@@ -1,15 +1,16 @@
-"""Backward: the cotangents of the states through a chunk, then the gradients of the weights at once.
+"""The backward pass: the cotangents of the states through a chunk, then the gradients of the weights at once.
 
     ct s_{t-1} = D_s^T ct s_t + sum_i W_i^T D_i^T ct s_t
 
-D_s and D_i are the derivatives of the rest of the step by its state and by its cuts, at states and cuts that are all
-known before the loop. So the loop holds one product per cut.
+D_s and D_i are the derivatives of the rest of the step by its state and by its cuts. All states and all results of cuts
+are known before the loop, so the loop contains one product per cut.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from seqjax.sequence._execution.chunks import Chunks, chunk_length, cut, scan_once
-from seqjax.sequence._execution.forward import Leaves, over_chunk
-from seqjax.sequence._execution.kernel import Kernel
-from seqjax.sequence._partition.parts import Parts
+from seqjax.sequence._execution.chunks import Chunks, Leaves, chunk_length, scan_distinct, steps_of_chunk
+from seqjax.sequence._execution.forward import Arguments, Loop, Result, Saved, over_chunk
 from seqjax.sequence._partition.program import inexact
+
+if TYPE_CHECKING:
+    from seqjax.sequence._partition.parts import Active, Hoisted, Parts
+else:
+    Active = Hoisted = Parts = Any
 
 
 def pick(tree: PyTree, wanted: PyTree) -> list[Any]:
@@ -30,169 +34,232 @@ def pick(tree: PyTree, wanted: PyTree) -> list[Any]:
 
 
 def put(tree: PyTree, wanted: PyTree, values: Sequence[Any]) -> PyTree:
-    """The tree with other leaves where `wanted` is True."""
-    those = iter(values)
-    return jax.tree.map(lambda leaf, w: next(those) if w else leaf, tree, wanted)
+    """The tree, with the values in place of the leaves for which `wanted` is True."""
+    remaining = iter(values)
+    return jax.tree.map(lambda leaf, w: next(remaining) if w else leaf, tree, wanted)
 
 
-def backward(
-    parts: Parts,
-    kernel: Kernel | None,
-    reverse: bool,
-    params: Leaves,
-    state: Leaves,
-    xs: Leaves,
-    saved: tuple[Leaves, Leaves],
-    ct_after: Leaves,
-    ct_kept: Leaves,
-    wanted: list[bool],
-) -> list[Array]:
+class KnownSteps(NamedTuple):
+    """What the backward pass knows of the steps of a chunk before its loop, leaves (time, batch, ...).
+
+    Attributes:
+        before: the states s_{t-1}; None for a leaf that is not rematerialized yet.
+        drives: the drives, for XLA's loops without their biases and for the kernel with them.
+        results: the results of the cuts.
+    """
+
+    before: Leaves
+    drives: Leaves
+    results: Leaves
+
+
+def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted: list[bool]) -> list[Array]:
     """The cotangents of the wanted leaves of [*params, *state, *xs].
 
     Args:
-        parts, kernel, reverse, params, state, xs: as for `forward`.
+        loop, arguments: as for `forward`.
         saved: what `forward` saved.
-        ct_after, ct_kept: the cotangents of the inexact leaves of what `forward` returned.
-        wanted: for each leaf of the inputs; True for inexact ones only.
+        cts: the cotangents of the inexact leaves of the result of `forward`.
+        wanted: for each leaf of the arguments; True for inexact ones only.
     """
+    params, state, xs = arguments
     batch, time = xs[0].shape[:2]
-    n_params, n_state = len(params), len(state)
-    wanted_params, wanted_x = wanted[:n_params], wanted[n_params + n_state :]
-    moves = parts.moving(wanted)
-    floats = [inexact(leaf) for leaf in state]
-    seen, first = saved
-    hoisted = parts.hoist(params)
-    loop = Loop(parts, kernel, reverse, hoisted, floats, moves)
+    wanted_params, wanted_state, wanted_xs = Arguments.divided(wanted, len(params), len(state))
+    parts = loop.parts
+    hoisted, active = parts.hoist(params), parts.active(wanted)
+    is_inexact = [inexact(leaf) for leaf in state]
+    chunk_loop = BackwardLoop(loop, hoisted, is_inexact, active)
+    length = chunk_length(batch, time)
 
-    def chunk(carry: Any, start: Array, length: int) -> tuple[Any, Leaves, None]:
-        ct_after, ct_fixed = carry
-        x, last = cut(xs, start, length), [leaf[start // chunks.length] for leaf in first]
-        before = _states_before(parts, reverse, last, cut(seen, start, length))
+    def chunk(carry: tuple[Leaves, Leaves], start: Array, steps: int) -> tuple[Any, Leaves, None]:
+        ct_state, ct_hoisted = carry
+        x = steps_of_chunk(xs, start, steps)
+        first = [leaf[start // length] for leaf in saved.first]
+        before = _states_before(loop, first, steps_of_chunk(saved.states, start, steps))
+        known, pull = _before_loop(parts, active, (hoisted, x, before), wanted_xs, (steps, batch))
+        if not all(parts.is_saved):
+            known = known._replace(before=chunk_loop.rematerialized(steps, first, known))
+        ct_outputs = steps_of_chunk(cts.outputs, start, steps)
+        ct_state, ct_read_in_loop, ct_known = chunk_loop.run(steps, ct_state, known, ct_outputs)
+        pulled = pull(ct_known)
+        ct_hoisted = _added(ct_hoisted, pulled[: len(ct_hoisted)], ct_read_in_loop, active)
+        return (ct_state, ct_hoisted), pulled[len(ct_hoisted) :], None
 
-        def early(fixed: Any, x: Leaves) -> Any:
-            inputs = over_chunk(parts.without_biases, (length, batch), None, 0)(fixed, x)
-            drives = parts.with_biases(fixed, inputs)
-            constant = lax.stop_gradient(drives)
-            results = over_chunk(parts.results, (length, batch), None, 0, 0)(fixed, before, constant)
-            return (pick(drives, moves.passed), pick(results, moves.cuts)), (inputs, results)
-
-        _, (inputs, results), pull = _pullback(early, (hoisted, x), (moves.fixed, wanted_x))
-        if not all(parts.seen):
-            before = loop.rematerialized(length, last, before, inputs, results)
-        ct_after, ct_extra, cts = loop.run(length, ct_after, before, inputs, results, cut(ct_kept, start, length))
-        cts = pull(cts)
-        ct_fixed = [total + ct.astype(total.dtype) for total, ct in zip(ct_fixed, cts[: len(ct_fixed)], strict=True)]
-        places = [i for i, w in enumerate(pick(moves.extra, moves.fixed[0])) if w]
-        for i, ct in zip(places, ct_extra, strict=True):
-            ct_fixed[i] += ct
-        return (ct_after, ct_fixed), cts[len(ct_fixed) :], None
-
-    chunks = Chunks(time, chunk_length(batch, time), reverse)
-    fixed = pick(hoisted, moves.fixed)
-    carry = (ct_after, [jnp.zeros(leaf.shape, _at_least_32_bits(leaf.dtype)) for leaf in fixed])
-    (ct_state, ct_fixed), ct_xs, _ = chunks.scan(chunk, carry, back=True)
+    active_values = pick(hoisted, active.hoisted)
+    zeros = [jnp.zeros(leaf.shape, _at_least_32_bits(leaf.dtype)) for leaf in active_values]
+    chunks = Chunks(time, length, loop.reverse)
+    (ct_state, ct_hoisted), ct_xs, _ = chunks.scan(chunk, (cts.new_state, zeros), backward=True)
 
     def hoist(some: list[Any]) -> list[Any]:
-        return pick(parts.hoist(put(params, wanted_params, some)), moves.fixed)
+        return pick(parts.hoist(put(params, wanted_params, some)), active.hoisted)
 
-    ct_fixed = [ct.astype(leaf.dtype) for ct, leaf in zip(ct_fixed, fixed, strict=True)]
-    ct_params = jax.vjp(hoist, pick(params, wanted_params))[1](ct_fixed)[0]
-    wanted_state = [w for w, f in zip(wanted[n_params : n_params + n_state], floats, strict=True) if f]
-    return [*ct_params, *pick(ct_state, wanted_state), *ct_xs]
+    ct_hoisted = [ct.astype(leaf.dtype) for ct, leaf in zip(ct_hoisted, active_values, strict=True)]
+    ct_params = jax.vjp(hoist, pick(params, wanted_params))[1](ct_hoisted)[0]
+    return [*ct_params, *pick(ct_state, pick(wanted_state, is_inexact)), *ct_xs]
 
 
-class Loop:
+def _before_loop(
+    parts: Parts,
+    active: Active,
+    arguments: tuple[Hoisted, Leaves, Leaves],
+    wanted_xs: list[bool],
+    shape: tuple[int, int],
+) -> tuple[KnownSteps, Callable[[Any], Leaves]]:
+    """Computes the drives and the cuts of a chunk from known states.
+
+    Args:
+        parts: the parts of the loop.
+        active: what depends on the wanted leaves.
+        arguments: the hoisted values, and the inputs x_t and the saved states s_{t-1} of the chunk.
+        wanted_xs: the inputs whose cotangents are wanted.
+        shape: (time, batch) of the chunk.
+
+    Returns:
+        The known steps, and a function from the cotangents of the active drives and cuts to those of the active hoisted
+        values and the wanted inputs. It computes the gradient of each weight matrix with one product for the chunk.
+    """
+    hoisted, x, before = arguments
+
+    def compute(hoisted: Hoisted, x: Leaves) -> Any:
+        inputs = over_chunk(parts.drives_without_biases, shape, None, 0)(hoisted, x)
+        drives = parts.add_biases(hoisted, inputs)
+        # The backward loop computes the cotangents that reach the drives through the operands of the cuts.
+        constant = lax.stop_gradient(drives)
+        results = over_chunk(parts.cut_results, shape, None, 0, 0)(hoisted, before, constant)
+        return (pick(drives, active.drives), pick(results, active.cuts)), (inputs, results)
+
+    _, (inputs, results), pull = _pullback(compute, (hoisted, x), (active.hoisted, wanted_xs))
+    return KnownSteps(before, inputs, results), pull
+
+
+def _added(totals: Leaves, cts: Leaves, ct_read_in_loop: Leaves, active: Active) -> Leaves:
+    """The sums of the cotangents of the active hoisted values, with those of one more chunk."""
+    totals = [total + ct.astype(total.dtype) for total, ct in zip(totals, cts, strict=True)]
+    # The weights come after all hoisted values, so the positions among the values are those among all leaves.
+    positions = [i for i, w in enumerate(pick(active.read_in_loop, active.hoisted.values)) if w]
+    for i, ct in zip(positions, ct_read_in_loop, strict=True):
+        totals[i] += ct
+    return totals
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BackwardLoop:
     """The loops of the backward pass through one chunk.
 
-    Its inputs are the passed values without their biases, as in `forward.run_chunk`.
+    Attributes:
+        loop: the loop of the forward pass.
+        hoisted: from `Parts.hoist`.
+        is_inexact: for each leaf of the state, whether it has a derivative.
+        active: from `Parts.active`.
     """
 
-    def __init__(
-        self, parts: Parts, kernel: Kernel | None, reverse: bool, hoisted: Any, floats: list[bool], moves: Any
-    ) -> None:
-        self.parts, self.reverse, self.hoisted, self.floats, self.moves = parts, reverse, hoisted, floats, moves
-        self.kernel = kernel
+    loop: Loop
+    hoisted: Hoisted
+    is_inexact: list[bool]
+    active: Active
 
     def run(
-        self, length: int, ct_after: Leaves, before: Leaves, inputs: Leaves, results: Leaves, ct_kept: Leaves
+        self, length: int, ct_state: Leaves, known: KnownSteps, ct_outputs: Leaves
     ) -> tuple[Leaves, Leaves, tuple[Leaves, Leaves]]:
-        """The cotangents of the state before the chunk, of the extra parameters, and of (drives, results)."""
-        parts, hoisted, moves = self.parts, self.hoisted, self.moves
-        if self.kernel is not None and self.kernel.runs_backward:
-            drives = parts.with_biases(hoisted, inputs)
-            ct_before, ct_drives, ct_results = self.kernel.backward(
-                hoisted[1], ct_after, before, drives, results, ct_kept, self.reverse
-            )
-            return ct_before, [], (pick(ct_drives, moves.passed), pick(ct_results, moves.cuts))
-
-        def step(carry: Any, at: Any) -> Any:
-            ct_after, ct_extra = carry
-            before, inputs, results, ct_kept, _ = at
-            drives = parts.with_biases(hoisted, inputs)
-
-            def rest(state: Leaves, drives: Leaves, results: Leaves, extra: Leaves) -> Any:
-                out = jax.vmap(parts.finish_known, (None, 0, 0, 0))((extra, hoisted[1]), state, drives, results)
-                return [leaf for leaf in jax.tree.leaves(out) if inexact(leaf)], None
-
-            wanted = (self.floats, moves.passed, moves.cuts, moves.extra)
-            *_, pull = _pullback(rest, (before, drives, results, hoisted[0]), wanted)
-            cts = iter(pull([*ct_after, *ct_kept]))
-            ct_before, ct_drives, ct_results, ct_more = ([next(cts) for w in ws if w] for ws in wanted)
-            ct_extra = [a + b.astype(a.dtype) for a, b in zip(ct_extra, ct_more, strict=True)]
-            return (ct_before, ct_extra), (ct_drives, ct_results)
-
-        at = (before, inputs, results, ct_kept, jnp.arange(length))
-        extra = [jnp.zeros(leaf.shape, _at_least_32_bits(leaf.dtype)) for leaf in pick(hoisted[0], moves.extra)]
-        (ct_before, ct_extra), cts = scan_once(step, (ct_after, extra), at, not self.reverse)
-        return ct_before, ct_extra, cts
-
-    def rematerialized(self, length: int, first: Leaves, before: Leaves, inputs: Leaves, results: Leaves) -> Leaves:
-        """All leaves of s_{t-1} for every t: those that no cut reads are computed again by the steps, without products.
+        """The cotangents of the state before the chunk, of the hoisted values read in the loop, and of (drives, cuts).
 
         Args:
-            first: the state before the chunk.
-            before: the leaves that the cuts read; None for the others.
+            length: the number of steps.
+            ct_state: the cotangents of the state after the chunk.
+            known: all that is known of the steps.
+            ct_outputs: the cotangents of the outputs of each step.
         """
-        parts = self.parts
-        if self.kernel is not None:
-            drives = parts.with_biases(self.hoisted, inputs)
-            return self.kernel.rematerialized(first, before, drives, results, self.reverse)
+        parts, kernel, hoisted, active = self.loop.parts, self.loop.kernel, self.hoisted, self.active
+        if kernel is not None and kernel.runs_backward:
+            steps = known._replace(drives=parts.add_biases(hoisted, known.drives))
+            ct_before, ct_drives, ct_cuts = kernel.backward(
+                hoisted.weights, steps, ct_state, ct_outputs, self.loop.reverse
+            )
+            # A kernel supports only loops that read no hoisted value beside the weights.
+            return ct_before, [], (pick(ct_drives, active.drives), pick(ct_cuts, active.cuts))
+
+        wanted = (self.is_inexact, active.drives, active.cuts, active.read_in_loop)
+
+        def step(carry: tuple[Leaves, Leaves], at: Any) -> Any:
+            ct_state, ct_values = carry
+            (before, inputs, results), ct_outputs, _ = at
+            drives = parts.add_biases(hoisted, inputs)
+
+            def rest(state: Leaves, drives: Leaves, results: Leaves, values: Leaves) -> Any:
+                run = jax.vmap(parts.run_rest_with_known_cuts, (None, 0, 0, 0))
+                out = run(hoisted._replace(values=values), state, drives, results)
+                return [leaf for leaf in jax.tree.leaves(out) if inexact(leaf)], None
+
+            *_, pull = _pullback(rest, (before, drives, results, hoisted.values), wanted)
+            cts = iter(pull([*ct_state, *ct_outputs]))
+            ct_before, ct_drives, ct_cuts, ct_more = ([next(cts) for w in each if w] for each in wanted)
+            ct_values = [a + b.astype(a.dtype) for a, b in zip(ct_values, ct_more, strict=True)]
+            return (ct_before, ct_values), (ct_drives, ct_cuts)
+
+        # All leaves of a chunk may be empty, and a scan needs an array to count its steps.
+        at = (known, ct_outputs, jnp.arange(length))
+        values = pick(hoisted.values, active.read_in_loop)
+        zeros = [jnp.zeros(leaf.shape, _at_least_32_bits(leaf.dtype)) for leaf in values]
+        (ct_before, ct_values), cts = scan_distinct(step, (ct_state, zeros), at, not self.loop.reverse)
+        return ct_before, ct_values, cts
+
+    def rematerialized(self, length: int, first: Leaves, known: KnownSteps) -> Leaves:
+        """All leaves of s_{t-1} for every t. Those that are not saved are computed again, without products.
+
+        Args:
+            length: the number of steps.
+            first: the state before the chunk.
+            known: the known steps, with None for each leaf of `before` that is not saved.
+        """
+        parts, kernel, reverse = self.loop.parts, self.loop.kernel, self.loop.reverse
+        if kernel is not None:
+            steps = known._replace(drives=parts.add_biases(self.hoisted, known.drives))
+            return kernel.rematerialized(first, steps, reverse)
 
         def fill(some: Leaves, others: Leaves) -> Leaves:
-            return [o if s is None else s for s, o in zip(some, others, strict=True)]
+            return [other if leaf is None else leaf for leaf, other in zip(some, others, strict=True)]
 
-        def step(hidden: Leaves, at: Any) -> tuple[Leaves, Leaves]:
-            before, inputs, results, _ = at
-            state = fill(before, hidden)
-            drives = parts.with_biases(self.hoisted, inputs)
-            after = jax.vmap(parts.next_state, (None, 0, 0, 0))(self.hoisted, state, drives, results)
-            return [None if seen else leaf for leaf, seen in zip(after, parts.seen, strict=True)], hidden
+        def missing(leaves: Leaves) -> Leaves:
+            return [None if is_saved else leaf for leaf, is_saved in zip(leaves, parts.is_saved, strict=True)]
 
-        hidden = [None if seen else leaf for leaf, seen in zip(first, parts.seen, strict=True)]
-        at = (before, inputs, results, jnp.arange(length))
-        return fill(before, lax.scan(step, hidden, at, reverse=self.reverse)[1])
+        def step(hidden: Leaves, at: tuple[KnownSteps, Array]) -> tuple[Leaves, Leaves]:
+            (before, inputs, results), _ = at
+            drives = parts.add_biases(self.hoisted, inputs)
+            next_state = jax.vmap(parts.next_state, (None, 0, 0, 0))
+            return missing(next_state(self.hoisted, fill(before, hidden), drives, results)), hidden
 
-
-def _states_before(parts: Parts, reverse: bool, first: Leaves, seen: Leaves) -> Leaves:
-    """s_{t-1} for every t of a chunk, (time, batch, ...): the leaves that the cuts read, and None for the others."""
-    rows = iter(seen)
-
-    def join(first: Array, rows: Array) -> Array:
-        return jnp.concatenate([rows[1:], first[None]] if reverse else [first[None], rows[:-1]])
-
-    return [join(leaf, next(rows)) if is_seen else None for leaf, is_seen in zip(first, parts.seen, strict=True)]
+        hidden = lax.scan(step, missing(first), (known, jnp.arange(length)), reverse=reverse)[1]
+        return fill(known.before, hidden)
 
 
-def _pullback(f: Callable[..., Any], args: Any, wanted: Any) -> tuple[Any, Any, Callable[[Any], list[Any]]]:
-    """f(*args) = (out, other): both, and the map from cotangents of `out` to those of the wanted leaves of `args`."""
+def _states_before(loop: Loop, first: Leaves, states: Leaves) -> Leaves:
+    """The saved leaves of s_{t-1} for every t of a chunk, (time, batch, ...), and None for the others.
 
-    def of_wanted(values: list[Any]) -> Any:
+    Args:
+        loop: the loop.
+        first: the state before the chunk.
+        states: the saved leaves of s_t.
+    """
+    rows = iter(states)
+
+    def shift(first: Array, rows: Array) -> Array:
+        return jnp.concatenate([rows[1:], first[None]] if loop.reverse else [first[None], rows[:-1]])
+
+    return [
+        shift(leaf, next(rows)) if is_saved else None for leaf, is_saved in zip(first, loop.parts.is_saved, strict=True)
+    ]
+
+
+def _pullback(f: Callable[..., Any], args: PyTree, wanted: PyTree) -> tuple[Any, Any, Callable[[Any], list[Any]]]:
+    """Both results of f(*args) = (out, other), and the map from cotangents of `out` to those of the wanted leaves."""
+
+    def f_wanted(values: list[Any]) -> Any:
         return f(*put(args, wanted, values))
 
-    out, pull, other = jax.vjp(of_wanted, pick(args, wanted), has_aux=True)
+    out, pull, other = jax.vjp(f_wanted, pick(args, wanted), has_aux=True)
     return out, other, lambda cts: pull(cts)[0]
 
 
-def _at_least_32_bits(dtype: DTypeLike) -> Any:
-    """The dtype in which cotangents are summed over time."""
+def _at_least_32_bits(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which cotangents are summed over time. A sum of many steps is too coarse in half precision."""
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32

@@ -1,92 +1,153 @@
-"""Forward: the drive of a whole chunk at once, then a loop with one product per cut and step."""
+"""The forward pass: the drives of a whole chunk at once, then a loop with one product per cut and step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from seqjax.sequence._execution.chunks import Chunks, chunk_length, cut, scan_once
-from seqjax.sequence._execution.kernel import Kernel
-from seqjax.sequence._partition.parts import Parts
+from seqjax.sequence._execution.chunks import Chunks, Leaves, chunk_length, scan_distinct, steps_of_chunk
 
-Leaves = list[Any]
+if TYPE_CHECKING:
+    from seqjax.sequence._execution.kernel import Kernel
+    from seqjax.sequence._partition.parts import Hoisted, Parts
+else:
+    Hoisted = Kernel = Parts = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """One loop of a step, and how it runs.
+
+    Attributes:
+        parts: the parts of the loop.
+        kernel: the compiled kernel that runs it; None if XLA does.
+        reverse: whether it runs from right to left.
+    """
+
+    parts: Parts
+    kernel: Kernel | None
+    reverse: bool
+
+
+class Arguments(NamedTuple):
+    """The arrays that a loop reads.
+
+    Attributes:
+        params: the parameters. The constants that the cell closes over come first.
+        state: the state before the first step, leaves (batch, ...).
+        xs: the inputs, leaves (batch, time, ...).
+    """
+
+    params: Leaves
+    state: Leaves
+    xs: Leaves
+
+    @classmethod
+    def divided(cls, leaves: Sequence[Any], params: int, state: int) -> Arguments:
+        """The arguments from [*params, *state, *xs] with these numbers of parameters and of leaves of the state."""
+        leaves = list(leaves)
+        return cls(leaves[:params], leaves[params : params + state], leaves[params + state :])
+
+
+class Result(NamedTuple):
+    """What a loop returns.
+
+    Attributes:
+        new_state: the state after the last step, leaves (batch, ...).
+        outputs: what each step emits, leaves (batch, time, ...).
+    """
+
+    new_state: Leaves
+    outputs: Leaves
+
+
+class Saved(NamedTuple):
+    """What the forward pass saves for the backward pass.
+
+    Attributes:
+        states: the leaves of the state after each step for which `Parts.is_saved` is True, (batch, time, ...).
+        first: the state before each chunk, leaves (chunks, batch, ...).
+    """
+
+    states: Leaves
+    first: Leaves
 
 
 def over_chunk(f: Callable[..., Any], shape: tuple[int, int], *axes: int | None) -> Callable[..., Any]:
-    """A function of one example at one time as a function of a chunk, (time, batch, ...)."""
+    """From a function of one example at one time to a function of a chunk of shape (time, batch)."""
     return jax.vmap(jax.vmap(f, axes, axis_size=shape[1]), axes, axis_size=shape[0])
 
 
-def forward(
-    parts: Parts, kernel: Kernel | None, reverse: bool, params: Leaves, state: Leaves, xs: Leaves
-) -> tuple[tuple[Leaves, Leaves], tuple[Leaves, Leaves]]:
+def forward(loop: Loop, arguments: Arguments) -> tuple[Result, Saved]:
     """Runs one loop of a step over a batch of sequences.
 
     Args:
-        parts: the loop.
-        kernel: what runs it instead of XLA, if anything does.
-        reverse: right to left.
-        params: the parameters, what the cell closes over first.
-        state: the state before the first step, (batch, ...).
-        xs: the inputs, (batch, time, ...).
+        loop: the loop.
+        arguments: the parameters, the state and the inputs.
 
     Returns:
-        (after, kept): the state after the last step, and what is kept of each step, (batch, time, ...); and for the
-        backward pass the leaves of each state that the cuts read, and the state before each chunk.
+        The result, and what the backward pass needs.
     """
+    params, state, xs = arguments
     batch, time = xs[0].shape[:2]
+    parts = loop.parts
     hoisted = parts.hoist(params)
+    # Before the loop over the chunks, so that the weights are transposed once and not once per chunk.
     products = parts.products_in_loop(hoisted, batch)
 
     def chunk(state: Leaves, start: Array, length: int) -> tuple[Leaves, Any, Leaves]:
-        inputs = over_chunk(parts.without_biases, (length, batch), None, 0)(hoisted, cut(xs, start, length))
-        return *run_chunk(parts, kernel, reverse, hoisted, products, state, inputs, length), state
+        x = steps_of_chunk(xs, start, length)
+        inputs = over_chunk(parts.drives_without_biases, (length, batch), None, 0)(hoisted, x)
+        return *run_chunk(loop, hoisted, products, state, inputs, length), state
 
-    after, (seen, kept), first = Chunks(time, chunk_length(batch, time), reverse).scan(chunk, state)
-    return (after, kept), (seen, first)
+    chunks = Chunks(time, chunk_length(batch, time), loop.reverse)
+    new_state, (states, outputs), first = chunks.scan(chunk, state)
+    return Result(new_state, outputs), Saved(states, first)
 
 
 def run_chunk(
-    parts: Parts,
-    kernel: Kernel | None,
-    reverse: bool,
-    hoisted: Any,
+    loop: Loop,
+    hoisted: Hoisted,
     products: Callable[[int, Array], Array],
     state: Leaves,
     inputs: Leaves,
     length: int,
 ) -> tuple[Leaves, tuple[Leaves, Leaves]]:
-    """The loop over one chunk.
+    """Runs one chunk.
 
     Args:
-        parts, kernel, reverse: as for `forward`.
-        hoisted: from `parts.hoist`.
-        products: from `parts.products_in_loop`.
+        loop: the loop.
+        hoisted: from `Parts.hoist`.
+        products: from `Parts.products_in_loop`.
         state: the state before the chunk, (batch, ...).
-        inputs: the passed values without their biases, (time, batch, ...).
-        length: of the chunk, in steps.
+        inputs: the drives without their biases, (time, batch, ...).
+        length: the number of steps.
 
     Returns:
-        The state after the chunk; the leaves of each state that the cuts read, and what is kept of each step, (time,
-        batch, ...).
+        The state after the chunk; the saved leaves of the state after each step, and the outputs of each step,
+        (time, batch, ...).
     """
+    parts, kernel = loop.parts, loop.kernel
 
-    def seen(states: Leaves) -> Leaves:
-        return [leaf for leaf, is_seen in zip(states, parts.seen, strict=True) if is_seen]
+    def saved(states: Leaves) -> Leaves:
+        return [leaf for leaf, is_saved in zip(states, parts.is_saved, strict=True) if is_saved]
 
     if kernel is not None:
-        states = kernel.forward(hoisted[1], state, parts.with_biases(hoisted, inputs), reverse)
-        kept = [states[leaf] for leaf in kernel.kept]
-        return [leaf[0 if reverse else -1] for leaf in states], (seen(states), kept)
+        states = kernel.forward(hoisted.weights, state, parts.add_biases(hoisted, inputs), loop.reverse)
+        outputs = [states[leaf] for leaf in kernel.outputs]
+        return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs)
 
-    def step(state: Leaves, at: Any) -> tuple[Leaves, Any]:
-        inputs, _ = at  # the number of the step is there because there may be no inputs
-        drives = parts.with_biases(hoisted, inputs)
-        after, kept = jax.vmap(lambda state, drives: parts.finish(hoisted, state, drives, products))(state, drives)
-        return after, (seen(after), kept)
+    def step(state: Leaves, at: tuple[Leaves, Array]) -> tuple[Leaves, Any]:
+        inputs, _ = at
+        drives = parts.add_biases(hoisted, inputs)
+        rest = jax.vmap(lambda state, drives: parts.run_rest(hoisted, state, drives, products))
+        new_state, outputs = rest(state, drives)
+        return new_state, (saved(new_state), outputs)
 
-    return scan_once(step, state, (inputs, jnp.arange(length)), reverse)
+    # `inputs` may be empty, and a scan needs an array to count its steps.
+    return scan_distinct(step, state, (inputs, jnp.arange(length)), loop.reverse)

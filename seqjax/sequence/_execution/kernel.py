@@ -9,64 +9,70 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqjax import kernels
-from seqjax.sequence._partition.parts import Parts
-from seqjax.sequence._partition.units import Atoms, Formula, NotUnitwise, Symbol, Units, constant
+from seqjax.sequence._execution.chunks import Leaves
+from seqjax.sequence._partition.units import Formula, NotUnitwise, Symbol, Terms, Units, constant
 
-Leaves = list[Any]
+if TYPE_CHECKING:
+    from seqjax.sequence._execution.backward import KnownSteps
+    from seqjax.sequence._partition.parts import Parts
+else:
+    KnownSteps = Parts = Any
 
-
-def _lstm(atoms: Atoms) -> list[Formula]:
-    """The new h and c; gates in the order i, f, g, o."""
-    i, f, g, o = (atoms.add(atoms.symbol("drive", k), atoms.symbol("cut", k)) for k in range(4))
-    c = atoms.add(
-        atoms.multiply(_sigma(atoms, f), atoms.symbol("state", 1)), atoms.multiply(_sigma(atoms, i), _tanh(atoms, g))
-    )
-    return [atoms.multiply(_sigma(atoms, o), _tanh(atoms, atoms.symbol("after", 1))), c]
+Weights = list[tuple[Array, Array | None]]  # (W, b) of each cut; a kernel supports loops with one cut
 
 
-def _gru(atoms: Atoms) -> list[Formula]:
-    """The new h; gates in the order r, z, n, the reset gate after the product, and z keeps the old state."""
-    d, u = ([atoms.symbol(kind, k) for k in range(3)] for kind in ("drive", "cut"))
-    r, z = (_sigma(atoms, atoms.add(d[k], u[k])) for k in range(2))
-    n = _tanh(atoms, atoms.add(d[2], atoms.multiply(r, u[2])))
-    write = atoms.add(constant(1.0), atoms.multiply(constant(-1.0), z))
-    return [atoms.add(atoms.multiply(write, n), atoms.multiply(z, atoms.symbol("state", 0)))]
+def _lstm(terms: Terms) -> list[Formula]:
+    """The new h and c, with the gates in the order i, f, g, o."""
+    i, f, g, o = (terms.add(terms.symbol("drive", k), terms.symbol("cut", k)) for k in range(4))
+    forget = terms.multiply(_sigmoid(terms, f), terms.symbol("state", 1))
+    c = terms.add(forget, terms.multiply(_sigmoid(terms, i), _tanh(terms, g)))
+    return [terms.multiply(_sigmoid(terms, o), _tanh(terms, terms.symbol("after", 1))), c]
 
 
-def _vanilla(atoms: Atoms) -> list[Formula]:
+def _gru(terms: Terms) -> list[Formula]:
+    """The new h, with the gates in the order r, z, n, and r applied after the product."""
+    d, u = ([terms.symbol(kind, k) for k in range(3)] for kind in ("drive", "cut"))
+    r, z = (_sigmoid(terms, terms.add(d[k], u[k])) for k in range(2))
+    n = _tanh(terms, terms.add(d[2], terms.multiply(r, u[2])))
+    one_minus_z = terms.add(constant(1.0), terms.multiply(constant(-1.0), z))
+    return [terms.add(terms.multiply(one_minus_z, n), terms.multiply(z, terms.symbol("state", 0)))]
+
+
+def _vanilla(terms: Terms) -> list[Formula]:
     """The new h."""
-    return [_tanh(atoms, atoms.add(atoms.symbol("drive", 0), atoms.symbol("cut", 0)))]
+    return [_tanh(terms, terms.add(terms.symbol("drive", 0), terms.symbol("cut", 0)))]
 
 
-def _sigma(atoms: Atoms, a: Formula) -> Formula:
-    return atoms.function(("logistic", ""), a)
+def _sigmoid(terms: Terms, a: Formula) -> Formula:
+    return terms.function(("logistic", ""), a)
 
 
-def _tanh(atoms: Atoms, a: Formula) -> Formula:
-    return atoms.function(("tanh", ""), a)
+def _tanh(terms: Terms, a: Formula) -> Formula:
+    return terms.function(("tanh", ""), a)
 
 
-FORMULAS = {"lstm": (4, 2, _lstm), "gru": (3, 1, _gru), "vanilla": (1, 1, _vanilla)}  # gates, leaves of the state
+# The numbers of gates and of leaves of the state, and the formulas of the new state.
+FORMULAS = {"lstm": (4, 2, _lstm), "gru": (3, 1, _gru), "vanilla": (1, 1, _vanilla)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The compiled loops of one cell, and how the cell's arrays are handed to them.
+    """The compiled loops of one cell, and the order in which they read the cell's arrays.
 
     Attributes:
-        name: of the cell: "lstm", "gru" or "vanilla".
-        size: n.
-        states: for h, and for c if there is one, which leaf of the state it is.
-        drives: for each gate of the kernel, the passed value and its block.
+        name: the formulas, "lstm", "gru" or "vanilla".
+        size: n, the number of units.
+        states: the leaf of the state that is h, and the leaf that is c if there is one.
+        drives: for each gate of the kernel, the index of the drive and the block in it.
         blocks: for each gate of the kernel, the block of the cut.
-        kept: the leaf of the state that each kept value is.
+        outputs: for each output of a step, the leaf of the new state that it is.
     """
 
     name: str
@@ -74,7 +80,7 @@ class Kernel:
     states: tuple[int, ...]
     drives: tuple[tuple[int, int], ...]
     blocks: tuple[int, ...]
-    kept: tuple[int, ...]
+    outputs: tuple[int, ...]
 
     @property
     def gates(self) -> int:
@@ -83,61 +89,73 @@ class Kernel:
 
     @property
     def runs_backward(self) -> bool:
-        """Whether the backward loop is compiled too: it takes cotangents of h for each step, and not of c."""
-        return all(leaf == self.states[0] for leaf in self.kept)
+        """Whether the backward loop is compiled too. It reads cotangents of the outputs only if these are h."""
+        return all(leaf == self.states[0] for leaf in self.outputs)
 
-    def forward(self, weights: Any, state: Leaves, drives: Leaves, reverse: bool) -> Leaves:
+    def forward(self, weights: Weights, state: Leaves, drives: Leaves, reverse: bool) -> Leaves:
         """The state after each step of a chunk, leaves (time, batch, n)."""
         W, b = self._weights(weights)
-        found = kernels.run_forward(self.gates, W, b, [state[k] for k in self.states], self._drives(drives), reverse)
-        return self._leaves(found)
+        h_c = [state[k] for k in self.states]
+        return self._leaves(kernels.run_forward(self.gates, W, b, h_c, self._drives(drives), reverse))
 
-    def rematerialized(self, first: Leaves, before: Leaves, drives: Leaves, results: Leaves, reverse: bool) -> Leaves:
-        """The states before each step of an LSTM's chunk; `before` has h only, and `first` the first in full."""
+    def rematerialized(self, first: Leaves, steps: KnownSteps, reverse: bool) -> Leaves:
+        """The states before each step of a chunk of an LSTM, leaves (time, batch, n).
+
+        Args:
+            first: the state before the chunk.
+            steps: the known steps, with h only in `before`. An LSTM saves h and not c, because the cut reads h only.
+            reverse: whether the loop runs from right to left.
+        """
         h, c = self.states
-        made = self._drives(drives), self._ordered(results[0])
-        return self._leaves([before[h], kernels.run_replay(*made, first[c], reverse)])
+        drives, cut = self._drives(steps.drives), self._reorder(steps.results[0])
+        return self._leaves([steps.before[h], kernels.run_replay(drives, cut, first[c], reverse)])
 
     def backward(
-        self,
-        weights: Any,
-        ct_after: Leaves,
-        before: Leaves,
-        drives: Leaves,
-        results: Leaves,
-        ct_kept: Leaves,
-        reverse: bool,
+        self, weights: Weights, steps: KnownSteps, ct_state: Leaves, ct_outputs: Leaves, reverse: bool
     ) -> tuple[Leaves, Leaves, Leaves]:
-        """The cotangents of the state before a chunk, of its drives and of its cuts."""
+        """The cotangents of the state before a chunk, of its drives and of its cuts.
+
+        Args:
+            weights: (W, b) of the cut.
+            steps: the known steps.
+            ct_state: the cotangents of the state after the chunk.
+            ct_outputs: the cotangents of the outputs of each step, all of which are h.
+            reverse: whether the loop runs from right to left.
+        """
         W, _ = self._weights(weights)
-        made = self._drives(drives), self._ordered(results[0])
-        kept: Any = sum(ct_kept[1:], ct_kept[0]) if ct_kept else jnp.zeros_like(before[self.states[0]])
-        states = [before[k] for k in self.states], [ct_after[k] for k in self.states]
-        ct_state, ct_drives, ct_cut = kernels.run_backward(self.gates, W, *made, *states, kept, reverse)
-        places = {place: gate for gate, place in enumerate(self.drives)}
-        by_gate = [ct_drives[..., k * self.size : (k + 1) * self.size] for k in range(self.gates)]
+        drives, cut = self._drives(steps.drives), self._reorder(steps.results[0])
+        before, after = [steps.before[k] for k in self.states], [ct_state[k] for k in self.states]
+        ct_h: Any = sum(ct_outputs[1:], ct_outputs[0]) if ct_outputs else jnp.zeros_like(before[0])
+        ct_before, ct_gates, ct_cut = kernels.run_backward(self.gates, W, drives, cut, before, after, ct_h, reverse)
+        inverse = [self.blocks.index(k) for k in range(self.gates)]
+        return self._leaves(ct_before), self._ct_drives(steps.drives, ct_gates), [self._reorder(ct_cut, inverse)]
+
+    def _ct_drives(self, drives: Leaves, ct_gates: Array) -> Leaves:
+        """The cotangents of the cell's drives from those of the kernel's gates, (time, batch, gates * n)."""
+        gate_of = {position: gate for gate, position in enumerate(self.drives)}
+        by_gate = [ct_gates[..., k * self.size : (k + 1) * self.size] for k in range(self.gates)]
         found = []
         for i, drive in enumerate(drives):
             blocks = range(drive.shape[-1] // self.size)
-            if [places.get((i, k)) for k in blocks] == list(range(self.gates)):
-                found.append(ct_drives)
+            if [gate_of.get((i, k)) for k in blocks] == list(range(self.gates)):
+                found.append(ct_gates)  # without slices, which XLA would copy
             else:
                 zero = jnp.zeros_like(drive[..., : self.size])
-                parts = [by_gate[places[i, k]] if (i, k) in places else zero for k in blocks]
+                parts = [by_gate[gate_of[i, k]] if (i, k) in gate_of else zero for k in blocks]
                 found.append(jnp.concatenate(parts, axis=-1))
-        order = [self.blocks.index(k) for k in range(self.gates)]
-        return self._leaves(ct_state), found, [self._ordered(ct_cut, order)]
+        return found
 
     def _leaves(self, states: Iterable[Array]) -> Leaves:
-        """Values for (h, c) in the order of the cell's state."""
+        """From (h, c) to the leaves of the cell's state in their order."""
         return [value for _, value in sorted(zip(self.states, states, strict=True), key=lambda pair: pair[0])]
 
-    def _weights(self, weights: Any) -> tuple[Array, Array | None]:
+    def _weights(self, weights: Weights) -> tuple[Array, Array | None]:
         ((W, b),) = weights
-        return self._ordered(W, axis=0), None if b is None else self._ordered(b)
+        return self._reorder(W, axis=0), None if b is None else self._reorder(b)
 
     def _drives(self, drives: Leaves) -> Array:
-        """The drive of every gate, (time, batch, gates * n)."""
+        """The drives of all gates, (time, batch, gates * n)."""
+        # A drive that has the order of the kernel already is not copied.
         if self.drives == tuple((self.drives[0][0], k) for k in range(self.gates)):
             whole = drives[self.drives[0][0]]
             if whole.shape[-1] == self.gates * self.size:
@@ -145,8 +163,8 @@ class Kernel:
         parts = [drives[i][..., k * self.size : (k + 1) * self.size] for i, k in self.drives]
         return jnp.concatenate(parts, axis=-1)
 
-    def _ordered(self, array: Array, order: Iterable[int] | None = None, axis: int = -1) -> Array:
-        """The blocks of the cut in the order of the kernel's gates, or in another order."""
+    def _reorder(self, array: Array, order: Iterable[int] | None = None, axis: int = -1) -> Array:
+        """The blocks of an array in another order; by default from the order of the cut to that of the gates."""
         order = list(self.blocks if order is None else order)
         if order == list(range(self.gates)):
             return array
@@ -161,57 +179,61 @@ def kernel_for(parts: Parts) -> Kernel | None:
 
 def kernel_supports(parts: Parts) -> Kernel | None:
     """The kernel whose formulas are those of a loop, if its arrays are float32."""
-    if len(parts.cuts) != 1 or any(parts.extra) or not all(v in parts.after for v in parts.kept):
+    if len(parts.cuts) != 1 or any(parts.read_in_loop) or not all(v in parts.new_state for v in parts.outputs):
         return None
     (cut,) = parts.cuts
-    arrays = [*parts.state, *parts.passed, cut.weights, cut.out]
+    arrays = [*parts.state, *parts.drives, cut.weights, cut.out]
     if any(v.aval.dtype != jnp.float32 for v in arrays) or cut.weights.aval.ndim != 2:
         return None
     try:
-        atoms = Atoms()
-        units = Units(parts, atoms)
+        units = Units(parts, Terms())
     except NotUnitwise:
         return None
     n, gates = units.size, cut.out.aval.size // units.size
-    if cut.weights.aval.shape != (gates * n, n) or len(units.operands[0]) != 1:
+    drives = _drives_by_block(units)
+    if cut.weights.aval.shape != (gates * n, n) or len(units.operands[0]) != 1 or set(drives) != set(range(gates)):
         return None
-    paired = _paired_drives(atoms, units)
+    # At most 2 * 4! comparisons of short formulas.
     for name, (count, leaves, formulas) in FORMULAS.items():
-        if (count, leaves) != (gates, len(parts.state)) or set(paired) != set(range(gates)):
+        if (count, leaves) != (gates, len(parts.state)):
             continue
-        for states in itertools.permutations(range(leaves)):
-            for order in itertools.permutations(range(gates)):
-                if _matches(parts, formulas, states, order, paired):
-                    drives = tuple(paired[block] for block in order)
-                    kept = tuple(parts.after.index(v) for v in parts.kept)
-                    return Kernel(name, n, states, drives, order, kept)
+        for states, order in itertools.product(*(itertools.permutations(range(size)) for size in (leaves, gates))):
+            if _matches(parts, formulas, states, order, drives):
+                outputs = tuple(parts.new_state.index(v) for v in parts.outputs)
+                return Kernel(name, n, states, tuple(drives[block] for block in order), order, outputs)
     return None
 
 
 def _matches(
-    parts: Parts, formulas: Any, states: tuple[int, ...], order: tuple[int, ...], paired: dict[int, tuple[int, int]]
+    parts: Parts,
+    formulas: Callable[[Terms], list[Formula]],
+    states: tuple[int, ...],
+    order: tuple[int, ...],
+    drives: dict[int, tuple[int, int]],
 ) -> bool:
-    """Whether a loop has the formulas of a kernel when its leaves and blocks are given these roles."""
+    """Whether a loop has the formulas of a kernel if its leaves and blocks have these roles."""
     names: dict[Symbol, Symbol] = {
         (kind, leaf): (kind, k) for k, leaf in enumerate(states) for kind in ("state", "after")
     }
     for gate, block in enumerate(order):
         names[("cut", 0, block)] = ("cut", gate)
-        names[("drive", *paired[block])] = ("drive", gate)
-    atoms = Atoms()
-    expected = formulas(atoms)
-    units = Units(parts, atoms, lambda name: names.get(name, ("other", *name)))
-    return [units.after[k] for k in states] == expected and units.operands[0] == [atoms.symbol("state", 0)]
+        names[("drive", *drives[block])] = ("drive", gate)
+    # The kernel's formulas come first, because the numbers of the terms, and so their order, must be the same in both.
+    terms = Terms()
+    expected = formulas(terms)
+    units = Units(parts, terms, lambda name: names.get(name, ("other", *name)))
+    return [units.new_state[k] for k in states] == expected and units.operands[0] == [terms.symbol("state", 0)]
 
 
-def _paired_drives(atoms: Atoms, units: Units) -> dict[int, tuple[int, int]]:
-    """For each block of the cut, the block of the drive that it is added to."""
+def _drives_by_block(units: Units) -> dict[int, tuple[int, int]]:
+    """For each block of the cut, the drive that it is added to: its index and its block."""
+    terms = units.terms
     found: dict[int, tuple[int, int]] = {}
-    for formula in [*atoms.formulas, *units.after]:
-        names: list[Any] = [atoms.names[atom] or () for monomial, _ in formula for atom in monomial]
+    for formula in [*terms.formulas, *units.new_state]:
+        names: list[Symbol] = [terms.names[term] or () for monomial, _ in formula for term in monomial]
         cuts = [name for name in names if name[:1] == ("cut",)]
-        alone: list[Any] = [atoms.names[m[0]] or () for m, factor in formula if len(m) == 1 and factor == 1.0]
-        drives = [name for name in alone if name[:1] == ("drive",) and len(name) == 3]
+        summands: list[Symbol] = [terms.names[m[0]] or () for m, factor in formula if len(m) == 1 and factor == 1.0]
+        drives = [name for name in summands if name[:1] == ("drive",) and len(name) == 3]
         if len(cuts) == len(drives) == 1:
             found[cuts[0][2]] = (drives[0][1], drives[0][2])
     return found

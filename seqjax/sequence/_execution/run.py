@@ -1,131 +1,178 @@
 """The unroll of any cell by the parts of its step, with every kind of derivative.
 
-`forward.py` and `backward.py` beside this module hold the two passes. A plain scan over the same program gives `jvp`
-and second derivatives (`seqjax.sequence._linear_map`).
+`forward.py` and `backward.py` contain the two passes. A plain scan over the same program gives `jvp` and second
+derivatives (`seqjax.sequence._linear_map`).
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, PyTree
 
+from seqjax.cell import Params, State
 from seqjax.sequence._execution.backward import backward, pick, put
-from seqjax.sequence._execution.forward import Leaves, forward
+from seqjax.sequence._execution.chunks import Leaves
+from seqjax.sequence._execution.forward import Arguments, Loop, Result, Saved, forward
 from seqjax.sequence._execution.kernel import kernel_for
 from seqjax.sequence._linear_map import Direction, linear_map
-from seqjax.sequence._partition.loops import Stage
-from seqjax.sequence._partition.parts import Parts
-from seqjax.sequence._partition.plan import Plan
 from seqjax.sequence._partition.program import inexact
 
+if TYPE_CHECKING:
+    from seqjax.sequence._partition.parts import Parts
+    from seqjax.sequence._partition.plan import Plan
+else:
+    Parts = Plan = Any
 
-def run_plan(plan: Plan, reverse: bool, params: Any, state: Any, inputs: Any) -> tuple[Any, Any]:
+
+def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: PyTree) -> tuple[State, PyTree]:
     """Unrolls a partitioned step.
 
     Args:
         plan: from `seqjax.sequence._partition.plan.plan_of`.
-        reverse: right to left.
-        params, state, inputs: trees as the plan was made for, the state (batch, ...) and the inputs (batch, time, ...).
+        reverse: whether to run from right to left.
+        params: the parameters.
+        state: the state before the first step, leaves (batch, ...).
+        inputs: the inputs of the step that the plan was made for, leaves (batch, time, ...).
 
     Returns:
-        The final state, (batch, ...), and what is kept of each step, (batch, time, ...).
+        The final state, (batch, ...), and the outputs of each step, (batch, time, ...).
     """
     leaves = [*map(jnp.asarray, jax.tree.leaves(params))]
     first = jax.tree.leaves(state)
     known = dict(zip(plan.x, jax.tree.leaves(inputs), strict=True))
     final: dict[int, Any] = {}
-    kept: Leaves = []
+    outputs: Leaves = []
     for stage, parts in zip(plan.stages, plan.parts, strict=True):
-        args = [*parts.consts, *leaves], [first[i] for i in stage.leaves], [known[v] for v in stage.inputs]
-        after, kept = _run_stage(stage, parts, plan.kernel, reverse, *args)
-        final.update(zip(stage.leaves, after, strict=True))
-        if stage.leaves:
-            known.update(zip(stage.outputs, kept, strict=True))
-    after = [final[i] for i in range(len(first))]
-    return jax.tree.unflatten(plan.state, after), jax.tree.unflatten(plan.kept, kept)
+        xs = [known[v] for v in stage.inputs]
+        arguments = Arguments([*parts.consts, *leaves], [first[i] for i in stage.leaves], xs)
+        new_state, outputs = _run_loop(parts, arguments, reverse, plan.kernel)
+        final.update(zip(stage.leaves, new_state, strict=True))
+        if stage.leaves:  # the outputs of the last stage are not variables that a stage reads
+            known.update(zip(stage.outputs, outputs, strict=True))
+    new_leaves = [final[i] for i in range(len(first))]
+    return jax.tree.unflatten(plan.new_state, new_leaves), jax.tree.unflatten(plan.outputs, outputs)
 
 
-def _run_stage(
-    stage: Stage, parts: Parts, kernel: bool, reverse: bool, params: Leaves, state: Leaves, xs: Leaves
-) -> tuple[Leaves, Leaves]:
-    if not stage.leaves:
-        return [], _at_once(parts, params, xs)
-    if not parts.pays or not any(map(inexact, state)):
-        return _run_plainly(parts, reverse, params, state, xs)
-    return _run_in_parts(parts, kernel, reverse, params, state, xs)
+def _run_loop(parts: Parts, arguments: Arguments, reverse: bool, kernel: bool) -> Result:
+    if not arguments.state:
+        return Result([], _run_at_once(parts, arguments))
+    if not parts.saves_work or not any(map(inexact, arguments.state)):
+        return _run_plainly(parts, reverse, arguments)
+    return _run_in_parts(Loop(parts, kernel_for(parts) if kernel else None, reverse), arguments)
 
 
-def _at_once(parts: Parts, params: Leaves, xs: Leaves) -> Leaves:
-    """Every step at once, if nothing recurs."""
-    hoisted = parts.hoist(params)
-    return jax.vmap(jax.vmap(lambda x: parts.finish(hoisted, [], parts.drives(hoisted, x))[1]))(xs)
+def _run_at_once(parts: Parts, arguments: Arguments) -> Leaves:
+    """The outputs of every step at once, if there is no state."""
+    hoisted = parts.hoist(arguments.params)
+
+    def outputs(x: Leaves) -> Leaves:
+        return parts.run_rest(hoisted, [], parts.compute_drives(hoisted, x))[1]
+
+    return jax.vmap(jax.vmap(outputs))(arguments.xs)
 
 
-def _run_plainly(parts: Parts, reverse: bool, params: Leaves, state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+def _run_plainly(parts: Parts, reverse: bool, arguments: Arguments) -> Result:
     """One scan over the whole step."""
-    hoisted = parts.hoist(params)
+    hoisted = parts.hoist(arguments.params)
 
     def step(state: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
-        return parts.finish(hoisted, state, parts.drives(hoisted, x))
+        return parts.run_rest(hoisted, state, parts.compute_drives(hoisted, x))
 
-    return jax.vmap(lambda state, xs: lax.scan(step, state, xs, reverse=reverse))(state, xs)
+    def one_sequence(state: Leaves, xs: Leaves) -> tuple[Leaves, Leaves]:
+        return lax.scan(step, state, xs, reverse=reverse)
+
+    return Result(*jax.vmap(one_sequence)(arguments.state, arguments.xs))
 
 
-def _run_in_parts(
-    parts: Parts, kernel: bool, reverse: bool, params: Leaves, state: Leaves, xs: Leaves
-) -> tuple[Leaves, Leaves]:
-    sizes = len(params), len(state)
-    chosen = kernel_for(parts) if kernel else None
+def _run_in_parts(loop: Loop, arguments: Arguments) -> Result:
+    """The loop by its parts, with the backward pass of `backward.py` as its derivative."""
+    sizes = len(arguments.params), len(arguments.state)
 
-    def split(leaves: Any) -> tuple[Leaves, Leaves, Leaves]:
-        leaves = list(leaves)
-        return leaves[: sizes[0]], leaves[sizes[0] : sum(sizes)], leaves[sum(sizes) :]
-
+    # Not `jax.custom_vjp`, which would exclude `jax.jvp` and second derivatives.
     @jax.custom_jvp
-    def run(*leaves: Any) -> Any:
-        return forward(parts, chosen, reverse, *split(leaves))
+    def run(*leaves: Any) -> tuple[Result, Saved]:
+        return forward(loop, Arguments.divided(leaves, *sizes))
 
-    def tangent(primals: Any, tangents: Any) -> Any:
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         out, saved = run(*primals)
-        wanted = [not isinstance(t, SymbolicZero) for t in tangents]
         saved_leaves, saved_tree = jax.tree.flatten(saved)
-        outs, n = jax.tree.leaves(out), len(primals)
-        floats = [inexact(leaf) for leaf in outs]
-        n_after = sum(map(inexact, out[0]))
-
-        def along(leaves: Leaves) -> Any:
-            plain = partial(_run_plainly, parts, reverse)
-            return lambda *values: pick(plain(*split(put(leaves, wanted, values))), floats)
-
-        def push(residuals: Leaves, tangents: Leaves) -> Leaves:
-            return jax.jvp(along(residuals[:n]), pick(residuals[:n], wanted), tangents)[1]
-
-        def pull_plainly(residuals: Leaves, cts: Leaves) -> Leaves:
-            return list(jax.vjp(along(residuals[:n]), *pick(residuals[:n], wanted))[1](cts))
-
-        def pull(residuals: Leaves, cts: Leaves) -> Leaves:
-            saved = jax.tree.unflatten(saved_tree, residuals[n:])
-            inputs = split(residuals[:n])
-            return backward(parts, chosen, reverse, *inputs, saved, cts[:n_after], cts[n_after:], wanted)
-
-        directions = Direction(push, push), Direction(pull, pull_plainly)
+        outs = jax.tree.leaves(out)
+        wanted = [not isinstance(t, SymbolicZero) for t in tangents]
+        is_inexact = Result([*map(inexact, out.new_state)], [*map(inexact, out.outputs)])
+        derivative = _Derivative(loop, sizes, wanted, is_inexact, saved_tree)
         moved = linear_map(
-            [*primals, *saved_leaves], pick(list(tangents), wanted), *directions, like=pick(outs, floats)
+            [*primals, *saved_leaves],
+            pick(list(tangents), wanted),
+            Direction(derivative.push, derivative.push),
+            Direction(derivative.pull, derivative.pull_plainly),
+            like=pick(outs, is_inexact),
         )
-        zeros = [_zero_tangent(leaf) for leaf in outs]
-        # What is saved is a function of the same inputs, and nothing that reads it needs its tangent.
-        still = jax.tree.map(_zero_tangent, saved)
-        return (out, saved), (jax.tree.unflatten(jax.tree.structure(out), put(zeros, floats, moved)), still)
+        zeros = jax.tree.map(_zero_tangent, out)
+        # The saved values depend on the inputs too, but nothing that reads them needs their tangents.
+        return (out, saved), (put(zeros, is_inexact, moved), jax.tree.map(_zero_tangent, saved))
 
-    run.defjvp(tangent, symbolic_zeros=True)
-    return run(*params, *state, *xs)[0]
+    # Symbolic zeros tell which gradients are wanted, so that the others are not computed.
+    run.defjvp(jvp, symbolic_zeros=True)
+    return run(*arguments.params, *arguments.state, *arguments.xs)[0]
 
 
-def _zero_tangent(leaf: Any) -> Any:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Derivative:
+    """The derivative of a loop, as a linear map of the tangents of the wanted leaves, and its transpose.
+
+    The residuals of both are the leaves of the arguments and those of `Saved`.
+
+    Attributes:
+        loop: the loop.
+        sizes: the numbers of parameters and of leaves of the state.
+        wanted: for each leaf of the arguments, whether its derivative is wanted.
+        is_inexact: for each leaf of the result, whether it has a derivative.
+        saved_tree: the tree structure of `Saved`.
+    """
+
+    loop: Loop
+    sizes: tuple[int, int]
+    wanted: list[bool]
+    is_inexact: Result
+    saved_tree: Any
+
+    def push(self, residuals: Leaves, tangents: Leaves) -> Leaves:
+        """The tangents of the inexact leaves of the result."""
+        function, primals = self._plain_function(residuals)
+        return jax.jvp(function, primals, tangents)[1]
+
+    def pull(self, residuals: Leaves, cts: Leaves) -> Leaves:
+        """The cotangents of the wanted leaves, by the fast backward pass."""
+        n = len(self.wanted)
+        arguments = Arguments.divided(residuals[:n], *self.sizes)
+        saved = jax.tree.unflatten(self.saved_tree, residuals[n:])
+        n_state = sum(self.is_inexact.new_state)
+        return backward(self.loop, arguments, saved, Result(cts[:n_state], cts[n_state:]), self.wanted)
+
+    def pull_plainly(self, residuals: Leaves, cts: Leaves) -> Leaves:
+        """The cotangents of the wanted leaves, by a program that JAX can differentiate again."""
+        function, primals = self._plain_function(residuals)
+        return list(jax.vjp(function, *primals)[1](cts))
+
+    def _plain_function(self, residuals: Leaves) -> tuple[Callable[..., Leaves], Leaves]:
+        """A plain scan from the wanted leaves to the inexact leaves of the result, and the values of the former."""
+        leaves = residuals[: len(self.wanted)]
+
+        def function(*values: Any) -> Leaves:
+            arguments = Arguments.divided(put(leaves, self.wanted, values), *self.sizes)
+            return pick(_run_plainly(self.loop.parts, self.loop.reverse, arguments), self.is_inexact)
+
+        return function, pick(leaves, self.wanted)
+
+
+def _zero_tangent(leaf: Array) -> Any:
+    # The tangent type of integers and booleans is float0, which only numpy has.
     return jnp.zeros_like(leaf) if inexact(leaf) else np.zeros(leaf.shape, jax.dtypes.float0)

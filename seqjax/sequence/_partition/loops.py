@@ -1,19 +1,18 @@
 """The loops of a step: leaves of the state that depend on each other form one loop, and the others loops of their own.
 
-A group of leaves that no later one feeds back into runs over all of time before the next group begins. So a stack
-runs layer by layer, whoever built it, and a product that only outputs read leaves the loop.
+If no later leaf feeds back into a group of leaves, the group runs over all of time before the next group begins. So a
+stack runs layer by layer, whoever built it, and a product that only outputs read leaves the loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Literal
 
-from seqjax.sequence._partition.parts import CUTS
-from seqjax.sequence._partition.program import Eqn, needed, reach, variables
+from seqjax.sequence._partition.program import PRODUCTS, Atom, Eqn, Var, dependents, needed, variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,9 +20,10 @@ class Stage:
     """One loop of a step.
 
     Attributes:
-        program: (params.., state.., inputs..) -> (state.., outputs..).
-        leaves: which leaves of the state it carries; none for what needs no loop, which is the last stage.
-        inputs, outputs: variables of the whole step; an output of a stage is an input of later ones.
+        program: (params.., state.., inputs..) -> (new_state.., outputs..).
+        leaves: the indices of the leaves of the state that the loop carries. The last stage carries none: it computes
+            what needs no loop.
+        inputs, outputs: variables of the whole step. An output of a stage is an input of later ones.
     """
 
     program: ClosedJaxpr
@@ -32,84 +32,108 @@ class Stage:
     outputs: list[Any]
 
 
-def stages(closed: ClosedJaxpr, params: int, state: int) -> list[Stage]:
-    """The loops of an inlined step, (params.., state.., x..) -> (after.., kept..), in an order in which they can run.
+class _Step(NamedTuple):
+    """The inlined program of a whole step and its variables.
+
+    Attributes:
+        program: (params.., state.., x..) -> (new_state.., outputs..).
+        params: the number of leaves of the parameters.
+        state, x, new_state, outputs: the variables.
+        fixed: the variables that no state and no input reaches. Every stage that reads one computes it itself.
+    """
+
+    program: ClosedJaxpr
+    params: int
+    state: Sequence[Var]
+    x: Sequence[Var]
+    new_state: Sequence[Atom]
+    outputs: Sequence[Atom]
+    fixed: set[Var]
+
+
+def stages(program: ClosedJaxpr, params: int, state: int) -> list[Stage]:
+    """Divides an inlined step into loops.
 
     Args:
-        closed: the program.
+        program: (params.., state.., x..) -> (new_state.., outputs..).
         params: the number of its leaves of parameters.
         state: the number of its leaves of the state.
 
     Returns:
-        The stages. The outputs of the last one are what is kept of the step.
+        The stages in an order in which they can run. The outputs of the last one are those of the step.
     """
-    jaxpr = closed.jaxpr
-    ins = jaxpr.invars
-    leaves, x = ins[params : params + state], ins[params + state :]
-    after, kept = jaxpr.outvars[:state], jaxpr.outvars[state:]
+    jaxpr = program.jaxpr
+    leaves, x = jaxpr.invars[params : params + state], jaxpr.invars[params + state :]
+    new_state, outputs = jaxpr.outvars[:state], jaxpr.outvars[state:]
     eqns, _ = needed(jaxpr.eqns, jaxpr.outvars)
-    from_steps = reach(eqns, [*leaves, *x])
-    fixed = {v for e in eqns for v in e.outvars if v not in from_steps}  # may be computed by every stage that reads it
-    groups = [*_groups(eqns, leaves, after), ()]
-    contents: list[list[Eqn]] = []
+    from_state_or_x = dependents(eqns, [*leaves, *x])
+    fixed = {v for e in eqns for v in e.outvars if v not in from_state_or_x}
+    step = _Step(program, params, leaves, x, new_state, outputs, fixed)
+    groups = [*_groups(eqns, leaves, new_state), ()]
+    return _programs(step, groups, _divide(step, eqns, groups))
+
+
+def _divide(step: _Step, eqns: Sequence[Eqn], groups: list[tuple[int, ...]]) -> list[list[Eqn]]:
+    """The equations of each stage."""
+    found: list[list[Eqn]] = []
     done: set[int] = set()
-    for place, group in enumerate(groups):
+    for position, group in enumerate(groups):
         left = [e for e in eqns if id(e) not in done]
-        core, _ = needed(left, [after[i] for i in group] if group else kept)
+        own, _ = needed(left, [step.new_state[i] for i in group] if group else step.outputs)
         if group:
-            later = [leaves[i] for other in groups[place + 1 :] for i in other]
-            core = _with_outputs(eqns, left, core, [leaves[i] for i in group], later)
-        contents.append(core)
-        done |= {id(e) for e in core if not fixed.issuperset(e.outvars)}
-    return _as_programs(closed, params, groups, contents, fixed, leaves, x, after, kept)
+            later = [step.state[i] for other in groups[position + 1 :] for i in other]
+            own = _with_outputs(eqns, left, own, [step.state[i] for i in group], later)
+        found.append(own)
+        done |= {id(e) for e in own if not step.fixed.issuperset(e.outvars)}
+    return found
 
 
-def _groups(eqns: Sequence[Eqn], leaves: Sequence[Any], after: Sequence[Any]) -> list[tuple[int, ...]]:
+def _groups(eqns: Sequence[Eqn], leaves: Sequence[Var], new_state: Sequence[Atom]) -> list[tuple[int, ...]]:
     """The strongly connected groups of leaves, in an order in which each reads earlier ones only."""
     n = len(leaves)
-    feeds = [[not isinstance(a, Literal) and a in found for a in after] for found in (reach(eqns, [s]) for s in leaves)]
-    for k in range(n):  # the transitive closure
+    reached = [dependents(eqns, [leaf]) for leaf in leaves]
+    feeds = [[not isinstance(v, Literal) and v in found for v in new_state] for found in reached]
+    for k in range(n):  # the transitive closure, by Warshall's algorithm
         feeds = [[feeds[i][j] or (feeds[i][k] and feeds[k][j]) for j in range(n)] for i in range(n)]
     groups = {tuple(j for j in range(n) if j == i or (feeds[i][j] and feeds[j][i])) for i in range(n)}
+    # In a transitive closure a group has more predecessors than each group that feeds it.
     return sorted(groups, key=lambda g: (sum(any(feeds[i][j] for j in g) and i not in g for i in range(n)), g))
 
 
-def _with_outputs(eqns: Sequence[Eqn], left: list[Eqn], core: list[Eqn], own: list[Any], later: list[Any]) -> list[Eqn]:
-    """The equations of a loop and those that only outputs read of its leaves, if they are behind no product."""
-    from_own, has = reach(eqns, own), set(map(id, core))
-    candidates = [e for e in left if id(e) not in has and not from_own.isdisjoint(e.outvars)]
-    products = [v for e in candidates if e.primitive.name in CUTS for v in e.outvars]
-    outside = reach(eqns, [*products, *later])
-    has |= {id(e) for e in candidates if outside.isdisjoint(e.outvars)}
-    return needed(left, [v for e in eqns if id(e) in has for v in e.outvars])[0]
+def _with_outputs(
+    eqns: Sequence[Eqn], left: list[Eqn], own: list[Eqn], leaves: list[Var], later: list[Var]
+) -> list[Eqn]:
+    """The equations of a loop, and those that only outputs read of its leaves, if no product lies before them.
+
+    An elementwise output such as h = o tanh(c) is cheap in the loop. After the loop it would have to read o and c of
+    every step from memory. A product is faster after the loop, for all steps at once.
+    """
+    from_leaves, selected = dependents(eqns, leaves), set(map(id, own))
+    candidates = [e for e in left if id(e) not in selected and not from_leaves.isdisjoint(e.outvars)]
+    products = [v for e in candidates if e.primitive.name in PRODUCTS for v in e.outvars]
+    outside = dependents(eqns, [*products, *later])
+    selected |= {id(e) for e in candidates if outside.isdisjoint(e.outvars)}
+    return needed(left, [v for e in eqns if id(e) in selected for v in e.outvars])[0]
 
 
-def _as_programs(
-    closed: ClosedJaxpr,
-    params: int,
-    groups: list[tuple[int, ...]],
-    contents: list[list[Eqn]],
-    fixed: set[Any],
-    leaves: Sequence[Any],
-    x: Sequence[Any],
-    after: Sequence[Any],
-    kept: Sequence[Any],
-) -> list[Stage]:
-    made_in = {v: k for k, core in reversed([*enumerate(contents)]) for e in core for v in e.outvars if v not in fixed}
-    made_in |= {leaves[i]: k for k, group in enumerate(groups) for i in group}
+def _programs(step: _Step, groups: list[tuple[int, ...]], eqns: list[list[Eqn]]) -> list[Stage]:
+    """The stages from the leaves and the equations of each."""
+    stage_of = {v: k for k, own in reversed([*enumerate(eqns)]) for e in own for v in e.outvars if v not in step.fixed}
+    stage_of |= {step.state[i]: k for k, group in enumerate(groups) for i in group}
     reads = [
-        set(variables([*(v for e in core for v in e.invars), *(after[i] for i in group)]))
-        for group, core in zip(groups, contents, strict=True)
+        set(variables([*(v for e in own for v in e.invars), *(step.new_state[i] for i in group)]))
+        for group, own in zip(groups, eqns, strict=True)
     ]
-    reads[-1] |= set(variables(kept))
+    reads[-1] |= set(variables(step.outputs))
     found = []
-    for k, (group, core) in enumerate(zip(groups, contents, strict=True)):
-        inputs = [*x, *(v for v in made_in if v in reads[k] and made_in[v] < k)]
-        outputs = [v for v in made_in if made_in[v] == k and any(v in r for r in reads[k + 1 :])] if group else [*kept]
-        program = closed.jaxpr.replace(
-            invars=[*closed.jaxpr.invars[:params], *(leaves[i] for i in group), *inputs],
-            outvars=[*(after[i] for i in group), *outputs],
-            eqns=core,
+    for k, (group, own) in enumerate(zip(groups, eqns, strict=True)):
+        inputs = [*step.x, *(v for v in stage_of if v in reads[k] and stage_of[v] < k)]
+        later = [v for v in stage_of if stage_of[v] == k and any(v in r for r in reads[k + 1 :])]
+        outputs = later if group else [*step.outputs]
+        program = step.program.jaxpr.replace(
+            invars=[*step.program.jaxpr.invars[: step.params], *(step.state[i] for i in group), *inputs],
+            outvars=[*(step.new_state[i] for i in group), *outputs],
+            eqns=own,
         )
-        found.append(Stage(ClosedJaxpr(program, closed.consts), group, inputs, outputs))
+        found.append(Stage(ClosedJaxpr(program, step.program.consts), group, inputs, outputs))
     return found

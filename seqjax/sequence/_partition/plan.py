@@ -1,4 +1,4 @@
-"""The partition of a cell's masked step: traced once, taken apart into loops, and each loop into parts."""
+"""The partition of a cell's masked step: the step is traced once and divided into loops, and each loop into parts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import PyTree
 
-from seqjax.cell import Cell
-from seqjax.sequence._masked_step import Emit, guarded_step, last_output
+from seqjax.cell import Cell, Output, Params, State
+from seqjax.sequence._masked_step import Emit, Inputs, last_output, masked_step
 from seqjax.sequence._partition.loops import Stage, stages
 from seqjax.sequence._partition.normalize import normalized
 from seqjax.sequence._partition.parts import Parts
@@ -25,17 +25,17 @@ class Plan:
 
     Attributes:
         x: the variables of the inputs of the whole step.
-        stages: its loops.
+        stages: the loops of the step.
         parts: the parts of each loop.
-        state, kept: the trees of the new state and of what is kept of a step.
+        new_state, outputs: the tree structures of the new state and of what a step emits.
         kernel: whether the compiled kernel may run a loop that it supports.
     """
 
     x: list[Any]
     stages: list[Stage]
     parts: list[Parts]
-    state: Any
-    kept: Any
+    new_state: Any
+    outputs: Any
     kernel: bool
 
 
@@ -44,9 +44,9 @@ class Traced:
     """The program of a cell's masked step for one example at one time.
 
     Attributes:
-        program: (params.., state.., inputs..) -> (after.., kept..).
+        program: (params.., state.., inputs..) -> (new_state.., outputs..).
         params, state: the numbers of leaves of the first two.
-        trees: of the new state and of what is kept.
+        trees: the tree structures of the new state and of the outputs.
     """
 
     program: ClosedJaxpr
@@ -55,12 +55,12 @@ class Traced:
     trees: tuple[Any, Any]
 
 
-def traced_step(cell: Cell, emit: Emit, params: PyTree, state: PyTree, inputs: PyTree) -> Traced:
+def traced_step(cell: Cell, emit: Emit, params: Params, state: State, inputs: PyTree) -> Traced:
     """Traces the masked step.
 
     Args:
         cell: any cell.
-        emit: what is kept of a step.
+        emit: selects the outputs of a step.
         params: the parameters.
         state: states (batch, ...).
         inputs: (xs, mask, reset, noise), leaves (batch, time, ...).
@@ -69,19 +69,19 @@ def traced_step(cell: Cell, emit: Emit, params: PyTree, state: PyTree, inputs: P
 
 
 def shapes_of_one(tree: PyTree, axes: int) -> PyTree:
-    """The shapes and dtypes of one example at one time: of leaves without their first axes."""
+    """The shapes and dtypes of one example at one time: those of the leaves without the first axes."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), tree)
 
 
-def traced_one(cell: Cell, emit: Emit, params: PyTree, state: PyTree, at: PyTree) -> Traced:
-    """`traced_step` for the state and the inputs of one example at one time, given as arrays or shapes.
+def traced_one(cell: Cell, emit: Emit, params: Params, state: State, at: PyTree) -> Traced:
+    """`traced_step` for the state and the inputs of one example at one time, as arrays or shapes.
 
     Raises:
-        Exception: the step raises, or has ordered side effects; the message names the user's line.
+        Exception: the step raises, or has ordered side effects. The message names the user's line.
     """
 
-    def step(params: PyTree, state: PyTree, at: PyTree) -> Any:
-        return guarded_step(cell, params, state, *at, emit=emit)
+    def step(params: Params, state: State, at: PyTree) -> tuple[State, PyTree]:
+        return masked_step(cell, params, state, Inputs(*at), emit)
 
     params = jax.tree.map(lambda p: p if isinstance(p, jax.ShapeDtypeStruct) else jnp.asarray(p), params)
     with errors_of_step(cell, params, shapes_of_one(at[0], 0)):
@@ -99,7 +99,13 @@ class NoPlan:
 
 
 def plan_of(traced: Traced, kernel: bool) -> Plan | NoPlan:
-    """Takes the program of a step apart. A step that cannot be taken apart runs as a plain scan."""
+    """Divides the program of a step into loops and parts. A step that cannot be divided runs as a plain scan.
+
+    Args:
+        traced: the masked step.
+        kernel: whether the compiled kernel may run a loop that it supports.
+    """
+    # Parts run for a whole chunk, or not at all if nothing reads them. A side effect must run once per step.
     effects = traced.program.effects
     if effects:
         line = next((source_line(e) for e in traced.program.jaxpr.eqns if e.effects), "")
@@ -109,25 +115,25 @@ def plan_of(traced: Traced, kernel: bool) -> Plan | NoPlan:
         program = inline(traced.program)
         loops = stages(program, traced.params, traced.state)
         parts = [Parts(loop.program, traced.params, len(loop.leaves)) for loop in loops]
-    except Exception as error:  # noqa: BLE001 - what ran without the partition must run when it fails
+    except Exception as error:  # noqa: BLE001 - jaxprs differ between releases of JAX, and a plain scan always works
         return NoPlan(f"the partition failed: {type(error).__name__}: {error}")
     x = list(program.jaxpr.invars[traced.params + traced.state :])
     return Plan(x, loops, parts, *traced.trees, kernel)
 
 
-def normal_step(cell: Cell, params: PyTree, state: PyTree, at: PyTree) -> tuple[PyTree, PyTree]:
-    """`guarded_step` by the normal form of its program: products of the same vector are one product.
+def normal_step(cell: Cell, params: Params, state: State, at: PyTree) -> tuple[State, Output]:
+    """`masked_step` by the normal form of its program, in which the products of one vector are one product.
 
     Args:
         cell, params: any cell.
-        state: of one example.
-        at: (x_t, valid, restart, noise) of one example at one time.
+        state: the state of one example.
+        at: (x_t, mask_t, reset_t, noise_t) of one example at one time.
 
     Returns:
         The new state and the output.
     """
     traced = traced_one(cell, last_output, params, state, at)
-    program = normalized(inline(traced.program), traced.params, traced.state, with_sigmoids=False)
+    program = normalized(inline(traced.program), traced.params, traced.state)
     leaves = jaxpr_as_fun(program)(*map(jnp.asarray, jax.tree.leaves((params, state, at))))
-    after, output = traced.trees
-    return after.unflatten(leaves[: traced.state]), output.unflatten(leaves[traced.state :])
+    new_state, output = traced.trees
+    return new_state.unflatten(leaves[: traced.state]), output.unflatten(leaves[traced.state :])

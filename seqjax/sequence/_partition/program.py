@@ -6,13 +6,27 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
 
-# Calls that have no derivative of their own, and the parameter that holds their program.
+if TYPE_CHECKING:
+    # JAX does not declare that the abstract value of a variable has a shape and a dtype, so the real types would make
+    # every use of them an error. At run time the annotations have the real types.
+    Eqn = Var = Atom = Any
+else:
+    from jax.extend.core import JaxprEqn as Eqn
+    from jax.extend.core import Var
+
+    Atom = Var | Literal  # an operand of an equation
+
+Env = dict[Var, Any]  # the values of variables
+Read = Callable[[Atom], Any]  # from a variable or a literal to its value
+Rule = Callable[[Env, Read], None]  # replaces an equation: computes its results in another way and adds them to the env
+
+# Calls that have no derivative of their own, and the parameter that contains their program.
 INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -21,53 +35,53 @@ INLINED = {
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
+PRODUCTS = ("dot_general", "conv_general_dilated")
 
-TRACING = ("seqjax/sequence/", "seqjax/cells/product.py", "contextlib.py", "functools.py")
-
-Eqn = Any  # a JaxprEqn, whose variables have no static type
-Read = Callable[[Any], Any]  # from a variable or a literal to its value
-Rule = Callable[[dict[Any, Any], Read], None]  # evaluates one equation in its own way: writes results into the env
+# Parts of the names of files that call a step but do not define one.
+CALLERS = ("/jax/", "/jax/_src/", "seqjax/sequence/", "seqjax/cells/product.py", "contextlib.py", "functools.py")
 
 
 def inexact(leaf: Any) -> bool:
-    """Whether a value has a derivative: a float or a complex number."""
+    """Whether an array or an abstract value has a derivative, because it is real or complex."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def variables(atoms: Iterable[Any]) -> list[Any]:
+def variables(atoms: Iterable[Atom]) -> list[Var]:
     """The atoms without literals."""
     return [v for v in atoms if not isinstance(v, Literal)]
 
 
 def bind(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
     """The results of one equation; None for a result that nothing reads."""
-    given = {v: value for v, value in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
+    # A program of one equation works for every primitive. `primitive.bind` does not: calls and loops have programs
+    # among their parameters, which JAX converts in a different way for each primitive.
+    env = {v: value for v, value in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
     out = [v for v in eqn.outvars if not isinstance(v, DropVar)]
-    program = _empty().replace(invars=list(given), outvars=out, eqns=[eqn], effects=eqn.effects)
-    results = iter(jaxpr_as_fun(ClosedJaxpr(program, []))(*given.values()))
+    program = _empty_program().replace(invars=list(env), outvars=out, eqns=[eqn], effects=eqn.effects)
+    results = iter(jaxpr_as_fun(ClosedJaxpr(program, []))(*env.values()))
     return [None if isinstance(v, DropVar) else next(results) for v in eqn.outvars]
 
 
 @functools.cache
-def _empty() -> Jaxpr:
+def _empty_program() -> Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
-def evaluate(eqns: Sequence[Eqn], env: dict[Any, Any], rules: Mapping[int, Rule] | None = None) -> Read:
-    """Runs equations over `env`.
+def evaluate(eqns: Sequence[Eqn], env: Env, rules: Mapping[int, Rule] | None = None) -> Read:
+    """Evaluates equations.
 
     Args:
-        eqns: equations in an order in which they can be run.
-        env: the value of each variable; results are added to it.
-        rules: by `id` of an equation, what to run in its place.
+        eqns: equations in an order in which they can run.
+        env: the value of each variable. The results are added to it.
+        rules: by the `id` of an equation, the rule that replaces it.
 
     Returns:
         A function that reads a variable or a literal.
     """
     rules = rules or {}
 
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
+    def read(atom: Atom) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
 
     for e in eqns:
         if id(e) in rules:
@@ -77,66 +91,69 @@ def evaluate(eqns: Sequence[Eqn], env: dict[Any, Any], rules: Mapping[int, Rule]
     return read
 
 
-def retrace(closed: ClosedJaxpr, eqns: Sequence[Eqn], rules: Mapping[int, Rule]) -> ClosedJaxpr:
+def skip(env: Env, read: Read) -> None:
+    """The rule of an equation whose results come from another rule."""
+
+
+def retrace(program: ClosedJaxpr, eqns: Sequence[Eqn], rules: Mapping[int, Rule]) -> ClosedJaxpr:
     """The same function with its equations in another order, some of them replaced by rules."""
-    jaxpr = closed.jaxpr
+    jaxpr = program.jaxpr
 
     def run(*args: Any) -> list[Any]:
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *args], strict=True))
         return list(map(evaluate(eqns, env, rules), jaxpr.outvars))
 
-    return jax.make_jaxpr(run)(*closed.in_avals)
+    return jax.make_jaxpr(run)(*program.in_avals)
 
 
-def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same function without nested calls, and with each product W v of a matrix and a vector as v W^T.
-
-    The vector comes first because then the rows of the product over a batch are examples, as everywhere else.
-    """
+def inline(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The same function without nested calls, and with each product W v of a matrix and a vector written as v W^T."""
 
     def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-        def call(e: Eqn) -> Rule:
-            inner = e.params[INLINED[e.primitive.name]]
-            body, own = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
-
-            def rule(env: dict[Any, Any], read: Read) -> None:
-                env.update(zip(e.outvars, run(body, own, [read(v) for v in e.invars]), strict=True))
-
-            return rule
-
-        def vector_first(e: Eqn) -> Rule:
-            (in_left, in_right), no_batch = e.params["dimension_numbers"]
-            params = {**e.params, "dimension_numbers": ((in_right, in_left), no_batch)}
-            swapped = e.replace(invars=list(e.invars[::-1]), params=params)
-
-            def rule(env: dict[Any, Any], read: Read) -> None:
-                env[e.outvars[0]] = bind(swapped, [read(v) for v in swapped.invars])[0]
-
-            return rule
-
         rules = {id(e): call(e) for e in jaxpr.eqns if e.primitive.name in INLINED}
-        rules |= {id(e): vector_first(e) for e in jaxpr.eqns if is_product(e, 2, 1)}
+        rules |= {id(e): _vector_first(e) for e in jaxpr.eqns if is_product(e, 2, 1)}
         return list(map(evaluate(jaxpr.eqns, env, rules), jaxpr.outvars))
 
-    return jax.make_jaxpr(lambda *args: run(closed.jaxpr, closed.consts, args))(*closed.in_avals)
+    def call(e: Eqn) -> Rule:
+        inner = e.params[INLINED[e.primitive.name]]
+        body, consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
+
+        def rule(env: Env, read: Read) -> None:
+            env.update(zip(e.outvars, run(body, consts, [read(v) for v in e.invars]), strict=True))
+
+        return rule
+
+    return jax.make_jaxpr(lambda *args: run(program.jaxpr, program.consts, args))(*program.in_avals)
+
+
+def _vector_first(e: Eqn) -> Rule:
+    # Under `jax.vmap` the operand that comes first gives the rows of the product. They must be the examples, because
+    # all other arrays of a loop have the batch in front, and XLA would transpose the product at every step.
+    (in_left, in_right), no_batch = e.params["dimension_numbers"]
+    params = {**e.params, "dimension_numbers": ((in_right, in_left), no_batch)}
+    swapped = e.replace(invars=list(e.invars[::-1]), params=params)
+
+    def rule(env: Env, read: Read) -> None:
+        env[e.outvars[0]] = bind(swapped, [read(v) for v in swapped.invars])[0]
+
+    return rule
 
 
 def is_product(e: Eqn, *ranks: int) -> bool:
-    """Whether an equation is `dot_general` of operands of these ranks, without batch axes."""
+    """Whether an equation is a `dot_general` of operands of these ranks, without batch axes."""
     if e.primitive.name != "dot_general" or tuple(v.aval.ndim for v in e.invars) != ranks:
         return False
     return e.params["dimension_numbers"][1] == ((), ()) and e.params.get("out_sharding") is None
 
 
-def contracted(e: Eqn, operand: int) -> int:
-    """The first axis of an operand of a product that is summed over."""
+def contracted_axis(e: Eqn, operand: int) -> int:
+    """The first axis of an operand that a product sums over."""
     return e.params["dimension_numbers"][0][operand][0]
 
 
-def multiplications(e: Eqn) -> int:
-    """The multiplications of the products of an equation, those of programs inside it included."""
+def count_multiplications(e: Eqn) -> int:
+    """The number of multiplications in the products of an equation, including those of programs inside it."""
     name = e.primitive.name
     if name == "dot_general":
         axes, _ = e.params["dimension_numbers"]
@@ -145,11 +162,11 @@ def multiplications(e: Eqn) -> int:
         spec = e.params["dimension_numbers"].rhs_spec
         return e.outvars[0].aval.size * (e.invars[1].aval.size // e.invars[1].aval.shape[spec[0]])
     inner = [getattr(jaxpr, "jaxpr", jaxpr) for jaxpr in jaxprs_in_params(e.params)]
-    return sum(multiplications(i) for jaxpr in inner for i in jaxpr.eqns)
+    return sum(count_multiplications(i) for jaxpr in inner for i in jaxpr.eqns)
 
 
-def reach(eqns: Sequence[Eqn], sources: Iterable[Any]) -> set[Any]:
-    """The variables that depend on the sources, these included."""
+def dependents(eqns: Sequence[Eqn], sources: Iterable[Var]) -> set[Var]:
+    """The sources and all variables that depend on them."""
     found = set(sources)
     for e in eqns:
         if not found.isdisjoint(variables(e.invars)):
@@ -157,19 +174,19 @@ def reach(eqns: Sequence[Eqn], sources: Iterable[Any]) -> set[Any]:
     return found
 
 
-def needed(eqns: Sequence[Eqn], wanted: Iterable[Any]) -> tuple[list[Eqn], set[Any]]:
-    """The equations on which the wanted variables depend, and every variable that these read."""
-    read, kept = set(variables(wanted)), []
+def needed(eqns: Sequence[Eqn], wanted: Iterable[Atom]) -> tuple[list[Eqn], set[Var]]:
+    """The equations on which the wanted variables depend, and every variable that these equations read."""
+    read, selected = set(variables(wanted)), []
     for e in reversed(eqns):
         if not read.isdisjoint(e.outvars):
-            kept.append(e)
+            selected.append(e)
             read |= set(variables(e.invars))
-    return kept[::-1], read
+    return selected[::-1], read
 
 
-def readers(eqns: Sequence[Eqn], outvars: Iterable[Any]) -> dict[Any, list[Any]]:
-    """For each variable the equations that read it, and None for each time that it is a result."""
-    found: dict[Any, list[Any]] = {}
+def readers(eqns: Sequence[Eqn], outvars: Iterable[Atom]) -> dict[Var, list[Any]]:
+    """For each variable the equations that read it, and None for each time that it is a result of the program."""
+    found: dict[Var, list[Any]] = {}
     for e in eqns:
         for v in variables(e.invars):
             found.setdefault(v, []).append(e)
@@ -179,12 +196,12 @@ def readers(eqns: Sequence[Eqn], outvars: Iterable[Any]) -> dict[Any, list[Any]]
 
 
 def source_line(e: Eqn) -> str:
-    """Where in the source an equation was written: the innermost place outside of JAX and of the tracing, or ""."""
+    """The line "file:line" of the step that an equation comes from; "" if it is unknown."""
     frames = getattr(e.source_info.traceback, "frames", ())
     for frame in frames:
         name = frame.file_name.replace(os.sep, "/")
-        if not any(part in name for part in ("/jax/", "/jax/_src/", *TRACING)):
-            here = os.getcwd().replace(os.sep, "/") + "/"
-            short = name.rpartition("site-packages/")[2].removeprefix(here)
+        if not any(part in name for part in CALLERS):
+            folder = os.getcwd().replace(os.sep, "/") + "/"
+            short = name.rpartition("site-packages/")[2].removeprefix(folder)
             return f"{short}:{frame.line_num}"
     return ""

@@ -5,35 +5,45 @@ in an LSTM or a GRU. Then a vector of 4n numbers is four blocks of n units, and 
 block.
 
 Formulas are polynomials, so that (1 - z) a + z h and a + z (h - a) are the same formula. Their variables are numbered
-atoms: the symbols of the state, the drive, the parameters and the cuts, and functions such as tanh of other formulas.
+terms: the symbols of the state, the drive, the parameters and the cuts, and functions such as tanh of other formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
-from seqjax.sequence._partition.parts import Parts
-from seqjax.sequence._partition.program import Eqn, bind, inline
+from seqjax.sequence._partition.program import Atom, Eqn, Var, bind, inline
 
-Monomial = tuple[int, ...]  # the numbers of atoms, sorted; an atom squared stands twice
-Formula = tuple[tuple[Monomial, float], ...]  # sorted
-Blocks = list[Formula]  # of a vector; a scalar has one, and stands for any number of them
+if TYPE_CHECKING:
+    from seqjax.sequence._partition.parts import Parts
+else:
+    Parts = Any
+
+Monomial = tuple[int, ...]  # the sorted numbers of its terms; the number of a squared term occurs twice
+Formula = tuple[tuple[Monomial, float], ...]  # sorted monomials and their factors
+Blocks = list[Formula]  # one formula per block of a vector; a scalar has one, which stands for any number of blocks
 Symbol = tuple[Any, ...]  # a kind and numbers: ("cut", 0, 3)
 
-LARGEST = 12  # monomials of a formula; a longer one becomes an atom
-UNITWISE = {
+# The monomials of a formula. A longer formula becomes one term, because products of sums grow exponentially.
+LARGEST = 12
+# Primitives of which each number of the result depends only on the numbers at the same index of the operands.
+ELEMENTWISE = {
     "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "conj",
     "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2",
     "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max",
     "min", "ne", "nextafter", "not", "or", "pow", "real", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sinh",
     "sqrt", "square", "tan", "tanh", "xor", "complex",
 }  # fmt: skip
-SAME = {"copy", "copy_p", "reshape", "squeeze", "expand_dims", "stop_gradient"}
+# Primitives that do not change the numbers or their order.
+UNCHANGED = {"copy", "copy_p", "reshape", "squeeze", "expand_dims", "stop_gradient"}
+# Calls with a derivative of their own, and the parameter that contains their program.
 CALLS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
 
 
@@ -41,23 +51,28 @@ class NotUnitwise(Exception):
     """An equation mixes units, or its primitive is not known to act unit by unit. The equation is its argument."""
 
 
-class Atoms:
-    """The atoms of a family of formulas, numbered in the order in which they appear."""
+class Terms:
+    """The terms of a family of formulas, numbered in the order in which they appear.
+
+    Formulas of the same terms are equal as tuples if they are equal as polynomials.
+    """
 
     def __init__(self) -> None:
         self.numbers: dict[Hashable, int] = {}
-        self.depends: list[frozenset[Symbol]] = []  # the symbols that an atom depends on
-        self.names: list[Symbol | None] = []  # of the atoms that are symbols
-        self.calls: list[tuple[Eqn | None, tuple[Formula, ...]] | None] = []  # of those that are functions
+        self.depends: list[frozenset[Symbol]] = []  # the symbols that a term depends on
+        self.names: list[Symbol | None] = []  # the name of a term that is a symbol
+        self.calls: list[
+            tuple[Eqn | None, tuple[Formula, ...]] | None
+        ] = []  # the equation of a term that is a function
 
     def symbol(self, *name: Hashable) -> Formula:
         """A symbol as a formula."""
-        return self._atom(("symbol", *name), frozenset([name]), name, None)
+        return self._term(("symbol", *name), frozenset([name]), name, None)
 
     def function(self, name: Hashable, *args: Formula, eqn: Eqn | None = None) -> Formula:
         """A function of formulas, as a formula. `eqn` computes it; without one, its value is its only argument."""
         depends = frozenset().union(*map(self.symbols, args))
-        return self._atom((name, *args), depends, None, (eqn, args))
+        return self._term((name, *args), depends, None, (eqn, args))
 
     @property
     def formulas(self) -> set[Formula]:
@@ -66,24 +81,30 @@ class Atoms:
 
     def symbols(self, formula: Formula) -> frozenset[Symbol]:
         """The symbols that a formula depends on."""
-        return frozenset().union(*(self.depends[atom] for monomial, _ in formula for atom in monomial))
+        return frozenset().union(*(self.depends[term] for monomial, _ in formula for term in monomial))
 
     def add(self, *formulas: Formula) -> Formula:
         """The sum."""
-        return self._collected(term for formula in formulas for term in formula)
+        return self._collect(summand for formula in formulas for summand in formula)
 
     def multiply(self, a: Formula, b: Formula) -> Formula:
         """The product."""
-        return self._collected(((*sorted((*m, *k)),), c * d) for m, c in a for k, d in b)
+        return self._collect(((*sorted((*m, *k)),), c * d) for m, c in a for k, d in b)
 
-    def _collected(self, terms: Iterable[tuple[Monomial, float]]) -> Formula:
+    def _collect(self, summands: Iterable[tuple[Monomial, float]]) -> Formula:
         found: dict[Monomial, float] = {}
-        for monomial, factor in terms:
+        for monomial, factor in summands:
             found[monomial] = found.get(monomial, 0.0) + factor
         formula = tuple(sorted((m, c) for m, c in found.items() if c != 0))
         return formula if len(formula) <= LARGEST else self.function("sum", formula)
 
-    def _atom(self, key: Hashable, depends: frozenset[Symbol], name: Symbol | None, call: Any) -> Formula:
+    def _term(
+        self,
+        key: Hashable,
+        depends: frozenset[Symbol],
+        name: Symbol | None,
+        call: tuple[Eqn | None, tuple[Formula, ...]] | None,
+    ) -> Formula:
         if key not in self.numbers:
             self.numbers[key] = len(self.numbers)
             self.depends.append(depends)
@@ -91,43 +112,43 @@ class Atoms:
             self.calls.append(call)
         return (((self.numbers[key],), 1.0),)
 
-    def value(self, formula: Formula, values: Mapping[Symbol, Any], found: dict[int, Any], like: Any) -> Any:
+    def value(self, formula: Formula, values: Mapping[Symbol, Any], found: dict[int, Any], like: ArrayLike) -> Array:
         """The value of a formula for all units.
 
         Args:
             formula: the formula.
-            values: of each symbol that it depends on.
-            found: the values of atoms, which are added to it.
+            values: the value of each symbol that the formula depends on.
+            found: the values of terms that are known already. New ones are added to it.
             like: an array with the shape and dtype of the result.
         """
-        total = None
+        dtype, total = jnp.result_type(like), None
         for monomial, factor in formula:
-            term = None
-            for atom in monomial:
-                if atom not in found:
-                    found[atom] = self._value_of_atom(atom, values, found, like)
-                term = found[atom] if term is None else term * found[atom]
-            if term is None:
-                term = jnp.full_like(like, factor)
+            product = None
+            for term in monomial:
+                if term not in found:
+                    found[term] = self._value_of_term(term, values, found, like)
+                product = found[term] if product is None else product * found[term]
+            if product is None:
+                product = jnp.full_like(like, factor)
             elif factor != 1.0:
-                term = -term if factor == -1.0 else jnp.asarray(factor, like.dtype) * term
-            total = term if total is None else total + term
+                product = -product if factor == -1.0 else jnp.asarray(factor, dtype) * product
+            total = product if total is None else total + product
         return jnp.zeros_like(like) if total is None else total
 
-    def _value_of_atom(self, atom: int, values: Mapping[Symbol, Any], found: dict[int, Any], like: Any) -> Any:
-        name, call = self.names[atom], self.calls[atom]
+    def _value_of_term(self, term: int, values: Mapping[Symbol, Any], found: dict[int, Any], like: ArrayLike) -> Any:
+        name, call = self.names[term], self.calls[term]
         if name is not None or call is None:
             return values[name or ()]
         eqn, args = call
-        dtypes = [like.dtype] * len(args) if eqn is None else [v.aval.dtype for v in eqn.invars]
+        dtype, shape = jnp.result_type(like), jnp.shape(like)
+        dtypes = [dtype] * len(args) if eqn is None else [v.aval.dtype for v in eqn.invars]
         rows = [
-            self.value(arg, values, found, jnp.zeros(like.shape, dtype))
-            for arg, dtype in zip(args, dtypes, strict=True)
+            self.value(arg, values, found, jnp.zeros(shape, dtype)) for arg, dtype in zip(args, dtypes, strict=True)
         ]
         if eqn is None:
             return rows[0]
         shape = jnp.broadcast_shapes(*map(jnp.shape, rows))
-        return bind_alike(eqn, [jnp.broadcast_to(row, shape) for row in rows])
+        return _bind_to_units(eqn, [jnp.broadcast_to(row, shape) for row in rows])
 
 
 def constant(value: float) -> Formula:
@@ -135,7 +156,7 @@ def constant(value: float) -> Formula:
     return (((), value),) if value else ()
 
 
-def bind_alike(eqn: Eqn, values: Sequence[Any]) -> Any:
+def _bind_to_units(eqn: Eqn, values: Sequence[Array]) -> Array:
     """The result of an elementwise equation for operands of another shape than its own."""
     if eqn.primitive.name in CALLS:
         return bind(eqn, values)[0]
@@ -147,19 +168,20 @@ class Units:
 
     Attributes:
         size: n, the number of units.
-        after: the formula of each leaf of the new state. It may depend on other new leaves.
+        new_state: the formula of each leaf of the new state. It may depend on other leaves of the new state.
         order: the leaves in an order in which each depends on earlier ones only.
         operands: the blocks of the operand of each cut.
     """
 
-    def __init__(self, parts: Parts, atoms: Atoms, rename: Callable[[Symbol], Symbol] = lambda name: name) -> None:
+    def __init__(self, parts: Parts, terms: Terms, rename: Callable[[Symbol], Symbol] = lambda name: name) -> None:
         """Finds the formulas.
 
         Args:
             parts: a loop of a step.
-            atoms: the atoms, shared between formulas that are compared.
-            rename: the name of a symbol, from ("state", leaf), ("after", leaf), ("drive", passed value, block),
-                ("parameter", hoisted value, block) or ("cut", cut, block); without a block for a scalar.
+            terms: the terms, shared between formulas that are compared.
+            rename: from the name of a symbol to another name. The names are ("state", leaf), ("after", leaf),
+                ("drive", drive, block), ("parameter", hoisted value, block) and ("cut", cut, block), without a block
+                for a scalar.
 
         Raises:
             NotUnitwise: the rest does not act unit by unit.
@@ -167,45 +189,56 @@ class Units:
         sizes = {v.aval.size for v in parts.state}
         if len(sizes) != 1 or any(v.aval.ndim != 1 for v in parts.state):
             raise NotUnitwise(None)
-        self.size, self.atoms, self.rename = sizes.pop(), atoms, rename
-        env: dict[Any, Blocks] = {v: self._symbols("state", k, v) for k, v in enumerate(parts.state)}
-        known = {id(e) for c in parts.cuts for e in c.eqns}
-        by_eqn = {id(c.eqns[-1]): (i, c) for i, c in enumerate(parts.cuts)}
-        named = [("drive", k, v) for k, v in enumerate(parts.passed)]
-        named += [("parameter", k, v) for k, v in enumerate(parts.hoisted) if parts.extra[k]]
-        env |= {v: self._symbols(kind, k, v) for kind, k, v in named if self._in_blocks(v)}
-        places = {v: k for k, v in enumerate(parts.after)}
-        self.after: list[Formula] = [()] * len(parts.after)
+        self.size, self.terms, self.rename = sizes.pop(), terms, rename
+        self.new_state: list[Formula] = [()] * len(parts.new_state)
         self.order: list[int] = []
+        env = self._inputs(parts)
+        self._follow(parts, env)
+        for k, v in enumerate(parts.new_state):
+            if k not in self.order:  # a leaf that the step returns unchanged
+                self._add_new_leaf(k, v, env)
+        self.operands = [self._lookup(c.operand, env) for c in parts.cuts]
+
+    def _inputs(self, parts: Parts) -> dict[Var, Blocks]:
+        env = {v: self._symbols("state", k, v) for k, v in enumerate(parts.state)}
+        named = [("drive", k, v) for k, v in enumerate(parts.drives)]
+        named += [("parameter", k, v) for k, v in enumerate(parts.hoisted) if parts.read_in_loop[k]]
+        return env | {v: self._symbols(kind, k, v) for kind, k, v in named if self._in_blocks(v)}
+
+    def _follow(self, parts: Parts, env: dict[Var, Blocks]) -> None:
+        """Adds the formulas of the results of all equations to `env`."""
+        replaced = {id(e) for c in parts.cuts for e in c.eqns}
+        by_eqn = {id(c.eqns[-1]): (i, c) for i, c in enumerate(parts.cuts)}
+        leaves = {v: k for k, v in enumerate(parts.new_state) if not isinstance(v, Literal)}
         for e in parts.rest:
             if id(e) in by_eqn:
                 i, c = by_eqn[id(e)]
                 if not c.is_matrix or not self._in_blocks(c.out):
                     raise NotUnitwise(e)
                 env[c.out] = self._symbols("cut", i, c.out)
-            elif id(e) not in known:
+            elif id(e) not in replaced:
                 env.update(zip(e.outvars, self._results(e, env), strict=True))
-            for v in e.outvars:  # what reads a new leaf of the state reads it as a symbol
-                if v in places:
-                    self.order.append(places[v])
-                    self.after[places[v]] = self._of(v, env)[0]
-                    env[v] = self._symbols("after", places[v], v)
-        for k, v in enumerate(parts.after):
-            if k not in self.order:
-                self.order.append(k)
-                self.after[k] = self._of(v, env)[0]
-        self.operands = [self._of(c.operand, env) for c in parts.cuts]
+            for v in e.outvars:
+                if v in leaves:
+                    self._add_new_leaf(leaves[v], v, env)
+                    # What reads a leaf of the new state reads it as a symbol, so that h = o tanh(c) does not repeat the
+                    # formula of c.
+                    env[v] = self._symbols("after", leaves[v], v)
 
-    def _in_blocks(self, v: Any) -> bool:
+    def _add_new_leaf(self, k: int, v: Atom, env: dict[Var, Blocks]) -> None:
+        self.order.append(k)
+        self.new_state[k] = self._lookup(v, env)[0]
+
+    def _in_blocks(self, v: Var) -> bool:
         return v.aval.ndim == 0 or (v.aval.ndim == 1 and v.aval.size > 0 and v.aval.size % self.size == 0)
 
-    def _symbols(self, kind: str, index: int, v: Any) -> Blocks:
+    def _symbols(self, kind: str, index: int, v: Var) -> Blocks:
         name = (kind, index)
         if kind in ("state", "after") or v.aval.ndim == 0:
-            return [self.atoms.symbol(*self.rename(name))]
-        return [self.atoms.symbol(*self.rename((*name, block))) for block in range(v.aval.size // self.size)]
+            return [self.terms.symbol(*self.rename(name))]
+        return [self.terms.symbol(*self.rename((*name, block))) for block in range(v.aval.size // self.size)]
 
-    def _of(self, v: Any, env: dict[Any, Blocks]) -> Blocks:
+    def _lookup(self, v: Atom, env: dict[Var, Blocks]) -> Blocks:
         if isinstance(v, Literal):
             value = np.asarray(v.val)
             if value.ndim or np.iscomplexobj(value):
@@ -215,10 +248,10 @@ class Units:
             raise NotUnitwise(None)
         return env[v]
 
-    def _results(self, e: Eqn, env: dict[Any, Blocks]) -> list[Blocks]:
+    def _results(self, e: Eqn, env: dict[Var, Blocks]) -> list[Blocks]:
         name, out, size = e.primitive.name, e.outvars[0], self.size
         try:
-            args = [self._of(v, env) for v in e.invars]
+            args = [self._lookup(v, env) for v in e.invars]
         except NotUnitwise:
             raise NotUnitwise(e) from None
         if name in CALLS:
@@ -241,40 +274,41 @@ class Units:
             return [[block for arg in args for block in arg]]
         if name == "broadcast_in_dim" and (e.invars[0].aval.ndim == 0 or e.invars[0].aval.shape == out.aval.shape):
             return [args[0] * (out.aval.size // size if out.aval.ndim and e.invars[0].aval.ndim == 0 else 1)]
-        if name in SAME and e.invars[0].aval.size == out.aval.size:
+        if name in UNCHANGED and e.invars[0].aval.size == out.aval.size:
             return [args[0]]
         return [self._elementwise(e, args)]
 
     def _call(self, e: Eqn, args: list[Blocks]) -> Blocks:
-        """A function with a derivative of its own, such as relu: one atom, if its program acts unit by unit."""
+        """A function with a derivative of its own, such as relu, as one term, if its program acts unit by unit."""
         inner = inline(e.params[CALLS[e.primitive.name]]).jaxpr
-        inside: dict[Any, Blocks] = dict(zip(inner.invars, args, strict=True))
+        inside: dict[Var, Blocks] = dict(zip(inner.invars, args, strict=True))
         for inner_eqn in inner.eqns:
             inside.update(zip(inner_eqn.outvars, self._results(inner_eqn, inside), strict=True))
         if len(e.outvars) != 1 or any(len(arg) != 1 for arg in args) or e.outvars[0].aval.size != self.size:
             raise NotUnitwise(e)
-        return [self.atoms.function(("call", id(e)), *(arg[0] for arg in args), eqn=e)]
+        # Named by its identity, because two calls of the same name may be different functions.
+        return [self.terms.function(("call", id(e)), *(arg[0] for arg in args), eqn=e)]
 
     def _elementwise(self, e: Eqn, args: Sequence[Blocks]) -> Blocks:
-        name, count, atoms = e.primitive.name, max(map(len, args)), self.atoms
+        name, count, terms = e.primitive.name, max(map(len, args)), self.terms
         scalar = [v.aval.ndim == 0 for v in e.invars]
         rows = [arg * count if is_scalar else arg for arg, is_scalar in zip(args, scalar, strict=True)]
         if any(len(row) != count for row in rows):
             raise NotUnitwise(e)
         minus = constant(-1.0)
         if name in ("add", "add_any"):
-            return [atoms.add(a, b) for a, b in zip(*rows, strict=True)]
+            return [terms.add(a, b) for a, b in zip(*rows, strict=True)]
         if name == "sub":
-            return [atoms.add(a, atoms.multiply(minus, b)) for a, b in zip(*rows, strict=True)]
+            return [terms.add(a, terms.multiply(minus, b)) for a, b in zip(*rows, strict=True)]
         if name == "neg":
-            return [atoms.multiply(minus, a) for a in rows[0]]
+            return [terms.multiply(minus, a) for a in rows[0]]
         if name == "mul":
-            return [atoms.multiply(a, b) for a, b in zip(*rows, strict=True)]
+            return [terms.multiply(a, b) for a, b in zip(*rows, strict=True)]
         if name in ("square", "integer_pow") and e.params.get("y", 2) == 2:
-            return [atoms.multiply(a, a) for a in rows[0]]
+            return [terms.multiply(a, a) for a in rows[0]]
         if name == "convert_element_type" and e.invars[0].aval.dtype == e.outvars[0].aval.dtype:
             return rows[0]
-        if name not in UNITWISE:
+        if name not in ELEMENTWISE:
             raise NotUnitwise(e)
         options = "" if name in ("tanh", "logistic") else str(sorted(e.params.items()))
-        return [atoms.function((name, options), *column, eqn=e) for column in zip(*rows, strict=True)]
+        return [terms.function((name, options), *column, eqn=e) for column in zip(*rows, strict=True)]

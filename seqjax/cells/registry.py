@@ -1,0 +1,29 @@
+"""The recurrent cells that seqjax exports, for whoever lists them: the command line, benchmarks and tests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+def exported_cells() -> dict[str, type]:
+    """The cells of `seqjax` that have an input size and a hidden size, by the name of their module.
+
+    A new cell needs one file in `seqjax/cells` and one line of export in `seqjax/__init__.py`; it is listed here then.
+
+    Returns:
+        Classes by name, to be built with (input_size, hidden_size).
+
+    Example:
+        >>> from seqjax.cells.registry import exported_cells
+        >>> {"gru", "lstm", "vanilla"} <= set(exported_cells())
+        True
+    """
+    import seqjax  # it imports this package, so it cannot be imported before
+
+    classes = [value for value in vars(seqjax).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+    return {
+        kind.__module__.rpartition(".")[2]: kind
+        for kind in classes
+        if kind.__module__.startswith("seqjax.cells.")
+        and {"input_size", "hidden_size"} <= {field.name for field in dataclasses.fields(kind)}
+    }

@@ -31,7 +31,8 @@ from seqjax.sequence._execution.chunks import chunk_length
 from seqjax.sequence._execution.forward import Loop, over_chunk, run_chunk
 from seqjax.sequence._execution.kernel import kernel_for
 from seqjax.sequence._masked_step import last_output
-from seqjax.sequence._partition.plan import plan_of, traced_one
+from seqjax.sequence._partition.plan import plan_of
+from seqjax.sequence._partition.tracing import traced_one
 
 CELLS = {"vanilla": sj.VanillaRNN, "lstm": sj.LSTM, "gru": sj.GRU}
 ROWS = [Row(32, 128, 128, 128), Row(64, 150, 256, 256), Row(16, 128, 512, 512)]

@@ -55,15 +55,15 @@ from .models.heads import Gaussian as Gaussian
 from .models.heads import GaussianMoments as GaussianMoments
 from .models.heads import Head as Head
 from .models.heads import ReadoutParams as ReadoutParams
+from .models.heads import head_log_probs as head_log_probs
 from .models.heads import readout as readout
 from .models.losses import bits_per_character as bits_per_character
 from .models.losses import perplexity as perplexity
-from .models.losses import sequence_log_prob as sequence_log_prob
 from .models.losses import sequence_loss as sequence_loss
 from .models.model import Model as Model
 from .models.model import ModelParams as ModelParams
-from .models.model import head_log_probs as head_log_probs
 from .models.model import log_probs as log_probs
+from .models.model import sequence_log_prob as sequence_log_prob
 from .models.objectives import ManyToOne as ManyToOne
 from .models.objectives import every_step as every_step
 from .models.pooling import last_valid as last_valid

@@ -24,6 +24,8 @@ program of `step` (`seqjax.sequence._partition`); `seqjax.explain` prints what w
 - `input_shape`: the shape of one input, `(8,)` for eight features and `()` for a token. Sequence calls then check `xs`
   before anything compiles.
 - `gates(params, state, x)`: the gate activations of one step by name, for `seqjax.gates`.
+- `gate_roles`: what each gate does, by the same names: "keeps" (multiplies the old value), "replaces" (1 - gate keeps),
+  "writes", "reads" or "candidate"; and `memory`, the name of the state field that the keeping gate multiplies.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
   `step(params, state, x, noise)`. Without a key it calls `step(params, state, x)`, which is deterministic. So
   randomness is an input and never hidden in the state.
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import types
 from typing import Any, Protocol, runtime_checkable
@@ -129,6 +132,46 @@ def same_state_type(cell: Cell, new: State, old: State) -> State:
                 f"start from an initial_state of the type that the step returns"
             )
     return strong_type(new)
+
+
+class NotOffered(AttributeError):
+    """A wrapper's property raises it when no inner cell has this optional part."""
+
+
+def optional(cell: object, name: str) -> Any:
+    """An optional part of a cell, such as `gates`, or None if the cell does not have it.
+
+    An AttributeError that is raised inside a property of the user's own class is an error of the user and propagates.
+    """
+    try:
+        return getattr(cell, name)
+    except NotOffered:
+        return None
+    except AttributeError:
+        if inspect.getattr_static(cell, name, None) is None:
+            return None
+        raise
+
+
+def inherited(cell: object, name: str) -> Any:
+    """An optional part of a wrapped cell.
+
+    Raises:
+        NotOffered: the wrapped cell does not have it.
+    """
+    value = optional(cell, name)
+    if value is None:
+        raise NotOffered(f"{type(cell).__name__} has no {name}")
+    return value
+
+
+def layers(cell: object) -> tuple[Any, ...]:
+    """The cells inside a cell: those of a stack, the one inside a wrapper, or none."""
+    inner = optional(cell, "cells")
+    if inner is None:
+        wrapped = optional(cell, "cell")
+        inner = () if wrapped is None else (wrapped,)
+    return tuple(inner)
 
 
 def line_of(method: Any) -> str | None:

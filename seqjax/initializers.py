@@ -1,10 +1,11 @@
-"""How weights begin: functions of (key, shape, dtype), as frozen dataclasses.
+"""Initializers of weights: functions of (key, shape, dtype), as frozen dataclasses.
 
-The initialisers of `jax.nn` are closures, so two that do the same are unequal, and a cell that held one would compile
-again each time that it is built. These compare by value. Any other function of (key, shape, dtype) fits as well.
+The initializers of `jax.nn` are closures, so two equivalent ones are unequal, and a cell with one of them would be
+compiled again whenever it is rebuilt. The initializers here compare by value. A cell accepts any other function of
+(key, shape, dtype) as well.
 
-A matrix of shape (n, m) maps m inputs to n outputs. Cells with several gates call the initialiser once for each gate:
-one orthogonal matrix cut into gates is not orthogonal gate by gate.
+A matrix of shape (n, m) maps m inputs to n outputs. Cells with several gates call the initializer once per gate:
+the blocks of one large orthogonal matrix are not orthogonal themselves.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 Initializer = Callable[..., Array]
@@ -39,13 +39,14 @@ class Orthogonal:
     gain: float = 1.0
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        """Draws a matrix."""
         wide = _at_least_float32(dtype)
         return jax.nn.initializers.orthogonal(self.gain)(key, shape, wide).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Glorot:
-    """U(-a, a) with a = sqrt(6 / (n + m)): variance kept forward and backward (Glorot and Bengio 2010).
+    """U(-a, a) with a = sqrt(6 / (n + m)), which preserves variance forward and backward (Glorot and Bengio 2010).
 
     Example:
         >>> import jax, seqjax as sj
@@ -54,12 +55,13 @@ class Glorot:
     """
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        """Draws a matrix."""
         return jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)(key, shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """U(-a, a); the default a = 1 / sqrt(n), n the output size, is what `torch.nn` gives its recurrent layers.
+    """U(-a, a). The default a = 1 / sqrt(n), with n outputs, is that of the recurrent layers of `torch.nn`.
 
     Args:
         bound: a, or None for 1 / sqrt(n).
@@ -73,6 +75,7 @@ class Uniform:
     bound: float | None = None
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        """Draws a matrix."""
         bound = 1 / math.sqrt(shape[0]) if self.bound is None else self.bound
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -84,8 +87,8 @@ class SpectralRadius:
     Args:
         radius: rho(W), the spectral radius.
 
-    Source: rho(A) = lim |A^m|^(1/m) (Gelfand 1941), taken at m = 2^24 by squaring a matrix that is kept at norm one, so
-        that it runs under jit and on every device, where a general eigenvalue solver may not.
+    Source: rho(A) = lim |A^m|^(1/m) (Gelfand 1941), evaluated at m = 2^24. The matrix is squared 24 times, and
+        divided by its norm each time. This works under jit and on every device, unlike `jnp.linalg.eig`.
 
     Example:
         >>> import jax, numpy as np, seqjax as sj
@@ -97,13 +100,19 @@ class SpectralRadius:
     radius: float = 1.0
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        """Draws a square matrix.
+
+        Raises:
+            ValueError: the shape is not square.
+        """
         if len(shape) != 2 or shape[0] != shape[1]:
             raise ValueError(f"expected a square matrix for a spectral radius, got {shape}: use it for W_hh")
         wide = _at_least_float32(dtype)
         W = jax.random.normal(key, shape, wide)
 
-        def square(j, carry):
+        def square(j: ArrayLike, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             power, log_norm = carry
+            # The default precision of a GPU or TPU may round the operands to 10 or 8 bits.
             power = jnp.matmul(power, power, precision="highest")
             norm = jnp.linalg.norm(power)
             return power / norm, log_norm + jnp.log(norm) * 0.5 ** (j + 1)
@@ -113,13 +122,13 @@ class SpectralRadius:
         return (W * (self.radius / jnp.exp(log_radius))).astype(dtype)
 
 
-def _at_least_float32(dtype: DTypeLike) -> Any:
-    """Matrix factorisations do not exist in the half precisions."""
+def _at_least_float32(dtype: DTypeLike) -> DTypeLike:
+    """The dtype, or float32 for half precision, because matrix factorizations need float32 or float64."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def gate_matrices(initializer: Initializer, key: Array, gates: int, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """`gates` matrices, each drawn on its own, above one another: (gates * n, m)."""
+    """Draws `gates` matrices separately and concatenates their rows: (gates * n, m)."""
     return jnp.concatenate([initializer(k, shape, dtype) for k in jax.random.split(key, gates)])
 
 

@@ -1,6 +1,6 @@
-"""The contract as a test suite: `check_cell(cell)` runs it on any cell, ours or yours.
+"""The contract as a test suite: `check_cell(cell)` tests any cell, of seqjax or of the user.
 
-Each check is a function of its own that raises `AssertionError` with what was expected, what came, and the likely fix.
+Each check is one function. It raises `AssertionError` with the expected result, the actual one and the likely fix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell
+from seqjax.cell import Cell, Output, State, optional, strong_type
 from seqjax.sequence._step_errors import explain_step_error
 from seqjax.sequence.unroll import length_mask, trajectory, unroll
 
@@ -23,11 +23,11 @@ BATCH, TIME = 3, 5
 def check_cell(
     cell: Any, x: PyTree | None = None, *, key: Array | None = None, differentiable: bool = True
 ) -> list[str]:
-    """Runs the contract of `seqjax.Cell` on a cell.
+    """Tests that a cell satisfies the contract of `seqjax.Cell`.
 
     Args:
         cell: any object that should be a cell.
-        x: an example of one input at one time; needed only where the cell has no `input_shape`.
+        x: an example of one input at one time; needed only if the cell has no `input_shape`.
         key: a random key for parameters and inputs.
         differentiable: also check that gradients exist and are finite.
 
@@ -35,14 +35,14 @@ def check_cell(
         The names of the checks that passed.
 
     Raises:
-        AssertionError: the cell breaks the contract; the message says where, and the likely fix.
+        AssertionError: the cell violates the contract.
 
     Example:
         >>> import seqjax as sj
         >>> sj.testing.check_cell(sj.LSTM(3, 4))[:3]
         ['has the methods', 'is pure', 'keeps the type of its state']
     """
-    _holds(
+    _require(
         isinstance(cell, Cell) and not isinstance(cell, type),
         f"expected an object with the methods init, initial_state and step, got {cell!r}",
     )
@@ -50,8 +50,8 @@ def check_cell(
     params = cell.init(key)
     x = _example_input(cell, key) if x is None else jax.tree.map(jnp.asarray, x)
     passed = ["has the methods"]
-    checks = [_is_pure, _keeps_the_type_of_its_state, _follows_the_dtype_of_its_parameters, _takes_wrong_dtypes]
-    checks += [_traces_once, _scans_as_it_loops, _holds_its_state_under_a_mask]
+    checks = [_is_pure, _keeps_the_type_of_its_state, _follows_the_dtype_of_its_parameters, _accepts_other_dtypes]
+    checks += [_traces_once, _unrolls_like_a_loop, _keeps_its_state_at_masked_steps]
     if differentiable:
         checks.append(_has_finite_gradients)
     for check in checks:
@@ -60,14 +60,14 @@ def check_cell(
     return passed
 
 
-def _holds(condition: bool, message: str) -> None:
+def _require(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
 
 
 def _example_input(cell: Cell, key: Array) -> Array:
-    shape = getattr(cell, "input_shape", None)
-    _holds(
+    shape = optional(cell, "input_shape")
+    _require(
         shape is not None,
         f"expected an example input, since {type(cell).__name__} has no input_shape: check_cell(cell, x=jnp.ones(8))",
     )
@@ -75,22 +75,23 @@ def _example_input(cell: Cell, key: Array) -> Array:
 
 
 def _sequence(x: PyTree) -> PyTree:
-    """(batch, time, ...) out of one input; floats, real or complex, differ from row to row and from step to step."""
+    """A batch of sequences (batch, time, ...) from one input. Floating-point inputs differ between rows and steps."""
 
     def spread(leaf: Array) -> Array:
-        many = jnp.broadcast_to(leaf, (BATCH, TIME, *leaf.shape))
+        repeated = jnp.broadcast_to(leaf, (BATCH, TIME, *leaf.shape))
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return many
+            return repeated
+        # Factors of modulus at most 1, so that the inputs stay in the range of the example.
         angle = np.arange(BATCH * TIME).reshape(BATCH, TIME)
-        turned = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
-        scale = jnp.asarray(np.exp(1j * angle) if turned else np.cos(angle), leaf.dtype)
-        return jax.vmap(jax.vmap(jnp.multiply))(scale, many)
+        is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        scale = jnp.asarray(np.exp(1j * angle) if is_complex else np.cos(angle), leaf.dtype)
+        return jax.vmap(jax.vmap(jnp.multiply))(scale, repeated)
 
     return jax.tree.map(spread, x)
 
 
-def _type(tree: PyTree) -> Any:
-    """Structure, shapes, dtypes and weak types: what lax.scan compares."""
+def _type(tree: PyTree) -> tuple[Any, list[str]]:
+    """Structure, shapes, dtypes and weak types, which `lax.scan` compares."""
     return jax.tree.structure(tree), [jax.typeof(jnp.asarray(leaf)).str_short() for leaf in jax.tree.leaves(tree)]
 
 
@@ -99,7 +100,7 @@ def _pick(tree: PyTree, index: Any) -> PyTree:
 
 
 def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """The floating-point leaves in another dtype."""
+    """Converts the floating-point leaves to another dtype."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
@@ -113,25 +114,27 @@ def _close(a: PyTree, b: PyTree, tolerance: float = 1e-5) -> bool:
 
 def _is_pure(cell: Cell, params: PyTree, x: PyTree) -> None:
     state = cell.initial_state(params)
+    # Copies, because a step could change a numpy array in place.
     inputs = [np.array(leaf) for leaf in jax.tree.leaves((params, state, x))]
     first, second = cell.step(params, state, x), cell.step(params, state, x)
     same = all(
         np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True)
     )
-    _holds(
+    _require(
         same, "expected the same step twice to give the same result: the step reads something that is not an argument"
     )
     after = [np.array(leaf) for leaf in jax.tree.leaves((params, state, x))]
-    kept = all(map(np.array_equal, inputs, after))
-    _holds(kept, "expected the step to leave its arguments as they are, got one changed: return a new state")
-    _leaks_nothing(cell, params, state, x)
+    unchanged = all(map(np.array_equal, inputs, after))
+    _require(unchanged, "expected the step to leave its arguments as they are, got one changed: return a new state")
+    _stores_no_tracers(cell, params, state, x)
 
 
-def _leaks_nothing(cell: Cell, params: PyTree, state: PyTree, x: PyTree) -> None:
+def _stores_no_tracers(cell: Cell, params: PyTree, state: PyTree, x: PyTree) -> None:
     try:
         with jax.checking_leaks():
             jax.eval_shape(cell.step, params, state, x)
     except Exception as error:
+        # JAX raises a bare Exception for a leaked trace, so only the message identifies it.
         if not str(error).startswith("Leaked trace"):
             raise AssertionError(str(explain_step_error(cell, error, params, x))) from error
         raise AssertionError(
@@ -143,14 +146,15 @@ def _leaks_nothing(cell: Cell, params: PyTree, state: PyTree, x: PyTree) -> None
 def _keeps_the_type_of_its_state(cell: Cell, params: PyTree, x: PyTree) -> None:
     state = jax.tree.map(jnp.asarray, cell.initial_state(params))
     result = cell.step(params, state, x)
-    _holds(
+    _require(
         isinstance(result, tuple) and len(result) == 2, f"expected (new_state, output) from step, got {type(result)}"
     )
     old, new = _type(state), _type(result[0])
-    _holds(
+    # str_short marks a weak type with ~, which may differ: unroll removes it.
+    _require(
         old[0] == new[0] and [t.strip("~") for t in old[1]] == [t.strip("~") for t in new[1]],
         f"expected the new state to have the type of the old one, {old}, got {new}: lax.scan's order is "
-        f"(new_state, output), and a dtype that drifts is cured by x.astype(state.dtype)",
+        f"(new_state, output), and x.astype(state.dtype) corrects a wrong dtype",
     )
 
 
@@ -165,13 +169,13 @@ def _follows_the_dtype_of_its_parameters(cell: Cell, params: PyTree, x: PyTree) 
         for s in jax.tree.leaves(state)
         if jnp.issubdtype(s.dtype, jnp.floating) and s.dtype != jnp.bfloat16
     ]
-    _holds(not wrong, f"expected a bfloat16 state from bfloat16 parameters, got {wrong}: jnp.zeros_like(params.b)")
+    _require(not wrong, f"expected a bfloat16 state from bfloat16 parameters, got {wrong}: jnp.zeros_like(params.b)")
     _keeps_the_type_of_its_state(cell, half, x)
 
 
-def _takes_wrong_dtypes(cell: Cell, params: PyTree, x: PyTree) -> None:
+def _accepts_other_dtypes(cell: Cell, params: PyTree, x: PyTree) -> None:
     if not jax.tree.leaves(params):
-        return  # nothing fixes the dtype but the input itself
+        return  # without parameters, the input decides the dtype
     for dtype in (jnp.bfloat16, jnp.float16):
         _keeps_the_type_of_its_state(cell, params, _cast(x, dtype))
 
@@ -179,19 +183,22 @@ def _takes_wrong_dtypes(cell: Cell, params: PyTree, x: PyTree) -> None:
 def _traces_once(cell: Cell, params: PyTree, x: PyTree) -> None:
     traces = 0
 
-    def step(params: PyTree, state: PyTree, x: PyTree) -> Any:
+    def step(params: PyTree, state: State, x: PyTree) -> tuple[State, Output]:
         nonlocal traces
         traces += 1
         return cell.step(params, state, x)
 
     compiled, state = jax.jit(step), jax.tree.map(jnp.asarray, cell.initial_state(params))
-    state = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)
+    # Without weak types, which would cost a second trace in any cell.
+    state = strong_type(state)
     for _ in range(3):
         state, _ = compiled(params, state, x)
-    _holds(traces == 1, f"expected one trace for three steps, got {traces}: the state's type changes from step to step")
+    _require(
+        traces == 1, f"expected one trace for three steps, got {traces}: the type of the state changes between steps"
+    )
 
 
-def _scans_as_it_loops(cell: Cell, params: PyTree, x: PyTree) -> None:
+def _unrolls_like_a_loop(cell: Cell, params: PyTree, x: PyTree) -> None:
     xs = _sequence(x)
     final, outputs = unroll(cell, params, xs)
     for row in range(BATCH):
@@ -200,26 +207,28 @@ def _scans_as_it_loops(cell: Cell, params: PyTree, x: PyTree) -> None:
             state, output = cell.step(params, state, _pick(xs, (row, t)))
             expected = _pick(outputs, (row, t))
             same = _close(output, expected)
-            _holds(same, f"expected the loop's output at row {row}, time {t} from unroll: is step pure?")
-        _holds(_close(state, _pick(final, row)), f"expected the loop's final state in row {row}: is step pure?")
+            _require(same, f"expected the loop's output at row {row}, time {t} from unroll: is step pure?")
+        _require(_close(state, _pick(final, row)), f"expected the loop's final state in row {row}: is step pure?")
 
 
-def _holds_its_state_under_a_mask(cell: Cell, params: PyTree, x: PyTree) -> None:
+def _keeps_its_state_at_masked_steps(cell: Cell, params: PyTree, x: PyTree) -> None:
     xs, mask = _sequence(x), length_mask(jnp.arange(BATCH), TIME)
-    spoilt = jax.tree.map(lambda leaf: _spoil(leaf, mask), xs)
-    final, outputs = unroll(cell, params, spoilt, mask=mask)
+    # NaN in the padding, which would spread to any value that depends on it.
+    padded = jax.tree.map(lambda leaf: _fill_padding(leaf, mask), xs)
+    final, outputs = unroll(cell, params, padded, mask=mask)
     states, whole = trajectory(cell, params, xs), unroll(cell, params, xs)[1]
-    for row in range(BATCH):  # the row of so many valid steps
+    for row in range(BATCH):  # row b has b valid steps
         valid, padding = (row, slice(0, row)), (row, slice(row, None))
-        held = _close(_pick(final, row), _pick(states, (row, row)))
-        _holds(held, f"expected padding after {row} steps to hold the state")
+        same = _close(_pick(final, row), _pick(states, (row, row)))
+        _require(same, f"expected the state to stay unchanged in padding after {row} steps")
         same = _close(_pick(outputs, valid), _pick(whole, valid))
-        _holds(same, f"expected the first {row} outputs to be those without padding: the step must not look ahead")
-        silent = not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(_pick(outputs, padding)))
-        _holds(silent, f"expected outputs of zero in padding after {row} steps")
+        _require(same, f"expected the first {row} outputs to be those without padding: the step must not look ahead")
+        zero = not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(_pick(outputs, padding)))
+        _require(zero, f"expected outputs of zero in padding after {row} steps")
 
 
-def _spoil(leaf: Array, mask: Array) -> Array:
+def _fill_padding(leaf: Array, mask: Array) -> Array:
+    """NaN at the steps whose mask is False."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
     nan = complex(np.nan, np.nan) if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else np.nan
@@ -228,25 +237,26 @@ def _spoil(leaf: Array, mask: Array) -> Array:
 
 def _has_finite_gradients(cell: Cell, params: PyTree, x: PyTree) -> None:
     def step_loss(params: PyTree, state: PyTree) -> Array:
-        return _energy(cell.step(params, state, x))
+        return _sum_of_squares(cell.step(params, state, x))
 
     def padded_loss(params: PyTree) -> Array:
-        return _energy(unroll(cell, params, _sequence(x), mask=length_mask(jnp.arange(BATCH), TIME)))
+        return _sum_of_squares(unroll(cell, params, _sequence(x), mask=length_mask(jnp.arange(BATCH), TIME)))
 
     state = jax.tree.map(jnp.asarray, cell.initial_state(params))
     gradients = jax.grad(step_loss, argnums=(0, 1), allow_int=True)(params, state)
-    _finite(gradients, "at the initial state")
-    _finite(jax.grad(padded_loss, allow_int=True)(params), "beside padding, where a step's input is zero")
+    _check_finite(gradients, "at the initial state")
+    _check_finite(jax.grad(padded_loss, allow_int=True)(params), "with padding, in which the input of a step is zero")
 
 
-def _energy(tree: PyTree) -> Array:
+def _sum_of_squares(tree: PyTree) -> Array:
     numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    # Real and imaginary parts, because `jax.grad` needs a real loss.
     parts = [part for z in numbers for part in ([z.real, z.imag] if jnp.iscomplexobj(z) else [z])]
     return sum((jnp.sum(jnp.square(part)).astype(jnp.float32) for part in parts), jnp.zeros((), jnp.float32))
 
 
-def _finite(gradients: PyTree, where: str) -> None:
+def _check_finite(gradients: PyTree, where: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         if leaf.dtype != jax.dtypes.float0:
             finite = bool(jnp.all(jnp.isfinite(leaf)))
-            _holds(finite, f"expected finite gradients {where}, got {leaf} in {jax.tree_util.keystr(path)}")
+            _require(finite, f"expected finite gradients {where}, got {leaf} in {jax.tree_util.keystr(path)}")

@@ -18,8 +18,7 @@ import pytest
 import seqjax.command.cli
 from seqjax.command import character_model
 from seqjax.command.character_model import Settings
-from seqjax.command.job import restore
-from seqjax.command.run_folder import MetricsTable, Run
+from seqjax.command.run_folder import MetricsTable, Run, restore
 
 TEXT = "the cat sat on the mat; the dog did not.\n" * 10 + "what is it that the dog did? it sat.\n" * 3
 WINDOWS = 7  # in one pass over the first 90 % of the text, with these settings

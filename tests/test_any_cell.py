@@ -11,9 +11,9 @@ import pytest
 from cells import TOKENS, ZOO, D, Leaky, N, PeepholeLSTM, Spiking, zoo
 
 import seqjax as sj
-from seqjax.analysis._flow import flat_step, pull, push
 from seqjax.cell import strong_type
 from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._flat_cell import flat_cell
 from seqjax.sequence._masked_step import draw_noise, last_output
 from seqjax.sequence.unroll import Options, _run_batch
 
@@ -269,10 +269,8 @@ def test_a_cell_rebuilt_by_value_compiles_once():
 def test_pushing_and_pulling_many_columns_is_one_product_per_step(name):
     cell = ZOO[name]
     params, x = cell.init(jax.random.key(0)), jnp.ones(D)
-    step, n = flat_step(cell, params), sum(leaf.size for leaf in jax.tree.leaves(cell.initial_state(params)))
-    at, v, frame = (x, None, None), jnp.ones(n), jnp.ones((3, n))
-    products = [
-        str(jax.make_jaxpr(use, static_argnums=0)(step, params, v, frame, at)).count("dot_general")
-        for use in (push, pull)
-    ]
+    flat = flat_cell(cell, params, normal_form=True)
+    n = sum(leaf.size for leaf in jax.tree.leaves(cell.initial_state(params)))
+    at, v, frame = (x, None, None, None), jnp.ones(n), jnp.ones((3, n))
+    products = [str(jax.make_jaxpr(use)(params, v, frame, at)).count("dot_general") for use in (flat.push, flat.pull)]
     assert products == [3, 3]  # of the input, of the state, and of the columns

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from errors import raises
@@ -72,7 +74,7 @@ def test_sequences_that_do_not_fit_together_are_refused():
         sj.data.pad([])
     with raises(ValueError, "same features", "(2, 3)", "(2, 4)"):
         sj.data.pad([np.ones((2, 3)), np.ones((2, 4))])
-    with raises(ValueError, "one target a sequence", "got 1 for 2"):
+    with raises(ValueError, "one target per sequence", "got 1 for 2"):
         sj.data.batches([[1], [2]], [0], 1)
     with raises(ValueError, "batch of at least 1", "got 0"):
         sj.data.batches([[1], [2]], [0, 1], 0)
@@ -145,3 +147,57 @@ def test_a_dataset_trains_whatever_its_lengths(key):
     for loss, targets in [(sj.ManyToOne(), range(4)), (sj.every_step, [x - 100 for x in sequences])]:
         fitted = sj.fit(model, sj.data.batches(sequences, targets, 2), loss=loss, key=key)
         assert (fitted.reason, len(fitted.history["loss"])) == ("stream", 2)
+
+
+def random_batch(seed, mask, reset, continues):
+    random = np.random.default_rng(seed)
+    xs, targets = random.normal(size=(2, 4, 3)).astype(np.float32), random.integers(0, 5, (2, 4), np.int32)
+    flags = [random.random((2, 4)) < 0.5 if present else None for present in (mask, reset)]
+    return sj.Batch(xs, targets, *flags, continues=continues)
+
+
+def assert_same(got, expected):
+    assert isinstance(got, sj.Batch)
+    assert got.continues is expected.continues
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@given(st.integers(0, 2**16), st.booleans(), st.booleans(), st.booleans())
+def test_a_batch_is_a_pytree_and_transformations_keep_its_static_field(seed, mask, reset, continues):
+    batch = random_batch(seed, mask, reset, continues)
+    assert len(jax.tree.leaves(batch)) == 2 + mask + reset
+    assert_same(jax.tree.map(jnp.asarray, batch), batch)
+    shapes = jax.eval_shape(lambda b: b, batch)
+    assert (shapes.xs.shape, shapes.continues) == ((2, 4, 3), continues)
+    assert_same(jax.jit(lambda b: b)(batch), batch)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), batch, batch, batch)
+    assert stacked.xs.shape == (3, 2, 4, 3)
+    assert_same(jax.vmap(lambda b: b)(stacked), stacked)
+    np.testing.assert_array_equal(jax.vmap(lambda b: b.targets.sum())(stacked), [batch.targets.sum()] * 3)
+
+
+def test_a_batch_is_put_on_devices_by_its_sequences():
+    batch = random_batch(0, mask=True, reset=False, continues=True)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "b")
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("b"))
+    placed = jax.device_put(batch, sharding)
+    assert_same(placed, batch)
+    for leaf in jax.tree.leaves(placed):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {1}
+
+
+def test_a_jit_function_is_traced_once_per_value_of_the_static_field():
+    traces = []
+
+    @jax.jit
+    def total(batch):
+        traces.append(batch.continues)
+        return batch.xs.sum()
+
+    for seed in range(3):
+        for continues in (False, True):
+            total(random_batch(seed, mask=True, reset=True, continues=continues))
+    assert traces == [False, True]

@@ -118,7 +118,7 @@ def test_a_report_that_fails_loses_no_run(reason, tmp_path, monkeypatch, capsys)
     if reason == "matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     else:
-        monkeypatch.setattr(seqjax.command.cli, "report_run", lambda _: 1 / 0)
+        monkeypatch.setattr("seqjax.command.run_report.report_run", lambda _: 1 / 0)
     path = tmp_path / "run"
     words = write(tmp_path / "text.txt")
     assert run("train", "--text", words, "--out", path, "--report", *small(steps=2)) == 0

@@ -106,7 +106,7 @@ BROKEN = [
     (ClipsItsWeightsInPlace(), "leave its arguments as they are"),
     (Swaps(), "lax.scan's order"),
     (ReturnsTheStateAlone(), "(new_state, output) from step"),
-    (DriftsWithItsInput(), "a dtype that drifts is cured by x.astype"),
+    (DriftsWithItsInput(), "x.astype(state.dtype) corrects a wrong dtype"),
     (IgnoresTheDtypeOfItsParameters(), "a bfloat16 state from bfloat16 parameters"),
     (ForgetsItsType(), "one trace for three steps"),
     (KnowsThatItIsTraced(), "the loop's output at row 0, time 0"),

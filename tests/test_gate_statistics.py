@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import seqjax as sj
 from seqjax.analysis.gates import gate_statistics
+from seqjax.cell import optional
 
 BATCH, TIME = 3, 5
 
@@ -151,3 +152,95 @@ def test_what_cannot_be_counted_is_refused():
         gate_statistics(cell, params, xs, mask=np.zeros((BATCH, TIME), bool))
     with raises(TypeError, "names its gates", "got Leaky"):
         gate_statistics(Leaky(), Leaky().init(jax.random.key(0)), xs)
+
+
+LSTM_ROLES = {"input": "writes", "forget": "keeps", "candidate": "candidate", "output": "reads"}
+GRU_ROLES = {"reset": "reads", "update": "keeps", "candidate": "candidate"}
+DECLARED = {
+    "lstm": (sj.LSTM(D, N), LSTM_ROLES),
+    **{
+        f"gru {reset} {update}": (sj.GRU(D, N, reset, update), GRU_ROLES | {"update": role})
+        for reset in ("after", "before")
+        for update, role in (("keeps", "keeps"), ("writes", "replaces"))
+    },
+    "learned state": (sj.LearnedState(sj.LSTM(D, N)), LSTM_ROLES),
+    "stack": (
+        sj.stack([sj.VanillaRNN(D, 5), sj.LearnedState(sj.LSTM(5, N)), sj.GRU(N, 2)]),
+        {f"1/{name}": role for name, role in LSTM_ROLES.items()}
+        | {f"2/{name}": role for name, role in GRU_ROLES.items()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_gate_has_a_role_by_the_same_name(name, key):
+    cell, roles = DECLARED[name]
+    params = cell.init(key)
+    gates = cell.gates(params, cell.initial_state(params), jnp.ones(D))
+    assert cell.gate_roles == roles
+    assert set(gates) == set(roles)
+
+
+@pytest.mark.parametrize("name", [name for name in DECLARED if name.startswith(("lstm", "gru"))])
+def test_roles_and_memory_describe_the_step(name, key):
+    cell, roles = DECLARED[name]
+    params = random_params(cell, 0, 1.0)
+    state = jax.tree.map(lambda leaf: leaf + 0.5, cell.initial_state(params))
+    gates = cell.gates(params, state, jnp.ones(D))
+    new, _ = cell.step(params, state, jnp.ones(D))
+    of = {role: gates[gate] for gate, role in roles.items()}
+    keep = of["keeps"] if "keeps" in of else 1 - of["replaces"]
+    write = of.get("writes", of.get("replaces", 1 - keep))
+    expected = keep * getattr(state, cell.memory) + write * of["candidate"]
+    np.testing.assert_allclose(getattr(new, cell.memory), expected, rtol=1e-5, atol=1e-6)
+
+
+class Mistaken(Switch):
+    """A user's cell with a mistake inside its properties."""
+
+    @property
+    def input_shape(self):
+        return (self.featurs,)
+
+    @property
+    def gates(self):
+        return self.gate_functon
+
+    @property
+    def noise(self):
+        raise AttributeError("a mistake in noise")
+
+    @property
+    def gate_roles(self):
+        return {"own": self.rol}
+
+
+WRAPPED = {
+    "cell": Mistaken(),
+    "stack": sj.stack([Mistaken(), Switch()]),
+    "learned state": sj.LearnedState(Mistaken()),
+    "stack in a learned state": sj.LearnedState(sj.stack([Mistaken(), Switch()])),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize(("part", "mistake"), [("gates", "gate_functon"), ("noise", "mistake"), ("gate_roles", "rol")])
+def test_a_mistake_inside_a_property_of_a_user_s_cell_is_reported(name, part, mistake):
+    with pytest.raises(AttributeError, match=mistake):
+        optional(WRAPPED[name], part)
+
+
+def test_a_mistake_inside_input_shape_is_reported():
+    for cell in (Mistaken(), sj.LearnedState(Mistaken())):
+        with pytest.raises(AttributeError, match="featurs"):
+            sj.unroll(cell, cell.init(jax.random.key(0)), jnp.ones((1, 2, 3)))
+    with pytest.raises(AttributeError, match="featurs"):
+        sj.stack([sj.VanillaRNN(D, 3), Mistaken()])
+
+
+def test_wrappers_have_the_optional_parts_of_their_cells_only():
+    plain = (sj.stack([sj.VanillaRNN(D, N)]), sj.LearnedState(sj.VanillaRNN(D, N)))
+    for cell in (*plain, sj.LearnedState(plain[0]), sj.stack([plain[1]])):
+        assert [optional(cell, part) for part in ("gates", "gate_roles", "noise", "memory")] == [None] * 4
+        assert not any(hasattr(cell, part) for part in ("gates", "gate_roles", "noise"))
+        assert optional(cell, "input_shape") == (D,)

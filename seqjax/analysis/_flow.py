@@ -224,15 +224,3 @@ def orthonormal(frame: Array) -> tuple[Array, Array]:
 def random_frame(key: Array, rows: int, size: int, dtype: DTypeLike) -> Array:
     """`rows` random orthonormal rows of length `size`."""
     return orthonormal(jax.random.normal(key, (rows, size), dtype))[0]
-
-
-def flat_step(cell, params):
-    return flat_map(cell, params)
-
-
-def push(flat, params, v, frame, at):
-    return flat.push(params, v, frame, (*at, None))
-
-
-def pull(flat, params, v, frame, at):
-    return flat.pull(params, v, frame, (*at, None))

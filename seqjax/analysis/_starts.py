@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from seqjax.analysis._flow import flat_map
-from seqjax.cell import Cell, Params, State, strong_type
+from seqjax.cell import Cell, Params, State, optional, strong_type
 
 
 def check_input(cell: Cell, x: PyTree) -> PyTree:
@@ -17,7 +17,7 @@ def check_input(cell: Cell, x: PyTree) -> PyTree:
     Raises:
         ValueError: its shape is not the cell's, or it is None and the cell has no `input_shape`.
     """
-    shape = getattr(cell, "input_shape", None)
+    shape = optional(cell, "input_shape")
     if x is None:
         if shape is None:
             raise ValueError(

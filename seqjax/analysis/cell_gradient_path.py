@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from seqjax.analysis._flow import Sequences, check_arguments, flat_map, flat_trajectory, state_parts
 from seqjax.analysis._scaled import log_power, rescale
 from seqjax.analysis._spans import check_horizon
-from seqjax.cell import Cell, Params, State
+from seqjax.cell import Cell, Params, State, optional
 from seqjax.cells.learned_state import LearnedState
 from seqjax.cells.stack import Stack
 from seqjax.sequence._cached_jit import cached_jit
@@ -84,7 +84,7 @@ def cell_path(
     K = check_horizon(horizon, sequences.time, sequences.time)
     parts = state_parts(cell, params)
     gate, field = _additive_path(cell, list(parts), layer) or ("", "")
-    has_gates = field and hasattr(cell, "gates")
+    has_gates = field and optional(cell, "gates") is not None
     activations = gates(cell, params, xs, state=state, mask=mask, reset=reset) if has_gates else {}
     if gate not in activations:
         raise TypeError(
@@ -142,7 +142,7 @@ def _declared_gates(cell: Cell, prefix: str = "") -> dict[str, tuple[dict[str, s
         return {path: gates for layer in layers for path, gates in layer.items()}
     if isinstance(cell, LearnedState):
         return _declared_gates(cell.cell, prefix)
-    roles, memory = getattr(cell, "gate_roles", None), getattr(cell, "memory", "c")
+    roles, memory = optional(cell, "gate_roles"), optional(cell, "memory") or "c"
     return {} if roles is None else {prefix: (roles, memory)}
 
 

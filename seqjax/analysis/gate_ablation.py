@@ -23,7 +23,7 @@ from seqjax.analysis.gates import GateStatistics, gate_statistics
 from seqjax.analysis.gradient_flow import GradientByLag
 from seqjax.analysis.lyapunov import LyapunovExponents
 from seqjax.analysis.verdicts import Verdict, verdict
-from seqjax.cell import Cell
+from seqjax.cell import Cell, optional
 from seqjax.cells.gru import GRU
 from seqjax.cells.lstm import LSTM
 from seqjax.cells.vanilla import VanillaRNN
@@ -175,7 +175,7 @@ def _row(
         verdict=after,
         exponents=None if after is None else after.exponents,
         by_lag=None if after is None else after.by_lag,
-        gates=gate_statistics(cell, params.cell, inputs.x, **flags) if hasattr(cell, "gates") else {},
+        gates=gate_statistics(cell, params.cell, inputs.x, **flags) if optional(cell, "gates") is not None else {},
         clipping=clipping_statistics(fitted.history, options["clip_norm"]) if fitted.history["loss"].size else None,
         lengths=None if lengths is None else score_by_length(model, params, test(), score=lengths, loss=loss),
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from seqjax.cell import Cell, Params, State
+from seqjax.cell import Cell, Params, State, optional
 from seqjax.sequence.unroll import gates
 
 BINS = 20
@@ -85,7 +85,7 @@ def gate_statistics(
         (1.0, 148.9)
     """
     activations = gates(cell, params, xs, state=state, mask=mask, reset=reset)
-    statistics, roles = {}, getattr(cell, "gate_roles", {})
+    statistics, roles = {}, optional(cell, "gate_roles") or {}
     for name, gate in activations.items():
         valid = np.ones(gate.shape[:2], bool) if mask is None else np.asarray(mask)
         if not valid.any():

@@ -16,7 +16,7 @@ from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._masked_step import Inputs
-from seqjax.sequence._partition.plan import shapes_of_one
+from seqjax.sequence._partition.tracing import shapes_of_one
 
 
 class StepJacobians(NamedTuple):

@@ -1,1 +1,1 @@
-"""Cells, one a file: the equations, the parameters, the step."""
+"""Cells, one per file: the equations, the parameters and the step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from seqjax.cells.fields import check_sizes
 class Dropout:
     """Drops features and scales up the rest, o_t = m_t * x_t / (1 - rate) with m_t ~ Bernoulli(1 - rate).
 
-    It acts where `unroll` or `fit` has a key; without one it passes its input on.
+    It drops features only if `unroll` or `fit` gets a key. Without a key, the output is the input.
 
     Args:
         features: d, the length of the input.
@@ -44,7 +43,7 @@ class Dropout:
 
     def __post_init__(self) -> None:
         check_sizes(self, "features")
-        rate = _number(self.rate)
+        rate = _as_float(self.rate)
         if not 0 <= rate < 1:
             raise ValueError(f"expected Dropout rate from 0 to below 1, got {self.rate!r}: 0 drops nothing")
         object.__setattr__(self, "rate", rate)
@@ -59,26 +58,28 @@ class Dropout:
         return ()
 
     def initial_state(self, params: tuple[()]) -> tuple[()]:
-        """Nothing is carried."""
+        """There is no state."""
         return ()
 
     def noise(self, key: Array) -> Bool[Array, " d"]:
-        """Which features stay."""
+        """m_t, True for the features that are not dropped."""
         return jax.random.bernoulli(key, 1 - self.rate, (self.features,))
 
     def step(
         self, params: tuple[()], state: tuple[()], x: Float[Array, " d"], noise: Bool[Array, " d"] | None = None
     ) -> tuple[tuple[()], Float[Array, " d"]]:
-        """The input, or what the noise leaves of it."""
+        """Without noise, the output is the input."""
+        # `where` and not a product with the mask, because 0 * inf is NaN.
         return state, x if noise is None else jnp.where(noise, x / (1 - self.rate), jnp.zeros_like(x))
 
 
-def _number(rate: Any) -> float:
-    """A rate as a plain float, so that equal cells draw the same noise however the rate was spelled."""
+def _as_float(rate: object) -> float:
+    """A rate as a plain float, so that `Dropout(8, np.float32(0.5))` equals `Dropout(8, 0.5)`."""
     try:
+        # `float` would accept a boolean, and the text "0.5".
         if not isinstance(rate, bool | np.bool_ | str | bytes):
-            return float(rate)
-    except (TypeError, ValueError):  # a tracer is a TypeError
+            return float(rate)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):  # a tracer raises TypeError
         pass
     raise TypeError(
         f"expected Dropout rate as a number from 0 to below 1, got {rate!r}: 0.5 drops half of the features"

@@ -1,4 +1,4 @@
-"""Token embedding as a cell without a state, so that a stack can begin with tokens."""
+"""Token embedding as a cell without a state, so that the first layer of a stack can read tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seqjax.cells.fields import check_fields
 
 
 class EmbeddingParams(NamedTuple):
-    """One row for each token."""
+    """One row per token."""
 
     E: Float[Array, "vocabulary d"]
 
@@ -22,16 +22,18 @@ class EmbeddingParams(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-    """Looks a token up, o_t = E[x_t]. It carries no state: `stack([Embedding(v, d), LSTM(d, n)])` reads tokens.
+    """Looks up the vector of a token, o_t = E[x_t]; it has no state.
+
+    As the first layer, it lets a stack read tokens: `stack([Embedding(v, d), LSTM(d, n)])`.
 
     Args:
         vocabulary: number of tokens v; a token is an integer in 0..v-1.
         features: d, the length of a token's vector.
-        dtype: of the vectors.
+        dtype: the dtype of the vectors.
 
     Raises:
         ValueError: a size is not positive.
-        TypeError (from `step`): the input is not a whole number.
+        TypeError (from `step`): the input is not an integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -59,14 +61,15 @@ class Embedding:
         return EmbeddingParams(jax.random.normal(key, (self.vocabulary, self.features), self.dtype))
 
     def initial_state(self, params: EmbeddingParams) -> tuple[()]:
-        """Nothing is carried."""
+        """There is no state."""
         return ()
 
     def step(
         self, params: EmbeddingParams, state: tuple[()], x: Int[Array, ""]
     ) -> tuple[tuple[()], Float[Array, " d"]]:
-        """The row of the token. A token outside the vocabulary gives NaN, which training reports, not another row."""
+        """The row of the token; NaN for a token outside the vocabulary."""
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"expected whole-number tokens in Embedding.step, got {x.dtype}: x.astype(int)")
+        # Plain indexing would clip or wrap a wrong token to another row. Training detects and reports NaN.
         return state, params.E.at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

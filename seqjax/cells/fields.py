@@ -1,21 +1,26 @@
-"""Checks on the fields of a cell, shared by every cell and head: wrong options are refused when the cell is built."""
+"""Checks on the fields of a cell, shared by all cells and heads. They reject wrong options when the cell is built."""
 
 from __future__ import annotations
 
-import operator
-
 import jax.numpy as jnp
+
+from seqjax.cells.whole_numbers import whole_number
 
 
 def check_fields(part: object, sizes: tuple[str, ...], **choices: tuple[str, ...]) -> None:
-    """Refuses sizes that are not positive whole numbers and options that are not among their choices.
+    """Checks the sizes, options and dtypes of a cell or head.
 
-    Sizes are kept as plain integers and dtypes as their names, so that equal cells are equal however they were spelled:
-    `LSTM(2, 3, dtype=jnp.float32) == LSTM(2, 3)`.
+    Stores sizes as plain integers and dtypes as their names, so that cells with the same options are equal and share
+    compiled code: `LSTM(2, 3, dtype=jnp.float32) == LSTM(2, 3)`.
+
+    Args:
+        part: the cell or head, a frozen dataclass.
+        sizes: the names of the fields that are sizes.
+        **choices: the allowed values of each field that is an option.
 
     Raises:
-        ValueError: a size or an option is wrong.
-        TypeError: a dtype is not a floating-point one.
+        ValueError: a size is not a positive whole number, or an option is not one of its choices.
+        TypeError: a dtype is not floating-point.
     """
     kind = type(part).__name__
     check_sizes(part, *sizes)
@@ -31,20 +36,19 @@ def check_fields(part: object, sizes: tuple[str, ...], **choices: tuple[str, ...
             raise TypeError(
                 f"expected {kind} {name} to be floating-point, got {dtype.name}: use float32, float64 or bfloat16"
             )
-        object.__setattr__(part, name, dtype.name)
+        object.__setattr__(part, name, dtype.name)  # the dataclass is frozen
 
 
 def check_sizes(part: object, *sizes: str) -> None:
-    """Refuses sizes that are not positive whole numbers, and keeps them as plain integers."""
+    """Checks that sizes are positive whole numbers, and stores them as plain integers."""
     for name in sizes:
         value = getattr(part, name)
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-            raise ValueError(f"expected {type(part).__name__} {name} to be a whole number of at least 1, got {value!r}")
-        object.__setattr__(part, name, operator.index(value))
+        object.__setattr__(part, name, whole_number(f"{type(part).__name__} {name}", value))
 
 
 def check_chrono(part: object) -> None:
-    """Refuses a longest time span that leaves chrono initialisation nothing to draw from."""
+    """Checks that `chrono` is at least 3."""
+    # The biases are ln U[1, chrono - 1], and this interval is empty or a point for a smaller value.
     chrono = getattr(part, "chrono", None)
     if chrono is not None and chrono < 3:
         raise ValueError(

@@ -1,10 +1,9 @@
-"""The gated recurrent unit (Cho et al. 2014). Several different cells carry this name; here each has its own.
+"""The gated recurrent unit (Cho et al. 2014). Several different cells have this name; two options select one of them.
 
-Two choices tell them apart. `reset`: the reset gate acts before the recurrent matrix product, U (r * h), or after it,
-r * (U h + b_hn). `update`: the update gate z keeps the old state, h' = (1 - z) h~ + z h, or writes the new one,
-h' = (1 - z) h + z h~.
+`reset`: the reset gate acts before the recurrent matrix product, U (r * h), or after it, r * (U h + b_hn). `update`:
+the update gate z keeps the old state, h' = (1 - z) h~ + z h, or writes the new one, h' = (1 - z) h + z h~.
 
-| reset, update    | who                                             |
+| reset, update    | used by                                         |
 |------------------|-------------------------------------------------|
 | after, keeps     | torch, cuDNN, flax, equinox, Keras              |
 | before, writes   | Chung et al. 2014, haiku, most lecture notes    |
@@ -36,7 +35,7 @@ class GRUParams(NamedTuple):
     W_xh: Float[Array, "3n d"]
     W_hh: Float[Array, "3n n"]
     b_h: Float[Array, " 3n"]
-    b_hn: Float[Array, " n"] | None = None  # inside the reset gate's product, so only where reset is "after"
+    b_hn: Float[Array, " n"] | None = None  # multiplied by the reset gate, so only if reset is "after"
 
 
 class GRUState(NamedTuple):
@@ -71,7 +70,7 @@ def gru_gates(
         state: h_{t-1} (n,).
         x: x_t (d,).
         reset: "after" or "before".
-        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
+        compute_dtype: the dtype of the operands of the products, such as "bfloat16"; None for no conversion.
 
     Returns:
         `GRUGates`, (n,) each.
@@ -91,6 +90,7 @@ def gru_gates(
     h, n = state.h, state.h.size
     x = as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU")
     x_r, x_z, x_n = jnp.split(product(W_xh, x, compute_dtype) + b_h, 3)
+    # With reset "before", the rows of h~ multiply r * h, which needs r first.
     from_h = product(W_hh if reset == "after" else W_hh[: 2 * n], h, compute_dtype)
     r, z = jax.nn.sigmoid(x_r + from_h[:n]), jax.nn.sigmoid(x_z + from_h[n : 2 * n])
     if reset == "before":
@@ -118,7 +118,7 @@ def gru_step(
         x: x_t (d,).
         reset: "after" or "before" the recurrent matrix product.
         update: whether z "keeps" the old state or "writes" the new one.
-        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
+        compute_dtype: the dtype of the operands of the products, such as "bfloat16"; None for no conversion.
 
     Returns:
         The new state and the output, which is h_t (n,).
@@ -144,21 +144,21 @@ def gru_step(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class GRU:
-    """The GRU cell, h_t between h_{t-1} and h~ as the update gate z says.
+    """The GRU cell; h_t is a weighted mean of h_{t-1} and h~, and the update gate z sets the weight.
 
     Args:
         input_size: d, features of one input.
         hidden_size: n, hidden units.
         reset: the reset gate acts "after" the recurrent product (torch, flax, Keras) or "before" it (Chung et al.).
-        update: z "keeps" the old state or "writes" the new one; by default the usual partner of `reset`, "keeps" with
-            "after" and "writes" with "before".
-        chrono: the longest span to remember, in steps; then the bias of z is ln U[1, chrono - 1], negative where z
-            writes (Tallec and Ollivier 2018). None for zero.
+        update: z "keeps" the old state or "writes" the new one. The default depends on `reset`: "keeps" if it is
+            "after", "writes" if it is "before".
+        chrono: the longest span to remember, in steps. If set, the bias of z is ln U[1, chrono - 1], with a minus sign
+            if z writes (Tallec and Ollivier 2018). None for a bias of zero.
         input_init: draws the input matrix of each gate.
         recurrent_init: draws the recurrent matrix of each gate.
-        dtype: of the parameters, and so of the state.
-        compute_dtype: of the operands of the matrix products, such as "bfloat16"; their sums, and so the state, keep
-            `dtype`. None computes in `dtype` throughout.
+        dtype: the dtype of the parameters and of the state.
+        compute_dtype: the dtype of the operands of the matrix products, such as "bfloat16". The sums of the products
+            and the state have `dtype`. None for `dtype` everywhere.
 
     Raises:
         ValueError: a size is not positive, an option is unknown, or `chrono` is below 3.
@@ -194,7 +194,7 @@ class GRU:
         return (self.input_size,)
 
     def init(self, key: Array) -> GRUParams:
-        """Draws each gate's matrices on its own, and the biases."""
+        """Draws the matrices of each gate separately, and the biases."""
         key_x, key_h, key_b = jax.random.split(key, 3)
         d, n = self.input_size, self.hidden_size
         b_z = jnp.zeros(n, self.dtype)
@@ -212,9 +212,25 @@ class GRU:
         return GRUState(jnp.zeros_like(params.W_hh, shape=params.W_hh.shape[1]))
 
     def step(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> tuple[GRUState, Float[Array, " n"]]:
-        """`gru_step` with this cell's conventions."""
+        """`gru_step` with this cell's options."""
+        # `update` is never None after __post_init__; `or` tells this to the type checker.
         return gru_step(params, state, x, self.reset, self.update or "keeps", self.compute_dtype)
 
+    @property
+    def gate_roles(self) -> dict[str, str]:
+        """The roles of the gates, by the names that `gates` uses.
+
+        The reset gate "reads" the old state. The update gate z "keeps" h_{t-1} if it multiplies it, and "replaces" it
+        if 1 - z multiplies it. The "candidate" is signed: a new value and not a switch.
+        """
+        update = "keeps" if self.update == "keeps" else "replaces"
+        return {"reset": "reads", "update": update, "candidate": "candidate"}
+
+    @property
+    def memory(self) -> str:
+        """The field of the state that the update gate multiplies."""
+        return "h"
+
     def gates(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> dict[str, Array]:
-        """The activations by name: reset, update, candidate."""
+        """The gate activations by name: reset, update, candidate."""
         return gru_gates(params, state, x, self.reset, self.compute_dtype)._asdict()

@@ -1,4 +1,4 @@
-"""A learned initial state for any cell: h_0 as an ordinary parameter with a gradient."""
+"""A learned initial state for any cell: h_0 is an ordinary parameter and has a gradient."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import strong_type
+from seqjax.cell import Output, Params, State, inherited, strong_type
 
 
 class LearnedStateParams(NamedTuple):
     """The cell's own parameters, and its initial state."""
 
-    cell: PyTree
-    state: PyTree
+    cell: Params
+    state: State
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LearnedState:
-    """Any cell, with its initial state among the parameters. It begins at the cell's own initial state.
+    """A cell whose initial state is a parameter. It starts as the initial state of the inner cell.
 
     Args:
-        cell: the cell; its state must hold floating-point numbers for the gradient to exist.
+        cell: the inner cell; its state must be floating-point so that the gradient exists.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -36,43 +36,49 @@ class LearnedState:
         True
     """
 
-    cell: Any
+    cell: Any  # a cell; Any, because `Cell` does not declare the optional attributes
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """That of the cell."""
-        return self.cell.input_shape
+        """The input shape of the inner cell."""
+        return inherited(self.cell, "input_shape")
 
     @property
     def hidden_size(self) -> int:
-        """That of the cell."""
-        return self.cell.hidden_size
+        """The hidden size of the inner cell."""
+        return inherited(self.cell, "hidden_size")
 
     @property
     def input_size(self) -> int:
-        """That of the cell."""
-        return self.cell.input_size
+        """The input size of the inner cell."""
+        return inherited(self.cell, "input_size")
 
     def init(self, key: Array) -> LearnedStateParams:
-        """The cell's parameters, and its initial state as one more."""
+        """Draws the parameters of the inner cell, and adds its initial state to them."""
         params = self.cell.init(key)
+        # A weakly typed parameter would change its type in the first optimizer update and compile training twice.
         return LearnedStateParams(params, strong_type(self.cell.initial_state(params)))
 
-    def initial_state(self, params: LearnedStateParams) -> PyTree:
-        """The learned one."""
+    def initial_state(self, params: LearnedStateParams) -> State:
+        """The learned state."""
         return params.state
 
-    def step(self, params: LearnedStateParams, state: PyTree, x: PyTree, *noise: PyTree) -> tuple[PyTree, PyTree]:
-        """The cell's step."""
+    def step(self, params: LearnedStateParams, state: State, x: PyTree, *noise: PyTree) -> tuple[State, Output]:
+        """The step of the inner cell."""
         return self.cell.step(params.cell, state, x, *noise)
 
     @property
     def noise(self) -> Callable[[Array], PyTree]:
-        """The cell's noise, where it draws some."""
-        return self.cell.noise
+        """The noise of the inner cell, if it draws some."""
+        return inherited(self.cell, "noise")
 
     @property
-    def gates(self) -> Callable[[Any, Any, Any], dict[str, Array]]:
-        """The cell's gates, where it names them."""
-        gates = self.cell.gates
+    def gates(self) -> Callable[[LearnedStateParams, State, PyTree], dict[str, Array]]:
+        """The gates of the inner cell, if it names them."""
+        gates = inherited(self.cell, "gates")
         return lambda params, state, x: gates(params.cell, state, x)
+
+    @property
+    def gate_roles(self) -> dict[str, str]:
+        """The roles of the inner cell's gates, if it declares them, by the same names."""
+        return inherited(self.cell, "gate_roles")

@@ -1,7 +1,7 @@
 """The long short-term memory (Hochreiter and Schmidhuber 1997; forget gate by Gers, Schmidhuber and Cummins 2000).
 
-The cell state moves by addition, c_t = f * c_{t-1} + i * c~, so where the forget gate stays near one the gradient
-passes through many steps without a product of weight matrices.
+The update of the cell state is additive, c_t = f * c_{t-1} + i * c~. While the forget gate is near one, the gradient
+therefore passes through many steps without a product of weight matrices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LSTMParams(NamedTuple):
 
 
 class LSTMState(NamedTuple):
-    """The hidden state and the cell state: both are carried, and both belong to every Jacobian."""
+    """The hidden state and the cell state: both are part of the state, and of every Jacobian."""
 
     h: Float[Array, " n"]
     c: Float[Array, " n"]
@@ -56,7 +56,7 @@ def lstm_gates(
         params: W_xh (4n, d), W_hh (4n, n), b_h (4n,), rows in the order i, f, c~, o.
         state: h_{t-1} and c_{t-1}, (n,) each.
         x: x_t (d,).
-        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
+        compute_dtype: the dtype of the operands of the products, such as "bfloat16"; None for no conversion.
 
     Returns:
         `LSTMGates`, (n,) each.
@@ -75,6 +75,7 @@ def lstm_gates(
     """
     W_xh, W_hh, b_h = params
     x = as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM")
+    # W_xh x + b_h is added first: it does not depend on the state, so it is computed for all steps before the loop.
     a = product(W_xh, x, compute_dtype) + b_h + product(W_hh, state.h, compute_dtype)
     i, f, g, o = jnp.split(a, 4)
     return LSTMGates(jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o))
@@ -91,7 +92,7 @@ def lstm_step(
         params: W_xh (4n, d), W_hh (4n, n), b_h (4n,), rows in the order i, f, c~, o.
         state: h_{t-1} and c_{t-1}, (n,) each.
         x: x_t (d,).
-        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
+        compute_dtype: the dtype of the operands of the products, such as "bfloat16"; None for no conversion.
 
     Returns:
         The new state (h_t, c_t) and the output, which is h_t (n,).
@@ -119,19 +120,19 @@ def lstm_step(
 class LSTM:
     """The LSTM cell, c_t = f * c_{t-1} + i * c~ and h_t = o * tanh(c_t).
 
-    There is one bias a gate, as in the equations; torch keeps two, whose sum is this one.
+    Each gate has one bias, as in the equations. The two biases of torch add up to this one.
 
     Args:
         input_size: d, features of one input.
         hidden_size: n, hidden units.
-        forget_bias: b_f at the start; 1 keeps the forget gate open at sigma(1) = 0.73 (Jozefowicz et al. 2015).
-        chrono: the longest span to remember, in steps; then b_f ~ ln U[1, chrono - 1] and b_i = -b_f, and
+        forget_bias: the initial b_f; with 1, the forget gate starts near sigma(1) = 0.73 (Jozefowicz et al. 2015).
+        chrono: the longest span to remember, in steps. If set, b_f ~ ln U[1, chrono - 1] and b_i = -b_f, and
             `forget_bias` is not used (Tallec and Ollivier 2018).
         input_init: draws the input matrix of each gate.
         recurrent_init: draws the recurrent matrix of each gate.
-        dtype: of the parameters, and so of the state.
-        compute_dtype: of the operands of the matrix products, such as "bfloat16"; their sums, and so the state, keep
-            `dtype`. None computes in `dtype` throughout.
+        dtype: the dtype of the parameters and of the state.
+        compute_dtype: the dtype of the operands of the matrix products, such as "bfloat16". The sums of the products
+            and the state have `dtype`. None for `dtype` everywhere.
 
     Raises:
         ValueError: a size is not positive, or `chrono` is below 3.
@@ -163,14 +164,14 @@ class LSTM:
         return (self.input_size,)
 
     def init(self, key: Array) -> LSTMParams:
-        """Draws each gate's matrices on its own, and the biases."""
+        """Draws the matrices of each gate separately, and the biases."""
         key_x, key_h, key_b = jax.random.split(key, 3)
         d, n = self.input_size, self.hidden_size
         if self.chrono is None:
             b_f, b_i = jnp.full(n, self.forget_bias, self.dtype), jnp.zeros(n, self.dtype)
         else:
             b_f = chrono_bias(key_b, n, self.chrono, self.dtype)
-            b_i = -b_f
+            b_i = -b_f  # so that i = 1 - f at first, as in a leaky integrator
         return LSTMParams(
             W_xh=gate_matrices(self.input_init, key_x, 4, (n, d), self.dtype),
             W_hh=gate_matrices(self.recurrent_init, key_h, 4, (n, n), self.dtype),
@@ -186,6 +187,20 @@ class LSTM:
         """`lstm_step`."""
         return lstm_step(params, state, x, self.compute_dtype)
 
+    @property
+    def gate_roles(self) -> dict[str, str]:
+        """The roles of the gates, by the names that `gates` uses.
+
+        The forget gate "keeps" c_{t-1}, and the output gate "reads" c_t. The input gate "writes" the "candidate", which
+        is signed: a new value and not a switch. The input gate is independent of the forget gate: i is not 1 - f.
+        """
+        return {"input": "writes", "forget": "keeps", "candidate": "candidate", "output": "reads"}
+
+    @property
+    def memory(self) -> str:
+        """The field of the state that the forget gate multiplies."""
+        return "c"
+
     def gates(self, params: LSTMParams, state: LSTMState, x: Float[Array, " d"]) -> dict[str, Array]:
-        """The activations by name: input, forget, candidate, output."""
+        """The gate activations by name: input, forget, candidate, output."""
         return lstm_gates(params, state, x, self.compute_dtype)._asdict()

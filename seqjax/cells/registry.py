@@ -1,4 +1,4 @@
-"""The recurrent cells that seqjax exports, for whoever lists them: the command line, benchmarks and tests."""
+"""The recurrent cells that seqjax exports, for the command line, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import dataclasses
 def exported_cells() -> dict[str, type]:
     """The cells of `seqjax` that have an input size and a hidden size, by the name of their module.
 
-    A new cell needs one file in `seqjax/cells` and one line of export in `seqjax/__init__.py`; it is listed here then.
+    A new cell needs one file in `seqjax/cells` and one line of export in `seqjax/__init__.py`. Then it is listed here.
 
     Returns:
-        Classes by name, to be built with (input_size, hidden_size).
+        Classes by name; their first two arguments are input_size and hidden_size.
 
     Example:
         >>> from seqjax.cells.registry import exported_cells
         >>> {"gru", "lstm", "vanilla"} <= set(exported_cells())
         True
     """
-    import seqjax  # it imports this package, so it cannot be imported before
+    import seqjax  # not at the top of the file, because seqjax imports this package
 
     classes = [value for value in vars(seqjax).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
     return {

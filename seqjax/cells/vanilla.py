@@ -47,7 +47,7 @@ def vanilla_step(
         state: h_{t-1} (n,).
         x: x_t (d,).
         activation: phi, one of "tanh", "relu", "identity".
-        compute_dtype: of the operands of the products, such as "bfloat16"; None leaves them as they are.
+        compute_dtype: the dtype of the operands of the products, such as "bfloat16"; None for no conversion.
 
     Returns:
         The new state and the output, which is h_t (n,).
@@ -66,6 +66,7 @@ def vanilla_step(
     """
     W_xh, W_hh, b_h = params
     x = as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN")
+    # W_xh x + b_h is added first: it does not depend on the state, so it is computed for all steps before the loop.
     a = product(W_xh, x, compute_dtype) + b_h + product(W_hh, state.h, compute_dtype)
     h = ACTIVATIONS[activation](a)
     return VanillaState(h), h
@@ -81,13 +82,13 @@ class VanillaRNN:
         hidden_size: n, hidden units.
         activation: phi, one of "tanh", "relu", "identity".
         input_init: draws W_xh.
-        recurrent_init: draws W_hh; `sj.SpectralRadius(0.9)` sets its largest eigenvalue.
-        dtype: of the parameters, and so of the state.
-        compute_dtype: of the operands of the matrix products, such as "bfloat16"; their sums, and so the state, keep
-            `dtype`. None computes in `dtype` throughout.
+        recurrent_init: draws W_hh; `sj.SpectralRadius(0.9)` sets the modulus of its largest eigenvalue.
+        dtype: the dtype of the parameters and of the state.
+        compute_dtype: the dtype of the operands of the matrix products, such as "bfloat16". The sums of the products
+            and the state have `dtype`. None for `dtype` everywhere.
 
     Raises:
-        ValueError: a size is not positive, or a name is unknown.
+        ValueError: a size is not positive, or the activation is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj

@@ -1,4 +1,4 @@
-"""One check for sizes, counts and numbers of steps, so that all of them accept and refuse the same values."""
+"""One check for sizes, counts and numbers of steps, so that all of them accept and reject the same values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def whole_number(
     """Returns `value` as a plain integer.
 
     Args:
-        name: what the number is, for the message.
-        value: any whole number, also one of numpy or a JAX array of size one; a boolean is not a number.
-        least, most: the range, both ends included; None for no upper end.
-        hint: the likely fix, which ends the message.
+        name: the name of the number in the message.
+        value: an integer of Python or numpy, or a JAX array of size one. A boolean is not accepted.
+        least, most: the limits of the range, both included; None for no upper limit.
+        hint: the likely fix, at the end of the message.
         expected: replaces the part of the message that describes the number and its range.
 
     Raises:
@@ -31,7 +31,7 @@ def whole_number(
         Traceback (most recent call last):
         ValueError: expected k to be a whole number from 1 to 5, got 2.5: k=5 gives all
     """
-    number = _as_integer(value)
+    number = as_integer(value)
     if number is None or number < least or (most is not None and number > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
         expected = expected or f"{name} to be a whole number {limits}"
@@ -39,10 +39,11 @@ def whole_number(
     return number
 
 
-def _as_integer(value: object) -> int | None:
-    if isinstance(value, bool | np.bool_):  # Python's True has an index, 1
+def as_integer(value: object) -> int | None:
+    """`value` as a plain integer, or None if it is not a whole number."""
+    if isinstance(value, bool | np.bool_):  # operator.index(True) is 1
         return None
-    # `hasattr(value, "__index__")` is no test: every array has the method, and arrays of fractions raise in it.
+    # `hasattr(value, "__index__")` is not enough: every array has this method, but floating-point arrays raise in it.
     try:
         return operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:

@@ -25,9 +25,8 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from seqjax.command import character_model
 from seqjax.command.character_model import Settings
-from seqjax.command.job import Job, begin, restore, resume, work
-from seqjax.command.run_folder import Run, RunError
-from seqjax.command.run_report import compare_runs, report_run
+from seqjax.command.job import Job, begin, resume, work
+from seqjax.command.run_folder import Run, RunError, restore
 from seqjax.data.text import decode, encode, manual_topics, read_text, unigram_entropy
 from seqjax.training.loop import Metrics, NotFinite
 
@@ -190,12 +189,16 @@ def score(command: Score) -> int:
 
 def report(command: Report) -> int:
     """Writes the report on a run and prints its path."""
+    from seqjax.command.run_report import report_run
+
     print(report_run(command.run, command.out))
     return 0
 
 
 def compare(command: Compare) -> int:
     """Writes the page that compares several runs and prints its path."""
+    from seqjax.command.run_report import compare_runs
+
     print(compare_runs(command.runs, command.out))
     return 0
 
@@ -259,6 +262,8 @@ def _conclude(job: Job, console: Console) -> None:
 
 
 def _add_report(path: Path, console: Console) -> None:
+    from seqjax.command.run_report import report_run
+
     try:
         console.print(f"report: {report_run(path)}")
     except Exception as error:  # noqa: BLE001 - a report that fails must not hide that the training is saved

@@ -15,7 +15,7 @@ import numpy as np
 
 from seqjax.command import character_model
 from seqjax.command.character_model import Settings
-from seqjax.command.run_folder import MetricsTable, Run, RunError
+from seqjax.command.run_folder import MetricsTable, Run, RunError, restore
 from seqjax.data.text import Corpus, encode, split
 from seqjax.models.model import Model
 from seqjax.training.loop import Metrics, TrainState
@@ -101,16 +101,6 @@ def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
     if run.settings != stored.settings:
         run.write_settings()
     return job
-
-
-def restore(run: Run) -> tuple[Model, TrainState]:
-    """The model of a run and its last state.
-
-    Raises:
-        RunError: there is no finished checkpoint.
-    """
-    model = character_model.build(run.settings, run.corpus.vocabulary)
-    return model, run.restore(character_model.first_state(run.settings, model))
 
 
 def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:

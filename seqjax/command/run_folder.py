@@ -26,8 +26,9 @@ import jax
 import numpy as np
 
 from seqjax import kernels
-from seqjax.command.character_model import Settings, build
+from seqjax.command.character_model import Settings, build, first_state
 from seqjax.data.text import Corpus
+from seqjax.models.model import Model
 from seqjax.sequence.explain import explain
 from seqjax.training.loop import Metrics, TrainState
 
@@ -192,6 +193,16 @@ class Run:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def restore(run: Run) -> tuple[Model, TrainState]:
+    """The model of a run and its last state.
+
+    Raises:
+        RunError: there is no finished checkpoint.
+    """
+    model = build(run.settings, run.corpus.vocabulary)
+    return model, run.restore(first_state(run.settings, model))
 
 
 class MetricsTable:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from seqjax.command.job import restore
-from seqjax.command.run_folder import Run
+from seqjax.command.run_folder import Run, restore
 from seqjax.data.batch import Batch
 from seqjax.data.text import encode, manual_topics, read_text, split, unigram_entropy
 from seqjax.models.model import Model, ModelParams

@@ -1,4 +1,4 @@
-"""Real text, digits, and the synthetic tasks, as streams of batches."""
+"""Text, digits and synthetic tasks, as streams of batches."""
 
 from .batching import batches as batches
 from .batching import pad as pad

@@ -1,38 +1,51 @@
-"""One batch of sequences with what is to be predicted from them; an iterable of batches is a stream."""
+"""One batch of sequences with their targets. An iterable of batches is a stream."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
-from jaxtyping import Bool, PyTree
+import jax
+from jaxtyping import PyTree
+
+from seqjax.cell import State
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("xs", "targets", "mask", "reset"),
+    meta_fields=("continues",),
+)
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A batch of sequences and what is to be predicted from them.
+    """A batch of sequences and their targets.
+
+    A batch is a pytree: `jax.device_put(batch, sharding)`, `jax.tree.map`, `jax.jit` and `jax.vmap` accept it.
+    `continues` is static.
 
     Args:
         xs: inputs, leaves (batch, time, ...).
-        targets: y, leaves (batch, time, ...), or (batch, ...) for a loss that reads one output a sequence.
-        mask: valid steps (batch, time); None where all are.
-        reset: steps before which the state starts anew (batch, time); None for no such step.
-        continues: whether these sequences go on where those of the batch before stopped.
+        targets: y, leaves (batch, time, ...), or (batch, ...) for a loss that reads one output per sequence.
+        mask: valid steps (batch, time); None if all steps are valid.
+        reset: steps before which the state starts anew (batch, time); None if there is no such step.
+        continues: whether these sequences continue those of the previous batch.
     """
 
+    # `PyTree` for the flags too, because JAX also builds batches of shapes, shardings and stacked arrays.
     xs: PyTree
     targets: PyTree
-    mask: Bool[Any, "batch time"] | None = None
-    reset: Bool[Any, "batch time"] | None = None
+    mask: PyTree = None
+    reset: PyTree = None
     continues: bool = False
 
 
-def check_batch(batch: Any, carried: Any) -> Any:
-    """Returns the state that a batch goes on from: the one carried over, or None where it starts afresh.
+def check_batch(batch: Any, carried: State | None) -> State | None:
+    """Returns the state from which a batch starts: the carried one if it continues, otherwise None.
 
     Raises:
-        TypeError: it is not a batch.
-        ValueError: it continues, and there is nothing to continue.
+        TypeError: `batch` is not a `Batch`.
+        ValueError: the batch continues, and no state is carried.
     """
     if not isinstance(batch, Batch):
         raise TypeError(f"expected a stream of sj.Batch, got {type(batch).__name__}: sj.Batch(xs, targets)")

@@ -1,4 +1,4 @@
-"""Batches out of sequences: padded to a common length, alike in length, shuffled, epoch after epoch."""
+"""Batches of sequences of similar length, padded and shuffled."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from seqjax.data.batch import Batch
 
 
 def pad(sequences: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences of different lengths as one array, zeros behind the shorter ones, and the mask of what is not padding.
+    """Pads sequences of different lengths with zeros at the end, and returns the mask of the valid steps.
 
     Args:
-        sequences: arrays (time_b, ...) that agree in all but the time.
+        sequences: arrays (time_b, ...); only the time may differ.
 
     Returns:
         The array (batch, longest time, ...) and the mask (batch, longest time).
 
     Raises:
-        ValueError: there is no sequence, or they disagree in their features.
+        ValueError: there is no sequence, or the features of the sequences differ.
 
     Example:
         >>> import seqjax as sj
@@ -36,6 +36,7 @@ def pad(sequences: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"expected sequences (time, ...) with the same features, got {[a.shape for a in arrays[:5]]}")
     lengths = np.array([len(array) for array in arrays])
     mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
+    # An empty list becomes float64, so empty arrays must not decide the dtype of tokens.
     padded = np.zeros(
         (*mask.shape, *shapes.pop()), np.result_type(*([array for array in arrays if array.size] or arrays))
     )
@@ -52,18 +53,20 @@ def batches(
     passes: int | None = 1,
     sort: bool = True,
 ) -> Iterator[Batch]:
-    """Length-sorted, padded batches: sequences of like length together, so that little is padding.
+    """Padded batches of sequences of similar length, so that there is little padding.
 
     Args:
         sequences: arrays (time_b, ...).
-        targets: for each sequence one label, or an array (time_b, ...) with one target a step, which is padded alike.
-        batch: sequences in a batch; the last of a pass may hold fewer.
-        seed: shuffles the sequences of equal length and the order of the batches, anew in each pass; None keeps it.
-        passes: over the sequences; None for no end.
-        sort: by length; False leaves the order to the shuffle alone.
+        targets: one target per sequence, or for each sequence an array (time_b, ...) with one target per step, which is
+            padded like the sequence.
+        batch: sequences per batch; the last batch of a pass may be smaller.
+        seed: shuffles the sequences of equal length and the order of the batches, differently in each pass. None for no
+            shuffle.
+        passes: the number of passes over the sequences; None for an endless stream.
+        sort: sort by length. With False, only the shuffle sets the order.
 
     Yields:
-        `Batch` with a mask, or without one where all sequences have one length.
+        `Batch`, with a mask if the lengths of its sequences differ.
 
     Raises:
         ValueError: the numbers of sequences and targets differ, or a size is not positive.
@@ -74,13 +77,14 @@ def batches(
         [(2, 1), (2, 3)]
     """
     if len(sequences) != len(targets) or not len(sequences):
-        raise ValueError(f"expected one target a sequence, got {len(targets)} for {len(sequences)} sequences")
+        raise ValueError(f"expected one target per sequence, got {len(targets)} for {len(sequences)} sequences")
     if batch < 1:
         raise ValueError(f"expected batch of at least 1, got {batch}")
     arrays = [np.asarray(sequence) for sequence in sequences]
-    wanted = [np.asarray(target) for target in targets]
+    labels = [np.asarray(target) for target in targets]
     lengths = np.array([len(array) for array in arrays])
-    by_step = all(target.ndim and len(target) == n for target, n in zip(wanted, lengths, strict=True))
+    # If only some targets have the length of their sequence, that is chance: they are vectors.
+    per_step = all(label.ndim and len(label) == n for label, n in zip(labels, lengths, strict=True))
 
     def stream() -> Iterator[Batch]:
         random = None if seed is None else np.random.default_rng(seed)
@@ -88,13 +92,14 @@ def batches(
         while passes is None or done < passes:
             order = np.arange(len(arrays)) if random is None else random.permutation(len(arrays))
             if sort:
+                # A stable sort leaves sequences of equal length in their shuffled order.
                 order = order[np.argsort(lengths[order], kind="stable")]
             groups = [order[i : i + batch] for i in range(0, len(order), batch)]
             if random is not None:
                 random.shuffle(groups)
             for rows in groups:
                 xs, mask = pad([arrays[i] for i in rows])
-                ys = pad([wanted[i] for i in rows])[0] if by_step else np.stack([wanted[i] for i in rows])
+                ys = pad([labels[i] for i in rows])[0] if per_step else np.stack([labels[i] for i in rows])
                 yield Batch(xs, ys, None if mask.all() else mask)
             done += 1
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Digits(NamedTuple):
-    """Images as sequences, row by row.
+    """Images as sequences, read row by row.
 
     Attributes:
         xs: pixels in [0, 1], (count, 64, 1).
@@ -20,11 +20,11 @@ class Digits(NamedTuple):
 
 
 def digits(*, test_share: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:
-    """The 1797 handwritten digits of 8 x 8 pixels, as sequences of 64 steps: for training, and for testing.
+    """The 1797 handwritten digits of 8 x 8 pixels, as sequences of 64 steps, split into training and test digits.
 
     Args:
-        test_share: the part kept for testing.
-        seed: of the shuffle that decides which.
+        test_share: the fraction of the digits that is used for testing.
+        seed: the seed of the random split.
 
     Returns:
         Training and test digits.
@@ -50,6 +50,7 @@ def digits(*, test_share: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:
             'expected scikit-learn for the digits, got none: pip install "seqjax[digits]"'
         ) from None
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    # The pixels are integers from 0 to 16.
     xs, labels = (pixels / 16).astype(np.float32)[..., None], labels.astype(np.int32)
     order = np.random.default_rng(seed).permutation(len(xs))
     first = round(len(xs) * test_share)

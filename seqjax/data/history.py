@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import PyTree
 
-LEAF_PREFIX = "grad_norm/"  # of the columns that hold the gradient norm of one leaf of the parameters
+LEAF_PREFIX = "grad_norm/"  # of the columns with the gradient norm of one leaf of the parameters
 
 
 def leaf_names(params: PyTree) -> list[str]:
@@ -14,5 +14,5 @@ def leaf_names(params: PyTree) -> list[str]:
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
     if len(set(names)) == len(names):
         return names
-    # Simple paths can coincide: {"a": {"b": _}, "a.b": _} would have the name "a.b" twice.
+    # Simple paths can be equal: {"a": {"b": _}, "a.b": _} would have the name "a.b" twice.
     return [jax.tree_util.keystr(path) for path in paths]

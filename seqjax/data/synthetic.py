@@ -1,9 +1,9 @@
-"""Tasks that need memory, with the score of doing nothing known in closed form (Hochreiter and Schmidhuber 1997)."""
+"""Tasks that need memory. The loss without memory has a closed form (Hochreiter and Schmidhuber 1997)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -12,25 +12,25 @@ from jaxtyping import Array
 
 from seqjax.data.batch import Batch
 
-ADDING_BASELINE = 1 / 6  # the variance of the sum of two U[0, 1]: the mean squared error of always answering 1
+ADDING_BASELINE = 1 / 6  # the variance of the sum of two U[0, 1], which is the mean squared error of the constant 1
 
 
 def adding_problem(key: Array, batch: int, time: int) -> Iterator[Batch]:
-    """The sum of the two marked numbers among `time`: one mark falls in each half of the sequence.
+    """The adding problem: the target is the sum of two marked numbers, one in each half of the sequence.
 
     Args:
         key: a random key.
-        batch: sequences in a batch.
-        time: steps in a sequence, at least 2.
+        batch: sequences per batch.
+        time: steps per sequence, at least 2.
 
     Yields:
-        Without end, `Batch` with xs (batch, time, 2), a number in [0, 1] and its mark, and targets (batch, 1). Always
-        answering 1 has a mean squared error of 1/6, `ADDING_BASELINE`.
+        `Batch`, endlessly. xs (batch, time, 2) are numbers in [0, 1] and their marks, 0 or 1; targets are (batch, 1).
+        The constant prediction 1 has a mean squared error of 1/6, `ADDING_BASELINE`.
 
     Raises:
         ValueError: `time` is below 2.
 
-    Source: Hochreiter and Schmidhuber 1997; the form used here is that of Le, Jaitly and Hinton 2015.
+    Source: Hochreiter and Schmidhuber 1997, in the form of Le, Jaitly and Hinton 2015.
 
     Example:
         >>> import jax, seqjax as sj
@@ -44,22 +44,22 @@ def adding_problem(key: Array, batch: int, time: int) -> Iterator[Batch]:
 
 
 def copy_memory(key: Array, batch: int, delay: int, symbols: int = 8) -> Iterator[Batch]:
-    """Ten symbols to be repeated after a delay: 10 symbols, `delay` - 1 blanks, a cue, 10 blanks.
+    """The copy task: repeat ten symbols after a delay. The input is 10 symbols, `delay` - 1 blanks, a cue, 10 blanks.
 
-    Tokens are 0 for blank, 1..symbols, and symbols + 1 for the cue; the target is blank until the cue has come and then
-    the ten symbols.
+    The token of a blank is 0, the symbols are 1..symbols, and the cue is symbols + 1. The target is blank until
+    after the cue, and then the ten symbols.
 
     Args:
         key: a random key.
-        batch: sequences in a batch.
+        batch: sequences per batch.
         delay: T, steps from the last symbol to the cue, at least 1.
-        symbols: how many different ones.
+        symbols: the number of different symbols.
 
     Yields:
-        Without end, `Batch` with xs and targets (batch, delay + 20). Remembering nothing costs `copy_baseline`.
+        `Batch`, endlessly, with xs and targets (batch, delay + 20). The loss without memory is `copy_baseline`.
 
     Raises:
-        ValueError: `delay` is below 1.
+        ValueError: `delay` or `symbols` is below 1.
 
     Source: Arjovsky, Shah and Bengio 2016.
 
@@ -75,7 +75,7 @@ def copy_memory(key: Array, batch: int, delay: int, symbols: int = 8) -> Iterato
 
 
 def copy_baseline(delay: int, symbols: int = 8) -> float:
-    """10 ln(symbols) / (delay + 20): nats a step of a model that knows when to speak but remembers nothing.
+    """10 ln(symbols) / (delay + 20) nats per step: the loss of a model without memory, which guesses the ten symbols.
 
     Example:
         >>> import seqjax as sj
@@ -85,10 +85,11 @@ def copy_baseline(delay: int, symbols: int = 8) -> float:
     return 10 * math.log(symbols) / (delay + 20)
 
 
-def _stream(draw, key: Array) -> Iterator[Batch]:
+def _stream(draw: Callable[[Array], tuple[Array, Array]], key: Array) -> Iterator[Batch]:
     draw = jax.jit(draw)
     n = 0
     while True:
+        # Batch n depends only on the key and on n, not on the batches before it.
         xs, targets = draw(jax.random.fold_in(key, n))
         yield Batch(xs, targets)
         n += 1
@@ -107,8 +108,8 @@ def _adding(batch: int, time: int, key: Array) -> tuple[Array, Array]:
 
 
 def _copy(batch: int, delay: int, symbols: int, key: Array) -> tuple[Array, Array]:
-    said = jax.random.randint(key, (batch, 10), 1, symbols + 1)
-    blank = partial(jnp.zeros, dtype=said.dtype)
-    cue = jnp.full((batch, 1), symbols + 1, said.dtype)
-    xs = jnp.concatenate([said, blank((batch, delay - 1)), cue, blank((batch, 10))], axis=1)
-    return xs, jnp.concatenate([blank((batch, delay + 10)), said], axis=1)
+    message = jax.random.randint(key, (batch, 10), 1, symbols + 1)
+    blank = partial(jnp.zeros, dtype=message.dtype)
+    cue = jnp.full((batch, 1), symbols + 1, message.dtype)
+    xs = jnp.concatenate([message, blank((batch, delay - 1)), cue, blank((batch, 10))], axis=1)
+    return xs, jnp.concatenate([blank((batch, delay + 10)), message], axis=1)

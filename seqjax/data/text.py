@@ -1,7 +1,7 @@
-"""Text as a stream of characters: the Python manual's topics, or any UTF-8 file.
+"""Text as a stream of characters: the topics of the Python manual, or any UTF-8 file.
 
-The manual ships with every Python, so training on real prose needs no network; its text differs a little from version
-to version, which the corpus's hash tells.
+Every Python includes the manual, so training on real prose needs no network. Its text differs slightly between versions
+of Python; the hash of the corpus identifies the text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from seqjax.data.batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text and its characters as whole numbers.
+    """A text, and its characters as integers.
 
     Args:
-        name: where it comes from.
-        text: all of it.
-        vocabulary: its distinct characters in order; the place of one is its token.
+        name: the source of the text.
+        text: the whole text.
+        vocabulary: the distinct characters of the text, sorted. The token of a character is its index.
 
     Example:
         >>> import seqjax as sj
@@ -41,7 +41,7 @@ class Corpus:
 
     @classmethod
     def of(cls, name: str, text: str) -> Corpus:
-        """The corpus of a text, with the vocabulary of its characters.
+        """Builds the corpus of a text, with the vocabulary of its characters.
 
         Raises:
             ValueError: the text is empty.
@@ -59,33 +59,35 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Of the text in UTF-8, to know it again."""
+        """The SHA-256 hash of the text in UTF-8, which identifies the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 class UnknownCharacter(ValueError):
-    """A text holds a character that the vocabulary lacks."""
+    """A text has a character that is not in the vocabulary."""
 
 
 def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
-    """Characters to tokens.
+    """Converts characters to tokens.
 
     Args:
-        text: to be encoded.
+        text: the text.
         vocabulary: the characters, in the order of their tokens.
-        name: of the text, for the message.
+        name: the name of the text in the message.
 
     Returns:
         Tokens (length,), int32.
 
     Raises:
-        UnknownCharacter: the text holds characters that the vocabulary lacks.
+        UnknownCharacter: the text has characters that are not in the vocabulary.
 
     Example:
         >>> import seqjax as sj
         >>> sj.data.encode("cab", "abc").tolist()
         [2, 0, 1]
     """
+    # UTF-32 has four bytes per character, so the search runs in numpy and not per character. "surrogatepass" lets
+    # unpaired surrogates through to the message below.
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     known = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
     order = np.argsort(known)
@@ -104,7 +106,7 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
 
 
 def decode(tokens: Sequence[int] | Int[Any, "..."], vocabulary: str) -> str:
-    """Tokens to characters.
+    """Converts tokens to characters.
 
     Example:
         >>> import seqjax as sj
@@ -118,9 +120,9 @@ def manual_topics() -> Corpus:
     """The topics of the Python manual, about half a million characters of technical English.
 
     Returns:
-        The corpus; its name carries the version of Python.
+        The corpus; its name includes the version of Python.
 
-    Source: `pydoc_data.topics` of the standard library, which `help("topics")` prints.
+    Source: `pydoc_data.topics` of the standard library, which `help("topics")` lists.
 
     Example:
         >>> import seqjax as sj
@@ -136,7 +138,7 @@ def manual_topics() -> Corpus:
 
 
 def read_text(path: str | Path) -> Corpus:
-    """Any UTF-8 file as a corpus.
+    """Reads a UTF-8 file as a corpus.
 
     Args:
         path: the file.
@@ -146,7 +148,7 @@ def read_text(path: str | Path) -> Corpus:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is empty or not UTF-8.
+        ValueError: the file is empty or not UTF-8.
 
     Example:
         >>> import pathlib, tempfile, seqjax as sj
@@ -166,10 +168,10 @@ def read_text(path: str | Path) -> Corpus:
 
 
 def unigram_entropy(tokens: Sequence[int] | Int[Any, " length"]) -> float:
-    """H = -sum_v p_v log2 p_v of the tokens' frequencies: the bits per token that a model without memory needs.
+    """H = -sum_v p_v log2 p_v of the token frequencies: the bits per token of the best model without memory.
 
     Args:
-        tokens: any whole numbers.
+        tokens: integers (length,).
 
     Returns:
         The entropy, in bits.
@@ -192,7 +194,7 @@ def unigram_entropy(tokens: Sequence[int] | Int[Any, " length"]) -> float:
 
 
 def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first 90 % to train on, the next 5 % to validate, the last 5 % to test.
+    """Splits tokens into training, validation and test data: the first 90 %, the next 5 % and the last 5 %.
 
     Example:
         >>> import numpy as np, seqjax as sj
@@ -206,20 +208,21 @@ def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def windows(
     tokens: np.ndarray, batch: int, window: int, *, passes: int | None = None, skip: int = 0
 ) -> Iterator[Batch]:
-    """Consecutive windows of a text, in `batch` rows side by side, each going on where the window before it stopped.
+    """Consecutive windows of a text in `batch` rows; each window continues the previous one.
 
-    Row b reads the b-th of `batch` equal stretches of the text. After each pass the rows start afresh at their
-    beginnings. Which window comes n-th depends on n alone, so a stream that is skipped to n goes on as an unbroken one.
+    The text is divided into `batch` equal parts, and row b reads part b. After each pass, every row starts again at the
+    beginning of its part. The n-th window depends only on n, so a stream that starts with `skip=n` yields the same
+    windows as one that has already yielded n.
 
     Args:
         tokens: the text (length,).
-        batch: rows.
-        window: steps in a window.
-        passes: over the text; None for no end.
-        skip: windows to leave out at the start.
+        batch: the number of rows.
+        window: steps per window.
+        passes: the number of passes over the text; None for an endless stream.
+        skip: the number of windows to skip at the start.
 
     Yields:
-        `Batch` with xs and targets (batch, window), the targets one step ahead.
+        `Batch` with xs and targets (batch, window); the targets are one step ahead.
 
     Raises:
         ValueError: the text is too short for one window.
@@ -245,8 +248,9 @@ def windows(
         n = skip
         while passes is None or n < passes * count:
             at = (n % count) * window
-            # The first window after a skip continues as well: who skips there brings the state along.
-            yield Batch(rows[:, at : at + window], ahead[:, at : at + window], continues=n % count > 0)
+            part = slice(at, at + window)
+            # The first window after a skip continues too: training that resumes there restores the state.
+            yield Batch(rows[:, part], ahead[:, part], continues=n % count > 0)
             n += 1
 
     return stream()

@@ -1,6 +1,6 @@
 """Cells of other libraries as cells of seqjax. Each library is imported only inside its own adapter.
 
-flax-nnx and equinox keep their weights inside their modules, so their adapters take the module's class and its
-arguments, build it when `init` has a key, and hold on to its structure alone; `params_from(module)` takes the weights
-of one that you already have.
+In flax-nnx and equinox, the weights are part of the module. Their adapters therefore take the class of the module and
+its arguments. They build the module in `init` and store only its structure. `params_from(module)` returns the weights
+of an existing module.
 """

@@ -1,4 +1,4 @@
-"""What the adapters share: dtypes that follow the parameters, and words for a wrong argument."""
+"""Helpers of the adapters: dtypes that follow the parameters, and checks of the arguments."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jaxtyping import PyTree
 
 from seqjax.cell import Params, State
 
-Arguments = tuple[tuple[str, Any], ...]  # keyword arguments in an order, so that adapters hash and compare by value
+Arguments = tuple[tuple[str, Any], ...]  # sorted keyword arguments, so that adapters hash and compare by value
 
 
 def like_parameters(state: State, params: Params) -> State:
-    """The state in the dtype of the parameters, which these libraries set apart from it."""
+    """The state in the dtype of the parameters; in these libraries the two dtypes are independent."""
     floating = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if not floating:
         return state
@@ -22,26 +22,26 @@ def like_parameters(state: State, params: Params) -> State:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state)
 
 
-def keep_types(new_state: State, state: State) -> State:
-    """The new state in the old one's dtypes: a module may compute in a dtype of its own (nnx.SimpleCell does)."""
+def cast_like(new_state: State, state: State) -> State:
+    """The new state in the dtypes of the old one; some modules return another dtype (nnx.SimpleCell does)."""
     return jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, state)
 
 
-def floating(x: PyTree, params: Params) -> PyTree:
+def as_input(x: PyTree, params: Params) -> PyTree:
     """The input in the dtype of the parameters."""
     return like_parameters(jax.tree.map(jnp.asarray, x), params)
 
 
-def kind_of(found: Any) -> str:
-    """An object in a few words: the representation of a module takes many lines."""
-    return f"the class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"
+def kind_of(value: object) -> str:
+    """A short description of an object, for messages; the `repr` of a module has many lines."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
-def check_class(kind: Any, module_type: type, adapter: str, example: str) -> None:
-    """Refuses what is not the class of a cell of this library, or a function that builds one.
+def check_class(kind: object, module_type: type, adapter: str, example: str) -> None:
+    """Checks that `kind` is the class of a cell of this library, or a function that builds one.
 
     Raises:
-        TypeError: it is a module that is already built, a module of flax-linen, or nothing that can be called.
+        TypeError: `kind` is a module that is already built, a module of flax-linen, or not callable.
     """
     from flax import linen
 
@@ -56,16 +56,16 @@ def check_class(kind: Any, module_type: type, adapter: str, example: str) -> Non
         raise TypeError(f"{expected}, got {kind!r}: name the class")
 
 
-def same_shapes(weights: Params, skeleton: PyTree, found: Any) -> Params:
-    """Returns the weights of a module that fit the cell's own.
+def same_shapes(weights: Params, skeleton: PyTree, module: object) -> Params:
+    """Returns the weights of a module if they have the structure and shapes of the cell's own.
 
     Raises:
-        ValueError: they have another structure or other shapes.
+        ValueError: the structure or a shape differs.
     """
     got, expected = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (weights, skeleton))
     if got != expected or jax.tree.structure(weights) != jax.tree.structure(skeleton):
         raise ValueError(
-            f"expected a module with weights of shapes {expected}, got {kind_of(found)} with {got}: "
+            f"expected a module with weights of shapes {expected}, got {kind_of(module)} with {got}: "
             f"give the adapter the class and the arguments that built it"
         )
     return weights

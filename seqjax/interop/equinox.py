@@ -1,32 +1,32 @@
-"""equinox cells: `module(x, state)` returns the new state alone, so the output is its first array."""
+"""equinox cells: `module(x, state)` returns only the new state, so the output is the first array of the state."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from seqjax.cell import Output, Params, State
-from seqjax.interop.common import Arguments, check_class, floating, keep_types, kind_of, like_parameters, same_shapes
+from seqjax.cell import Output, Params, State, optional
+from seqjax.interop.common import Arguments, as_input, cast_like, check_class, kind_of, like_parameters, same_shapes
 
 
-def from_equinox(kind: Any, *arguments: Any, **keywords: Any) -> EquinoxCell:
-    """An equinox recurrent cell, such as `equinox.nn.LSTMCell`, by its class and its arguments.
+def from_equinox(kind: Callable[..., Any], *arguments: Any, **keywords: Any) -> EquinoxCell:
+    """Adapts an equinox recurrent cell, such as `equinox.nn.LSTMCell`.
 
     Args:
-        kind: the class, or a function that builds the module from the arguments and `key=`. The module is called as
-            `module(x, state)` and returns the new state; it has a `hidden_size`, or an `initial_state()` of its own.
-        *arguments, **keywords: for `kind`, without `key`.
+        kind: the class, or a function that builds the module from the arguments and `key=`. `module(x, state)` must
+            return the new state. The module must have a `hidden_size` or a method `initial_state()`.
+        *arguments, **keywords: the arguments of `kind`, without `key`.
 
     Returns:
-        A cell whose parameters are the module with everything but its arrays taken out; its output is the first array
-        of the state, h.
+        A cell whose parameters are the module without its static parts. Its output is the first array of the state, h.
 
     Raises:
-        TypeError: a module was given and not its class.
+        TypeError: `kind` is a module and not its class.
 
     Example:
         >>> import jax, jax.numpy as jnp, equinox as eqx, seqjax as sj
@@ -44,9 +44,9 @@ def from_equinox(kind: Any, *arguments: Any, **keywords: Any) -> EquinoxCell:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class EquinoxCell:
-    """An equinox cell; parameters are the module's arrays, in the module. Built by `from_equinox`."""
+    """An equinox cell; the parameters are the module with only its arrays. Built by `from_equinox`."""
 
-    kind: Any
+    kind: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: Arguments
 
@@ -56,11 +56,11 @@ class EquinoxCell:
         return (self._skeleton().input_size,)
 
     def init(self, key: Array) -> Params:
-        """The module's own initialisation."""
+        """The initialization of the module."""
         return self.params_from(self.kind(*self.arguments, **dict(self.keywords), key=key))
 
     def params_from(self, module: Any) -> Params:
-        """The weights of a module that you already have, of the same class and sizes."""
+        """The weights of an existing module of the same class and sizes, as parameters."""
         import equinox
 
         if not isinstance(module, equinox.Module):
@@ -69,23 +69,25 @@ class EquinoxCell:
         return same_shapes(equinox.filter(module, equinox.is_array), own, module)
 
     def initial_state(self, params: Params) -> State:
-        """Zeros (h, c) for an LSTM cell and h for any other, unless the module has an `initial_state()` of its own."""
+        """`module.initial_state()` if it exists; otherwise zeros, (h, c) for an LSTM cell and h for other cells."""
         import equinox
 
         module = self._module(params)
-        if hasattr(module, "initial_state"):
-            return like_parameters(module.initial_state(), params)
+        initial_state = optional(module, "initial_state")
+        if initial_state is not None:
+            return like_parameters(initial_state(), params)
         zero = like_parameters(jnp.zeros(module.hidden_size), params)
         return (zero, zero) if isinstance(module, equinox.nn.LSTMCell) else zero
 
     def step(self, params: Params, state: State, x: Array) -> tuple[State, Output]:
-        """The module's call; the output is the first array of the new state."""
-        new_state = keep_types(self._module(params)(floating(x, params), state), state)
+        """Calls the module; the output is the first array of the new state."""
+        new_state = cast_like(self._module(params)(as_input(x, params), state), state)
         return new_state, jax.tree.leaves(new_state)[0]
 
     def _skeleton(self) -> Any:
         import equinox
 
+        # Only shapes: `init` draws the weights, and this method runs in every call.
         return equinox.filter_eval_shape(
             lambda: self.kind(*self.arguments, **dict(self.keywords), key=jax.random.key(0))
         )

@@ -10,21 +10,21 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqjax.cell import Output, Params, State
-from seqjax.interop.common import floating, keep_types, kind_of, like_parameters
+from seqjax.interop.common import as_input, cast_like, kind_of, like_parameters
 
 
 def from_linen(module: Any, input_size: int) -> LinenCell:
-    """A flax-linen recurrent cell, such as `flax.linen.LSTMCell(64)`.
+    """Adapts a flax-linen recurrent cell, such as `flax.linen.LSTMCell(64)`.
 
     Args:
         module: a `flax.linen.RNNCellBase`; its variables, `module.init(...)`, are the parameters.
         input_size: features of one input.
 
     Returns:
-        A cell with `module.apply` as its step.
+        A cell whose step is `module.apply`.
 
     Raises:
-        TypeError: `module` is not an instance of a linen recurrent cell.
+        TypeError: `module` is not a linen recurrent cell.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, seqjax as sj
@@ -46,7 +46,7 @@ def from_linen(module: Any, input_size: int) -> LinenCell:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LinenCell:
-    """A flax-linen cell; parameters are its variables. Built by `from_linen`."""
+    """A flax-linen cell; the parameters are its variables. Built by `from_linen`."""
 
     module: Any
     input_size: int
@@ -57,7 +57,7 @@ class LinenCell:
         return (self.input_size,)
 
     def init(self, key: Array) -> Params:
-        """The module's own initialisation."""
+        """The initialization of the module."""
         key_params, key_carry = jax.random.split(key)
         carry = self.module.initialize_carry(key_carry, self.input_shape)
         return self.module.init(key_params, carry, like_parameters(jnp.zeros(self.input_size), carry))
@@ -67,6 +67,6 @@ class LinenCell:
         return like_parameters(self.module.initialize_carry(jax.random.key(0), (self.input_size,)), params)
 
     def step(self, params: Params, state: State, x: Array) -> tuple[State, Output]:
-        """`module.apply`."""
-        new_state, output = self.module.apply(params, state, floating(x, params))
-        return keep_types(new_state, state), output
+        """`module.apply(params, state, x)`."""
+        new_state, output = self.module.apply(params, state, as_input(x, params))
+        return cast_like(new_state, state), output

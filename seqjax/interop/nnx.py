@@ -1,29 +1,30 @@
-"""flax-nnx cells: the module's structure is kept apart from its weights, which are the parameters."""
+"""flax-nnx cells: the adapter separates the structure of a module from its weights, which are the parameters."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jaxtyping import Array
 
 from seqjax.cell import Output, Params, State
-from seqjax.interop.common import Arguments, check_class, floating, keep_types, kind_of, like_parameters, same_shapes
+from seqjax.interop.common import Arguments, as_input, cast_like, check_class, kind_of, like_parameters, same_shapes
 
 
-def from_nnx(kind: Any, *arguments: Any, **keywords: Any) -> NnxCell:
-    """A flax-nnx recurrent cell, such as `flax.nnx.LSTMCell`, by its class and its arguments.
+def from_nnx(kind: Callable[..., Any], *arguments: Any, **keywords: Any) -> NnxCell:
+    """Adapts a flax-nnx recurrent cell, such as `flax.nnx.LSTMCell`.
 
     Args:
         kind: the class, or a function that builds the module from the arguments and `rngs=`.
-        *arguments, **keywords: for `kind`, without `rngs`.
+        *arguments, **keywords: the arguments of `kind`, without `rngs`.
 
     Returns:
-        A cell whose parameters are the module's state as a plain dictionary.
+        A cell whose parameters are the module's `nnx.Param`s, as a plain dictionary.
 
     Raises:
-        TypeError: a module was given and not its class.
+        TypeError: `kind` is a module and not its class.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -42,9 +43,9 @@ def from_nnx(kind: Any, *arguments: Any, **keywords: Any) -> NnxCell:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NnxCell:
-    """A flax-nnx cell; parameters are its `nnx.Param`s as a plain dictionary. Built by `from_nnx`."""
+    """A flax-nnx cell; the parameters are its `nnx.Param`s as a plain dictionary. Built by `from_nnx`."""
 
-    kind: Any
+    kind: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: Arguments
 
@@ -54,11 +55,11 @@ class NnxCell:
         return (self._skeleton().in_features,)
 
     def init(self, key: Array) -> Params:
-        """The module's own initialisation."""
+        """The initialization of the module."""
         return self.params_from(self._build(key))
 
     def params_from(self, module: Any) -> Params:
-        """The weights of a module that you already have, of the same class and sizes."""
+        """The weights of an existing module of the same class and sizes, as parameters."""
         from flax import nnx
 
         if not isinstance(module, nnx.Module):
@@ -73,9 +74,9 @@ class NnxCell:
         return like_parameters(self._module(params).initialize_carry(self.input_shape, rngs=nnx.Rngs(0)), params)
 
     def step(self, params: Params, state: State, x: Array) -> tuple[State, Output]:
-        """The module's call."""
-        new_state, output = self._module(params)(state, floating(x, params))
-        return keep_types(new_state, state), output
+        """Calls the module."""
+        new_state, output = self._module(params)(state, as_input(x, params))
+        return cast_like(new_state, state), output
 
     def _build(self, key: Array) -> Any:
         from flax import nnx
@@ -90,11 +91,12 @@ class NnxCell:
     def _module(self, params: Params) -> Any:
         from flax import nnx
 
+        # Rebuilt in every call: an nnx module is mutable, and a stored one would leak tracers.
         graph, weights, other = nnx.split(self._skeleton(), nnx.Param, ...)
         if jax.tree.leaves(other):
             raise TypeError(
-                f"expected an nnx module that holds parameters only, got {list(nnx.to_pure_dict(other))} beside them: "
-                f"what changes from step to step belongs into the carry"
+                f"expected an nnx module with only parameters, got also {list(nnx.to_pure_dict(other))}: "
+                f"variables that change at every step belong in the carry"
             )
         nnx.replace_by_pure_dict(weights, params)
         return nnx.merge(graph, weights, other)

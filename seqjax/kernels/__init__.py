@@ -1,10 +1,10 @@
-"""An optional kernel in C++ for the loops of LSTM, GRU and tanh networks on a CPU; otherwise XLA runs the loops.
+"""An optional C++ kernel for the loops of LSTM, GRU and tanh networks on a CPU. Without it, XLA runs these loops.
 
-    python -m seqjax.kernels        compiles it with the C++ compiler that is there, once for each machine
+    python -m seqjax.kernels        compiles it with the installed C++ compiler, once per machine
 
-It runs every cell whose formulas it has, whoever wrote it (`seqjax.sequence._execution.kernel`).
-It is found by itself from then on. `SEQJAX_NATIVE=0` in the environment leaves it alone, which `jax.export` needs: a
-program with the kernel runs on this machine only.
+From then on seqjax uses it automatically, for every cell whose equations it implements, even for a cell of the user
+(`seqjax.sequence._execution.kernel`). `SEQJAX_NATIVE=0` in the environment disables it. This is necessary for
+`jax.export`, because a program with the kernel runs only on this machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +27,26 @@ from jaxtyping import Array
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 TARGETS = ("seqjax_pack_forward", "seqjax_pack_backward", "seqjax_forward", "seqjax_backward", "seqjax_replay")
-LANES = 8  # floats of one vector in the source
-# Neither -ffast-math, which would make the whole process flush small numbers to zero, nor errno and traps.
+LANES = 8  # the number of floats in one vector of the source
+# Not -ffast-math, because a library with it makes the whole process flush subnormal numbers to zero. Without errno and
+# traps, the compiler can vectorize more.
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 
-_loaded: list[ctypes.CDLL] = []  # JAX takes a name once in a process, also where the library was built anew
+_loaded: list[ctypes.CDLL] = []  # at most one, because JAX registers a name only once per process, even after a rebuild
 _loading = threading.Lock()
 
 
 def library() -> Path:
-    """Where the kernel of this source, this jaxlib and this processor lies, or would lie."""
-    about = SOURCE.read_bytes() + " ".join([version("jaxlib"), *OPTIONS, _processor()]).encode()
-    # Not Path.home(), which raises where a user has none.
+    """The path of the compiled kernel for this source, jaxlib and processor. The file may not exist."""
+    key = SOURCE.read_bytes() + " ".join([version("jaxlib"), *OPTIONS, _processor()]).encode()
+    # Not Path.home(), which raises an error for a user without a home directory.
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "seqjax"
-    return folder / f"loops-{hashlib.sha256(about).hexdigest()[:16]}.so"
+    return folder / f"loops-{hashlib.sha256(key).hexdigest()[:16]}.so"
 
 
 def _processor() -> str:
-    """What the compiler may use of this processor: the same cache may be shared by different machines."""
+    """The instruction sets of this processor, which -march=native may use; empty if they are unknown."""
+    # Part of the file name, because different machines may share one cache directory.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -57,46 +58,47 @@ def build(compiler: str | None = None) -> Path:
     """Compiles the kernel for this machine.
 
     Args:
-        compiler: the C++17 compiler, g++ or clang++, with options of its own where it needs some; by default $CXX, or
-            g++.
+        compiler: the C++17 compiler, g++ or clang++, optionally followed by options; by default $CXX, or g++.
 
     Returns:
-        The library, where `available` finds it.
+        The path of the library.
 
     Raises:
-        RuntimeError: there is no such compiler, it does not take the source, or there is no place for the library.
+        RuntimeError: the compiler is missing, it does not compile the source, or the library cannot be written.
     """
     compiler = compiler or os.environ.get("CXX") or "g++"
     target = library()
-    half = target.with_suffix(f".{os.getpid()}")
+    # A file per process and an atomic rename, so that no other process ever loads an incomplete library.
+    unfinished = target.with_suffix(f".{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        half.touch()
+        unfinished.touch()
     except OSError as error:
         raise RuntimeError(
-            f"expected a folder to keep the kernel in, got {error}: name one that can be written in XDG_CACHE_HOME"
+            f"expected a folder to keep the kernel in, got {error}: set XDG_CACHE_HOME to a writable folder"
         ) from None
-    where = ["-w", "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(half)]
+    # -w, because the headers of XLA cause warnings.
+    files = ["-w", "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(unfinished)]
     try:
-        subprocess.run([*shlex.split(compiler), *OPTIONS, *where], check=True, capture_output=True, text=True)
-        half.replace(target)
+        subprocess.run([*shlex.split(compiler), *OPTIONS, *files], check=True, capture_output=True, text=True)
+        unfinished.replace(target)
     except OSError:
         raise RuntimeError(
-            f"expected a C++17 compiler, found no {compiler!r}: install g++, or name one in CXX; "
+            f"expected a C++17 compiler, found no {compiler!r}: install g++, or set CXX to another one; "
             f"without it XLA runs the same loops"
         ) from None
     except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"{compiler} did not take {SOURCE.name}:\n{error.stderr}") from None
+        raise RuntimeError(f"{compiler} did not compile {SOURCE.name}:\n{error.stderr}") from None
     finally:
-        half.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     available.cache_clear()
     return target
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernel is there and wanted; registers it with JAX when first asked."""
-    # Not Path.exists(), which raises where a folder on the way may not be read.
+    """Whether the kernel is compiled and enabled. The first call registers it with JAX."""
+    # Not Path.exists(), which raises an error if a parent folder is not readable.
     if os.environ.get("SEQJAX_NATIVE") == "0" or jax.default_backend() != "cpu" or not os.path.exists(library()):
         return False
     with _loading:
@@ -121,21 +123,21 @@ def _load(path: Path) -> bool:
 def run_forward(
     gates: int, W_hh: Array, bias: Array | None, state: list[Array], drives: Array, reverse: bool
 ) -> list[Array]:
-    """Every state of a chunk.
+    """Computes all states of a chunk.
 
     Args:
-        gates: 4 for the LSTM, 3 for the GRU, 1 for the vanilla network.
-        W_hh: (gates * n, n).
-        bias: (gates * n,), what is added to the recurrent product, or None.
-        state: h, and c if there is one, (batch, n) each.
-        drives: (time, batch, gates * n).
-        reverse: right to left.
+        gates: 4 for an LSTM, 3 for a GRU, 1 for a vanilla network.
+        W_hh: the recurrent weights, (gates * n, n).
+        bias: the bias of the recurrent product, (gates * n,), or None.
+        state: the state before the chunk: h, and c for an LSTM, (batch, n) each.
+        drives: the part of the gates that does not depend on the state, (time, batch, gates * n).
+        reverse: whether to run from right to left.
 
     Returns:
-        h, and c if there is one, (time, batch, n) each.
+        h, and c for an LSTM, (time, batch, n) each.
     """
     n = W_hh.shape[1]
-    units = LANES * (2 if gates == 1 else 1)  # of one panel
+    units = LANES * (2 if gates == 1 else 1)  # per panel, as in the source
     panels = _call("seqjax_pack_forward", [_like(W_hh, -(-n // units), n, gates * units)], W_hh, gates=gates)[0]
     h_0, c_0 = _pair(state)
     shape = (drives.shape[0], *h_0.shape)
@@ -152,39 +154,42 @@ def run_backward(
     recurrents: Array,
     before: list[Array],
     ct_after: list[Array],
-    ct_kept: Array,
+    ct_saved: Array,
     reverse: bool,
 ) -> tuple[list[Array], Array, Array]:
-    """The cotangents of the state before a chunk, of its drives and of its recurrent products.
+    """Computes the cotangents of the state before a chunk, of its drives and of its recurrent products.
 
     Args:
         gates, W_hh, drives, reverse: as for `run_forward`.
         recurrents: the recurrent products with their bias, (time, batch, gates * n).
         before: the states before each step, (time, batch, n) each.
         ct_after: the cotangents of the state after the chunk, (batch, n) each.
-        ct_kept: the cotangents of h that each step has beside those of later steps, (time, batch, n).
+        ct_saved: the cotangents of h from the saved values of each step, without those from later steps,
+            (time, batch, n).
     """
     rows, n = W_hh.shape
     panels = _call("seqjax_pack_backward", [_like(W_hh, -(-n // (2 * LANES)), rows, 2 * LANES)], W_hh)[0]
     ct_h, ct_c = _pair(ct_after)
     h, c = _pair(before)
-    apart = gates == 3  # the GRU's candidate reads its drive and its recurrent product apart
+    # The candidate of a GRU multiplies only its recurrent product by the reset gate. So the drive and the recurrent
+    # product have different cotangents. In the other cells both are added, so their cotangents are equal.
+    separate = gates == 3
     kinds = [_like(ct_h, *ct_h.shape), _like(ct_c, *ct_c.shape), _like(drives, *drives.shape)]
-    kinds.append(_like(drives, *(drives.shape if apart else (0,))))
+    kinds.append(_like(drives, *(drives.shape if separate else (0,))))
     *ct_before, ct_drives, ct_recurrents = _call(
-        "seqjax_backward", kinds, drives, recurrents, panels, h, c, ct_kept, ct_h, ct_c, gates=gates, reverse=reverse
+        "seqjax_backward", kinds, drives, recurrents, panels, h, c, ct_saved, ct_h, ct_c, gates=gates, reverse=reverse
     )
-    return ct_before[: len(ct_after)], ct_drives, ct_recurrents if apart else ct_drives
+    return ct_before[: len(ct_after)], ct_drives, ct_recurrents if separate else ct_drives
 
 
 def run_replay(drives: Array, recurrents: Array, c_0: Array, reverse: bool) -> Array:
-    """c before each step of an LSTM's chunk, (time, batch, n), from the first one and from what the gates read."""
+    """Recomputes c before each step of an LSTM's chunk, (time, batch, n), from the first c and from the gate inputs."""
     shape = (*drives.shape[:2], c_0.shape[-1])
     return _call("seqjax_replay", [_like(c_0, *shape)], drives, recurrents, c_0, reverse=reverse)[0]
 
 
 def _pair(leaves: list[Array]) -> tuple[Array, Array]:
-    """h and c; a state without c gets an empty one."""
+    """h and c, which is empty if the state has no c."""
     return leaves[0], leaves[1] if len(leaves) == 2 else jnp.zeros(0, leaves[0].dtype)
 
 
@@ -192,6 +197,7 @@ def _like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
-def _call(name: str, kinds: list[jax.ShapeDtypeStruct], *arrays: Array, **attributes: Any) -> list[Array]:
+def _call(name: str, kinds: list[jax.ShapeDtypeStruct], *arrays: Array, **attributes: bool | int) -> list[Array]:
+    # XLA's interface has typed attributes: the source declares int64 and bool.
     numbers = {key: value if isinstance(value, bool) else np.int64(value) for key, value in attributes.items()}
     return list(jax.ffi.ffi_call(name, kinds, vmap_method="sequential")(*arrays, **numbers))

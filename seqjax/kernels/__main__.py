@@ -1,4 +1,4 @@
-"""`python -m seqjax.kernels`: compiles the kernel for this machine and says where it lies."""
+"""`python -m seqjax.kernels`: compiles the kernel for this machine and prints its path."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from seqjax.kernels import build
 if __name__ == "__main__":
     argparse.ArgumentParser(
         prog="python -m seqjax.kernels",
-        description="Compiles the kernel for this machine, with g++ or the compiler that $CXX names.",
+        description="Compiles the kernel for this machine with the compiler in $CXX, or with g++.",
     ).parse_args()
     try:
         print(f"compiled {build()}")

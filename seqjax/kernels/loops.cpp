@@ -1,10 +1,13 @@
-// The loops of seqjax.sequence._partition for LSTM, GRU and tanh networks in float32: forward through a chunk; the chain of
-// lambda_t = dL/ds_t back through it; and an LSTM's c_t again, where only h_t was kept.
+// The loops of seqjax.sequence._partition for LSTM, GRU and tanh networks in float32: the forward pass through a chunk;
+// the backward recurrence of lambda_t = dL/ds_t; and the recomputation of an LSTM's c_t if only h_t was saved.
 //
 // Every step is one product with the recurrent weights and one pass over the units. The weights are packed into panels
-// of eight units, all gates of a unit beside each other, so that a unit's new state comes out of one panel's product;
-// XLA moves the packing out of the loop over chunks. Threads share rows of the batch, which need nothing of each other;
-// where there are too few rows, they share units and wait for each other once a step.
+// of eight units, with all gates of a unit next to each other. So the product with one panel is enough for the new
+// state of its units. XLA moves the packing out of the loop over chunks. Threads share the rows of the batch, which are
+// independent. If there are too few rows, the threads share units instead and wait for each other once per step.
+//
+// Names: of_x is the cotangent of x, dL/dx. A drive is the part of a gate's argument that does not depend on the state,
+// and `recurrent` is the product with the recurrent weights.
 
 #include <algorithm>
 #include <atomic>
@@ -20,7 +23,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int W = 8;  // floats of one vector; the compiler splits or joins them as the processor has it
+constexpr int W = 8;  // floats per vector; the compiler splits or joins vectors to match the width of the processor
 typedef float V __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
@@ -42,12 +45,12 @@ inline void store(float* p, V v, int64_t count) {
   std::memcpy(p, part, 4 * count);
 }
 
-// exp by 2^k exp(r), |r| <= ln(2)/2, with the minimax polynomial of Cephes. NaN passes.
+// exp as 2^k exp(r) with |r| <= ln(2)/2, by the minimax polynomial of Cephes. NaN propagates.
 inline V exponential(V x) {
   const V high = splat(88.0f), low = splat(-87.0f);
   x = x > high ? high : x;
   x = x < low ? low : x;
-  const V shift = splat(12583039.0f);  // 1.5 * 2^23, which rounds to a whole number, and the bias of an exponent
+  const V shift = splat(12583039.0f);  // 1.5 * 2^23 rounds to a whole number; 127 is the exponent's bias
   V k = x * splat(1.44269504088896341f) + shift;
   const I power = reinterpret_cast<I>(k) << 23;
   k -= shift;
@@ -62,7 +65,7 @@ inline V exponential(V x) {
 
 inline V sigmoid(V x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
 
-// The rational function of Eigen, within two units in the last place.
+// tanh by the rational function of Eigen, accurate to two units in the last place.
 inline V tangent(V x) {
   const V bound = splat(7.90531110763549805f);
   x = x > bound ? bound : x;
@@ -76,7 +79,7 @@ inline V tangent(V x) {
   return x * p / q;
 }
 
-// Keeps a vector in a register: left alone, the compiler reads it again from memory for every row.
+// Forces a vector into a register, because the compiler would read it from memory again for every row.
 inline void keep(V& v) {
 #ifdef __AVX__
   asm volatile("" : "+x"(v));
@@ -99,13 +102,13 @@ inline void add_product(const float* a, int64_t stride, const float* panel, int6
   }
 }
 
-// sum_k a[row][k] panel[product][k][column] for R rows and N vectors of columns of P products, all of it in registers:
-// six rows of two vectors, or four of three, are what sixteen registers hold and what hides the latency of a sum. Not
-// inlined, since beside other code the compiler runs out of registers inside the loop.
+// sum_k a[row][k] panel[product][k][column] for R rows and N vectors of columns of P products, with all sums in
+// registers. Six rows of two vectors, or four rows of three, fit into sixteen registers and hide the latency of an
+// addition. Not inlined, because together with other code the compiler runs out of registers inside the loop.
 template <int P, int R, int N>
 __attribute__((noinline)) void product(const float* a, int64_t stride, const float* panel, int64_t depth,
                                        V (*sum)[R][N]) {
-  // Where there are few sums, several of each.
+  // If there are few sums, each is split into several, to hide the latency of an addition.
   constexpr int sets = P * R * N >= 8 ? 1 : P * R * N >= 4 ? 2 : 4;
   const int64_t apart = depth * N * W;
   V all[sets][P][R][N] = {};
@@ -121,7 +124,7 @@ __attribute__((noinline)) void product(const float* a, int64_t stride, const flo
       }
 }
 
-// Calls body<R>(row) over rows first..last, at most `most` at a time and as evenly as it goes.
+// Calls body(R, row) for blocks of R <= `most` rows that cover first..last, with blocks as equal as possible.
 template <int most, class Body>
 inline void in_blocks(int64_t first, int64_t last, Body&& body) {
   while (first < last) {
@@ -155,9 +158,9 @@ struct Barrier {
   }
 };
 
-// Runs body(part, parts, barrier) on this thread and on those of XLA's pool that come within a moment, which is longer
-// where there is more work. Nobody waits for a thread that is busy elsewhere: how many parts there are is settled when
-// those that came are counted.
+// Runs body(part, parts, barrier) on this thread and on the threads of XLA's pool that arrive within a short time,
+// which is longer for more work. The number of parts is the number of threads that arrived, so no thread waits for
+// another one that is busy elsewhere.
 template <class Body>
 void in_parallel(ffi::ThreadPool& pool, int64_t wanted, int64_t work, const Body& body) {
   struct Shared {
@@ -171,7 +174,7 @@ void in_parallel(ffi::ThreadPool& pool, int64_t wanted, int64_t work, const Body
   const auto caller = std::this_thread::get_id();
   for (int64_t i = 1; i < wanted; ++i)
     pool.Schedule([shared, caller, &body] {
-      if (std::this_thread::get_id() == caller) return;  // the pool may be full, and would wait for itself
+      if (std::this_thread::get_id() == caller) return;  // a thread of the pool would wait for itself
       const int mine = shared->joined.fetch_add(1) + 1;
       if (mine >= closed) return;
       int parts;
@@ -202,9 +205,9 @@ struct Sizes {
   int64_t step(int64_t i) const { return reverse ? time - 1 - i : i; }
 };
 
-// A cell: how many gates; its panel of the packed weights, in vectors of eight units and columns of one product; how
-// many rows its product takes at once; its pass over eight units, forward and back.
-// `drive` and `recurrent` point to a row's first unit of the first gate; gates are n apart.
+// A cell has: the number of gates; the size of its panel of packed weights, in vectors of eight units; the columns of
+// one product, in vectors; the number of rows per product; and the forward and backward passes over eight units. `a` is
+// the argument of the gates. All arrays have one vector per gate.
 struct LSTM {
   static constexpr int gates = 4, vectors = 1, columns = 2, rows = 6;
   static constexpr bool has_c = true, two_cotangents = false;
@@ -218,7 +221,8 @@ struct LSTM {
     c = s.f * c + s.i * s.g;
     return s.o * tangent(c);
   }
-  // of_h comes in as dL/dh_t; out go dL/da_t and what of dL/dh_{t-1} does not pass the product.
+  // Reads dL/dh_t and dL/dc_t. Writes dL/da_t and dL/dc_{t-1}, and returns the part of dL/dh_{t-1} that does not pass
+  // through the product.
   static V backward(const V* a, const V*, V, V c, V of_h, V& of_c, V* of_a, V*) {
     const Gates s = activate(a);
     const V one = splat(1.0f), t = tangent(s.f * c + s.i * s.g);
@@ -243,8 +247,8 @@ struct Vanilla {
   }
 };
 
-// The reset gate after the product, and z that keeps the old state. a holds drive + recurrent; its candidate is the
-// drive alone, and r[2] the recurrent product beside it.
+// With the reset gate after the product, and with the update gate z as the factor of the old state. `a` is drive +
+// recurrent, except for the candidate: a[2] is only its drive, and recurrent[2] is its recurrent product.
 struct GRU {
   static constexpr int gates = 3, vectors = 1, columns = 3, rows = 4;
   static constexpr bool has_c = false, two_cotangents = true;
@@ -265,22 +269,22 @@ struct GRU {
   }
 };
 
-// a = drive + recurrent, but for the candidate of a cell that needs both apart.
+// a = drive + recurrent, except for the candidate of a cell that needs the two separately.
 template <class Cell>
 inline void join(const V* drive, const V* recurrent, V* a) {
   for (int g = 0; g < Cell::gates; ++g)
     a[g] = Cell::two_cotangents && g == Cell::gates - 1 ? drive[g] : drive[g] + recurrent[g];
 }
 
-// Whether threads share rows, which is free; not where there are few, nor where the weights would pass through the
-// caches of all threads at every step.
+// Whether threads share rows, which needs no synchronization. They do not if there are few rows, or if the weights are
+// so large that each thread would load all of them into its cache at every step.
 inline bool by_rows(const Sizes& s, int gates) { return s.batch >= 8 && 4 * gates * s.n * s.n <= (1 << 20); }
 
-// The multiplications of a loop.
+// The number of multiplications of a loop.
 inline int64_t work(const Sizes& s, int gates) { return s.time * s.batch * s.n * s.n * gates; }
 
-// Threads that share rows are worth their start; those that share units meet at every step, which takes a thread as
-// long as some thousands of multiplications.
+// Several threads only if they save more time than their start takes. Threads that share units also wait for each other
+// at every step, which takes as long as thousands of multiplications.
 inline int64_t threads(const Sizes& s, int gates, int64_t most) {
   return work(s, gates) > 1000000 && (by_rows(s, gates) || work(s, gates) / s.time > 10000) ? most : 1;
 }
@@ -302,7 +306,7 @@ void run_forward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float
         in_blocks<Cell::rows>(rows.first, rows.last, [&](auto height, int64_t row) {
           constexpr int R = decltype(height)::value;
           V sums[parts_of_panel][R][N];
-          constexpr int P = R == 1 ? parts_of_panel : 1;  // one row has too few sums in one product
+          constexpr int P = R == 1 ? parts_of_panel : 1;  // one row has too few sums to hide their latency
           for (int k = 0; k < parts_of_panel; k += P)
             product<P, R, N>(h_before + row * n, n, panels + (p * parts_of_panel + k) * sub, n, sums + k);
           for (int r = 0; r < R; ++r)
@@ -329,7 +333,7 @@ void run_forward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float
   });
 }
 
-// of_h and of_c hold lambda of the state after the chunk and leave with that of the state before it.
+// of_h and of_c are lambda of the state after the chunk on entry, and lambda of the state before the chunk on return.
 template <class Cell>
 void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float* recurrent, const float* panels,
                   const float* h_before, const float* c_before, const float* of_kept, float* of_h, float* of_c,
@@ -337,7 +341,7 @@ void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const floa
   constexpr int G = Cell::gates, N = 2, R_MAX = 6;
   const int64_t n = s.n, state = s.batch * n, wide = (n + N * W - 1) / (N * W);
   const bool rowwise = by_rows(s, G);
-  float* passes = Cell::two_cotangents ? of_recurrent : of_drive;  // what goes through the product
+  float* passes = Cell::two_cotangents ? of_recurrent : of_drive;  // the cotangent that the product reads
   in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : wide / 2), work(s, G), [&](int part, int parts, Barrier& barrier) {
     const Range rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
     const Range mine = rowwise ? Range{0, wide} : share(wide, part, parts);
@@ -380,7 +384,7 @@ void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const floa
   });
 }
 
-// c_{t-1} of every step of an LSTM's chunk from the one before it, all products being known.
+// c_{t-1} of every step of an LSTM's chunk, step by step from c_0. All products with the weights are known.
 void run_replay(Sizes s, ffi::ThreadPool& pool, const float* drive, const float* recurrent, const float* c_0,
                 float* c_before) {
   const int64_t n = s.n, state = s.batch * n;
@@ -405,7 +409,7 @@ void run_replay(Sizes s, ffi::ThreadPool& pool, const float* drive, const float*
 using F32 = ffi::Buffer<ffi::F32>;
 using Out = ffi::ResultBuffer<ffi::F32>;
 
-// Calls body(piece) for every piece of so many floats in all, shared by threads where there are many.
+// Calls body(piece) for every piece, on several threads if there are many floats in total.
 template <class Body>
 void for_pieces(ffi::ThreadPool& pool, int64_t pieces, int64_t floats, const Body& body) {
   in_parallel(pool, floats > 100000 ? pieces : 1, floats, [&](int part, int parts, Barrier&) {
@@ -419,7 +423,7 @@ ffi::Error expected(int64_t floats, Out panels) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "the panels of the kernel have another size than their caller gave");
 }
 
-// W_hh (G n, n) in the order in which the forward loop reads it: [panel][product][k][column][8].
+// Packs W_hh (G n, n) in the order in which the forward loop reads it: [panel][product][k][column][8].
 template <class Cell>
 ffi::Error pack(ffi::ThreadPool& pool, F32 weights, Out panels) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns;
@@ -440,7 +444,7 @@ ffi::Error pack(ffi::ThreadPool& pool, F32 weights, Out panels) {
   return ffi::Error::Success();
 }
 
-// W_hh (G n, n) as the backward loop reads it: [column / 16][row][16].
+// Packs W_hh (G n, n) in the order in which the backward loop reads it: [column / 16][row][16].
 ffi::Error pack_backward(ffi::ThreadPool pool, F32 weights, Out panels) {
   constexpr int64_t N = 2 * W;
   const int64_t depth = weights.dimensions()[0], n = weights.dimensions()[1], wide = (n + N - 1) / N;
@@ -460,7 +464,7 @@ Sizes sizes(F32 states, bool reverse) {
   return {d[0], d[1], d[2], reverse};
 }
 
-// Calls run with the cell of so many gates.
+// Calls run with the cell that has this number of gates.
 template <class Run>
 void of_gates(int64_t gates, Run&& run) {
   if (gates == 4) run(LSTM{});

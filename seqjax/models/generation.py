@@ -1,7 +1,7 @@
 """Autoregressive generation: y_t ~ p(. | h_t), and y_t is the input of the next step.
 
-One sequence is a scan, and `jax.vmap` makes it a batch. Each sequence has a key of its own, and each step folds its
-number into it, so what a sequence says does not depend on its neighbours.
+One sequence is a scan; `jax.vmap` adds the batch. Each sequence has its own key, and each step folds its index into it.
+The tokens of a sequence therefore do not depend on the other sequences of the batch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Generated(NamedTuple):
     """What `generate` returns.
 
     Attributes:
-        tokens: y, leaves (batch, steps, ...); the end token after an end.
-        log_probs: log p(y_t | what came before) under the model itself, at temperature 1 and uncut, in nats
-            (batch, steps); zero after an end.
-        mask: True up to and with the end token (batch, steps).
-        state: the state that has read everything but the last token: to go on, prompt with the last token from here.
+        tokens: y, leaves (batch, steps, ...); the end token is repeated after the end.
+        log_probs: log p(y_t | y_{<t}) of the model at temperature 1, without top_k and top_p, in nats (batch, steps);
+            zero after the end.
+        mask: True up to the end token, inclusive (batch, steps).
+        state: the state after all tokens but the last one. To continue, pass this state with the last token as prompt.
     """
 
     tokens: PyTree
@@ -61,21 +61,21 @@ def generate(
         model: a cell whose input is what its head samples, such as tokens.
         params: the model's parameters.
         prompt: leaves (batch, time, ...), at least one valid step each.
-        steps: how many tokens to add.
-        key: one random key, of which row b uses `fold_in(key, b)`; or one key for each row, (batch,), which are used as
-            they are, so that a row says the same in any batch.
-        temperature: 0 takes the likeliest token (greedy), 1 samples from the model.
-        top_k: sample among this many of the likeliest tokens.
-        top_p: sample among the likeliest tokens that together reach this probability.
-        end: a token after which a sequence has ended.
-        state: the state before the prompt, leaves (batch, ...); by default the initial one.
-        mask: valid steps of prompts of different lengths.
+        steps: the number of tokens to generate.
+        key: one random key, of which row b uses `fold_in(key, b)`; or one key per row, (batch,). A row with
+            its own key has the same tokens in any batch.
+        temperature: 0 selects the likeliest token (greedy), 1 samples from the model.
+        top_k: sample only from this many likeliest tokens.
+        top_p: sample only from the likeliest tokens whose probabilities together reach this value.
+        end: the token that ends a sequence.
+        state: the state before the prompt, leaves (batch, ...); by default the initial state.
+        mask: the valid steps (batch, time), for prompts of different lengths.
 
     Returns:
         `Generated`: tokens, log_probs, mask, state.
 
     Raises:
-        ValueError: the prompt is empty, a number is out of range, or a shape does not fit.
+        ValueError: the prompt is empty, a number is out of range, or a shape does not match.
         TypeError: as for `unroll`.
 
     Example:
@@ -96,6 +96,7 @@ def generate(
     batch, time = jnp.shape(leaves[0])[:2]
     mask = check_flags("mask", mask, batch, time)
     keys = _row_keys(key, batch)
+    # The values of a traced mask are unknown, so this check is skipped under jit.
     if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(mask, axis=1))):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
     options = _Options(float(temperature), top_k, top_p)
@@ -105,7 +106,7 @@ def generate(
 def stream_tokens(
     model: Model, params: ModelParams, prompt: PyTree, steps: int, key: Array, **options: Any
 ) -> Iterator[PyTree]:
-    """The tokens that `generate` returns for one prompt, one at a time as they are drawn.
+    """Generates the same tokens as `generate` for one prompt, and yields each one as soon as it is drawn.
 
     Args:
         model, params, prompt, steps, key: as for `generate`; the prompt is a batch of one, (1, time, ...).
@@ -133,7 +134,7 @@ def stream_tokens(
 
 
 class _Options(NamedTuple):
-    """How a token is drawn."""
+    """The options of sampling."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -141,7 +142,7 @@ class _Options(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Where generation starts: the prompts, the state before them, their mask, a key per row, and the first step."""
+    """The prompts, the state before them, their mask, one key per row, and the index of the first step."""
 
     prompt: PyTree
     state: State | None
@@ -156,26 +157,29 @@ def _generate(
     state, outputs = unroll(model.cell, params.cell, start.prompt, state=start.state, mask=start.mask)
     last = last_valid(outputs, start.mask)
 
-    def of_row(state: State, h: PyTree, key: Array) -> Generated:
+    def one_row(state: State, h: PyTree, key: Array) -> Generated:
         def body(carry: tuple[State, State, PyTree, Array], t: Array) -> tuple[Any, PyTree]:
+            # The state of the step before is part of the carry: `Generated.state` must not include the last token.
             _, state, h, ended = carry
             y = model.head.sample(params.head, h, jax.random.fold_in(key, t), **options._asdict())
             if end is not None:
                 y = jnp.where(ended, jnp.asarray(end, y.dtype), y)
             log_p = jnp.where(ended, 0, model.head.log_prob(params.head, h, y))
             next_state, next_h = model.cell.step(params.cell, state, y)
-            now_ended = ended if end is None else ended | (y == end)
-            return (state, next_state, next_h, now_ended), (y, log_p, ~ended)
+            next_ended = ended if end is None else ended | (y == end)
+            return (state, next_state, next_h, next_ended), (y, log_p, ~ended)
 
         first = (state, state, h, jnp.zeros((), bool))
-        (before_last, *_), (tokens, log_p, valid) = jax.lax.scan(body, first, start.step + jnp.arange(steps))
+        (before_last, *_), (tokens, log_p, valid) = jax.lax.scan(
+            body, first, jnp.asarray(start.step) + jnp.arange(steps)
+        )
         return Generated(tokens, log_p, valid, before_last)
 
-    return jax.vmap(of_row)(state, last, start.keys)
+    return jax.vmap(one_row)(state, last, start.keys)
 
 
 def _row_keys(key: Array, batch: int) -> Array:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # a key of jax.random.PRNGKey
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
@@ -187,7 +191,7 @@ def _row_keys(key: Array, batch: int) -> Array:
 def _check_options(steps: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if steps < 1:
         raise ValueError(f"expected at least 1 step to generate, got {steps}")
-    if not temperature >= 0:
+    if not temperature >= 0:  # also true for NaN
         raise ValueError(f"expected temperature of at least 0, got {temperature}: 0 takes the likeliest token")
     if top_k is not None and top_k < 1:
         raise ValueError(f"expected top_k of at least 1, got {top_k}")

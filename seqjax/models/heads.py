@@ -1,19 +1,19 @@
-"""Readouts: p(y_t | x_{<=t}) = g(h_t), with log-probabilities and samples, not only logits.
+"""Readouts: p(y_t | x_{<=t}) = g(h_t), with log-probabilities and samples.
 
-A head is any object with the methods of `Head`. Like a cell's step it sees one example at one time; the functions of
-`seqjax.models.losses` map it over batch and time.
+A head is any object with the methods of `Head`. Like the step of a cell, it sees one example at one time.
+`head_log_probs` maps it over batch and time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from seqjax.cells.fields import check_fields
 from seqjax.initializers import Glorot
@@ -24,7 +24,7 @@ class Head(Protocol):
     """A distribution over the target y_t given the cell's output h_t."""
 
     def init(self, key: Array) -> PyTree:
-        """Draws parameters; the sizes come from the head's own fields."""
+        """Draws the parameters; the sizes are fields of the head."""
         ...
 
     def log_prob(self, params: PyTree, h: PyTree, y: PyTree) -> Float[Array, ""]:
@@ -41,7 +41,7 @@ class Head(Protocol):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> PyTree:
-        """y ~ p(. | h); the most likely y where the temperature is 0."""
+        """Draws y ~ p(. | h); returns the most likely y if the temperature is 0."""
         ...
 
 
@@ -90,7 +90,7 @@ class Categorical:
     Args:
         hidden_size: n, the length of the cell's output.
         classes: the number of values that y can take, 0..classes-1.
-        dtype: of the parameters.
+        dtype: the dtype of the parameters.
 
     Raises:
         ValueError: a size is not positive.
@@ -115,15 +115,16 @@ class Categorical:
         return _init_readout(self, key, self.classes)
 
     def logits(self, params: ReadoutParams, h: Float[Array, " n"]) -> Float[Array, " m"]:
-        """`readout`: unnormalised log-probabilities."""
+        """The unnormalized log-probabilities, `readout(params, h)`."""
         return readout(params, h)
 
     def log_prob(self, params: ReadoutParams, h: Float[Array, " n"], y: Int[Array, ""]) -> Float[Array, ""]:
-        """log softmax(W_hy h + b_y)_y, in nats; NaN for a class that does not exist."""
+        """log softmax(W_hy h + b_y)_y, in nats; NaN for a class outside 0..classes-1."""
         y = jnp.asarray(y)
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise TypeError(f"expected whole-number classes as targets of Categorical, got {y.dtype}: y.astype(int)")
         log_p = jax.nn.log_softmax(self.logits(params, h))
+        # Plain indexing would clip or wrap a wrong class to another one. Training detects and reports NaN.
         return log_p.at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
     def sample(
@@ -136,19 +137,19 @@ class Categorical:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> Int[Array, ""]:
-        """Draws a class from softmax(logits / temperature), cut to the `top_k` likeliest and the `top_p` nucleus.
+        """Draws a class from softmax(logits / temperature), restricted by `top_k` and `top_p`.
 
         Args:
             params: W_hy (m, n) and b_y (m,).
             h: h_t (n,).
             key: a random key.
-            temperature: 0 takes the likeliest class, 1 samples from the distribution itself.
-            top_k: keep this many of the likeliest classes.
-            top_p: keep the likeliest classes up to the first whose probabilities together reach `top_p`
+            temperature: 0 selects the likeliest class, 1 samples from the distribution itself.
+            top_k: keep only this many likeliest classes.
+            top_p: keep only the smallest set of likeliest classes whose probabilities together reach `top_p`
                 (Holtzman et al. 2020).
 
         Returns:
-            The class, a whole number.
+            The class, an integer.
         """
         logits = self.logits(params, h)
         if temperature == 0:
@@ -158,22 +159,24 @@ class Categorical:
 
 
 def likeliest(logits: Float[Array, " m"], k: int | None) -> Float[Array, " m"]:
-    """Sets all but the `k` largest logits to minus infinity; the earlier of two equal ones stays."""
+    """Sets all but the `k` largest logits to minus infinity; of equal logits, the first ones stay."""
     if k is None or k >= logits.size:
         return logits
-    _, kept = jax.lax.top_k(logits, k)
-    return jnp.full_like(logits, -jnp.inf).at[kept].set(logits[kept])
+    # By index and not by a threshold, which would keep more than k if logits are equal.
+    _, largest = jax.lax.top_k(logits, k)
+    return jnp.full_like(logits, -jnp.inf).at[largest].set(logits[largest])
 
 
 def nucleus(logits: Float[Array, " m"], p: float | None) -> Float[Array, " m"]:
-    """Sets all to minus infinity but the largest logits whose probabilities first reach `p` together."""
+    """Sets all logits to minus infinity except the largest ones whose probabilities together reach `p`."""
     if p is None or p >= 1:
         return logits
     order = jnp.argsort(-logits)
     probability = jax.nn.softmax(logits[order])
     before = jnp.cumsum(probability) - probability
-    kept = jnp.zeros(logits.shape, bool).at[order].set(before < p)
-    return jnp.where(kept.at[order[0]].set(True), logits, -jnp.inf)
+    in_nucleus = jnp.zeros(logits.shape, bool).at[order].set(before < p)
+    # The first one always, even if `p` rounds to 0 in the dtype of the logits.
+    return jnp.where(in_nucleus.at[order[0]].set(True), logits, -jnp.inf)
 
 
 class GaussianMoments(NamedTuple):
@@ -191,12 +194,12 @@ class Gaussian:
     Args:
         hidden_size: n, the length of the cell's output.
         features: m, the length of y.
-        std: a fixed standard deviation in the units of y, so that -log p is half the squared error plus a constant; by
-            default exp(log_std) is read from h as the mean is.
-        dtype: of the parameters.
+        std: a fixed standard deviation in the units of y; with std=1, -log p is half the squared error plus a constant.
+            By default the standard deviation is exp(log_std), and log_std is a linear readout of h like the mean.
+        dtype: the dtype of the parameters.
 
     Raises:
-        ValueError: a size is not positive, or `std` is not.
+        ValueError: a size or `std` is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -253,9 +256,54 @@ class Gaussian:
         """mean + temperature * std * noise.
 
         Raises:
-            ValueError: `top_k` or `top_p` is given, which only a categorical readout has.
+            ValueError: `top_k` or `top_p` is not None; only a categorical readout has them.
         """
         if top_k is not None or top_p is not None:
             raise ValueError("expected neither top_k nor top_p for Gaussian, which has no classes: use temperature")
         mean, std = self.moments(params, h)
         return mean + temperature * std * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def head_log_probs(
+    head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Bool[Any, "batch time"] | None = None
+) -> Float[Array, "batch time"]:
+    """log p(y_t | h_t) of every step, from the outputs of a cell.
+
+    Args:
+        head: the readout.
+        params: its parameters.
+        outputs: the outputs of `unroll`, leaves (batch, time, ...).
+        targets: y, leaves (batch, time, ...).
+        mask: True at valid steps (batch, time). At other steps the result is zero, and outputs and targets affect
+            neither values nor gradients.
+
+    Returns:
+        Log-probabilities (batch, time), in nats.
+
+    Raises:
+        ValueError: (batch, time) differs between targets and outputs.
+
+    Example:
+        >>> import jax.numpy as jnp, seqjax as sj
+        >>> head, zero = sj.Categorical(3, 4), sj.ReadoutParams(jnp.zeros((4, 3)), jnp.zeros(4))
+        >>> log_p = sj.head_log_probs(head, zero, jnp.ones((2, 5, 3)), jnp.zeros((2, 5), int))
+        >>> round(float(log_p.sum()), 4)  # -10 ln 4
+        -13.8629
+    """
+    targets = jax.tree.map(jnp.asarray, targets)
+    expected = jax.tree.leaves(outputs)[0].shape[:2]
+    for leaf in jax.tree.leaves(targets):
+        if leaf.shape[:2] != expected:
+            raise ValueError(
+                f"expected targets (batch, time, ...) = ({expected[0]}, {expected[1]}, ...) as in the outputs, "
+                f"got {leaf.shape}: pass one target per step, or pool to one output per sequence with sj.last_valid"
+            )
+
+    def one(h: PyTree, y: PyTree, valid: Array | None) -> Array:
+        if valid is None:
+            return head.log_prob(params, h, y)
+        # Both inside and outside: NaN in the unused branch of `where` would reach the gradient.
+        h, y = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.zeros_like(leaf)), (h, y))
+        return jnp.where(valid, head.log_prob(params, h, y), 0)
+
+    return jax.vmap(jax.vmap(one))(outputs, targets, mask)

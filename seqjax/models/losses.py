@@ -1,4 +1,4 @@
-"""Sequence losses and scores: sums and means over the valid steps of a batch of sequences."""
+"""Losses and scores: sums and means over the valid steps of a batch of sequences."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from seqjax.cell import State
-from seqjax.models.model import Model, ModelParams, log_probs
 from seqjax.sequence._checks import check_flags
 
 
@@ -23,16 +21,16 @@ def sequence_loss(
     """L = sum_t l_t over the valid steps of all sequences, or its mean over these steps.
 
     Args:
-        step_losses: l_t (batch, time), in nats where they are -log p.
-        mask: True at valid steps; what stands elsewhere, NaN included, is not read.
-        reduce: "mean" over valid steps, so that long sequences weigh more than short ones; or "sum".
+        step_losses: l_t (batch, time), in nats if they are -log p.
+        mask: True at valid steps; values at other steps, including NaN, are ignored.
+        reduce: "mean" over all valid steps, so that a sequence has a weight proportional to its length; or "sum".
         unit: "bits" divides by ln 2.
 
     Returns:
-        The loss, one number; the mean of no valid step at all is 0.
+        The loss, one number; 0 if no step is valid.
 
     Raises:
-        ValueError: a shape or an option does not fit.
+        ValueError: a shape does not match, or an option is unknown.
         TypeError: the mask is not boolean.
 
     Example:
@@ -55,44 +53,8 @@ def sequence_loss(
     return total / math.log(2) if unit == "bits" else total
 
 
-def sequence_log_prob(
-    model: Model,
-    params: ModelParams,
-    xs: PyTree,
-    targets: PyTree,
-    *,
-    state: State | None = None,
-    mask: Bool[Any, "batch time"] | None = None,
-    reset: Bool[Any, "batch time"] | None = None,
-) -> Float[Array, " batch"]:
-    """log p(y_{1:T} | x_{1:T}) = sum_t log p(y_t | x_{<=t}) of each sequence.
-
-    For a text, xs = tokens[:, :-1] and targets = tokens[:, 1:] give log p(x_{2:T} | x_1); put a start token in front
-    for log p(x_{1:T}).
-
-    Args:
-        model, params, xs, targets, state, mask, reset: as for `log_probs`.
-
-    Returns:
-        The log-probability of each sequence (batch,), in nats.
-
-    Raises:
-        ValueError, TypeError: as for `log_probs`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, seqjax as sj
-        >>> model = sj.Model(sj.stack([sj.Embedding(4, 2), sj.GRU(2, 3)]), sj.Categorical(3, 4))
-        >>> params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
-        >>> tokens = jnp.array([[0, 1, 2, 3]])
-        >>> round(float(sj.sequence_log_prob(model, params, tokens[:, :-1], tokens[:, 1:])[0]), 4)  # -3 ln 4
-        -4.1589
-    """
-    _, log_p = log_probs(model, params, xs, targets, state=state, mask=mask, reset=reset)
-    return jnp.sum(log_p, axis=1)
-
-
 def perplexity(log_p: Float[Any, "batch time"], mask: Bool[Any, "batch time"] | None = None) -> Float[Array, ""]:
-    """exp(-mean_t log p_t): how many equally likely choices the model is as unsure as, at a valid step.
+    """exp(-mean_t log p_t): the number of equally likely choices with the same entropy, per valid step.
 
     Args:
         log_p: log-probabilities (batch, time) in nats, from `log_probs`.
@@ -115,14 +77,14 @@ def perplexity(log_p: Float[Any, "batch time"], mask: Bool[Any, "batch time"] | 
 def bits_per_character(
     log_p: Float[Any, "batch time"], mask: Bool[Any, "batch time"] | None = None
 ) -> Float[Array, ""]:
-    """-mean_t log2 p_t: the length of the model's code for a token, for a model of characters.
+    """-mean_t log2 p_t: the code length of a character under the model, in bits.
 
     Args:
         log_p: log-probabilities (batch, time) in nats, from `log_probs`.
         mask: True at valid steps.
 
     Returns:
-        Bits for each valid step.
+        Bits per valid step.
 
     Raises:
         ValueError, TypeError: as for `sequence_loss`.

@@ -1,4 +1,4 @@
-"""A cell and a head together: p(y_{1:T} | x_{1:T}) = prod_t p(y_t | x_{<=t})."""
+"""A cell with a head: p(y_{1:T} | x_{1:T}) = prod_t p(y_t | x_{<=t})."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.cell import Cell, State
-from seqjax.models.heads import Head
+from seqjax.models.heads import Head, head_log_probs
 from seqjax.sequence.unroll import unroll
 
 
 class ModelParams(NamedTuple):
-    """Parameters of the cell and of the head."""
+    """The parameters of the cell and of the head."""
 
     cell: PyTree
     head: PyTree
@@ -24,14 +24,14 @@ class ModelParams(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A cell that carries the state and a head that reads it out.
+    """A cell with a head that reads out its outputs.
 
     Args:
         cell: any cell; `stack([Embedding(v, d), LSTM(d, n)])` for tokens.
         head: `Categorical`, `Gaussian`, or any object with their three methods.
 
     Raises:
-        TypeError: one of them lacks a method.
+        TypeError: the cell or the head lacks a method.
 
     Example:
         >>> import jax, seqjax as sj
@@ -46,12 +46,13 @@ class Model:
     def __post_init__(self) -> None:
         for name, kind in (("cell", Cell), ("head", Head)):
             part = getattr(self, name)
+            # A class has the methods too, so it would pass the check of the protocol.
             if isinstance(part, type) or not isinstance(part, kind):
                 methods = ", ".join(m for m in vars(kind) if not m.startswith("_") and callable(vars(kind)[m]))
                 raise TypeError(f"expected a {name} with the methods {methods}, got {part!r}")
 
     def init(self, key: Array) -> ModelParams:
-        """Draws the parameters of both."""
+        """Draws the parameters of the cell and of the head."""
         key_cell, key_head = jax.random.split(key)
         return ModelParams(self.cell.init(key_cell), self.head.init(key_head))
 
@@ -76,10 +77,10 @@ def log_probs(
         state, mask, reset: as for `unroll`.
 
     Returns:
-        The final state, and the log-probabilities (batch, time) in nats; zero where the mask is False.
+        The final state, and the log-probabilities (batch, time) in nats; zero at steps whose mask is False.
 
     Raises:
-        ValueError, TypeError: as for `unroll`, or the targets do not fit the head.
+        ValueError, TypeError: as for `unroll`, or the targets do not match the head.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -94,44 +95,37 @@ def log_probs(
     return final, head_log_probs(model.head, params.head, outputs, targets, mask)
 
 
-def head_log_probs(
-    head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Bool[Any, "batch time"] | None = None
-) -> Float[Array, "batch time"]:
-    """log p(y_t | h_t) of every step, from the outputs of a cell.
+def sequence_log_prob(
+    model: Model,
+    params: ModelParams,
+    xs: PyTree,
+    targets: PyTree,
+    *,
+    state: State | None = None,
+    mask: Bool[Any, "batch time"] | None = None,
+    reset: Bool[Any, "batch time"] | None = None,
+) -> Float[Array, " batch"]:
+    """log p(y_{1:T} | x_{1:T}) = sum_t log p(y_t | x_{<=t}) of each sequence.
+
+    For a text, xs = tokens[:, :-1] and targets = tokens[:, 1:] give log p(x_{2:T} | x_1). For log p(x_{1:T}), prepend a
+    start token.
 
     Args:
-        head: the readout.
-        params: its parameters.
-        outputs: what `unroll` returned, leaves (batch, time, ...).
-        targets: y, leaves (batch, time, ...).
-        mask: where False, the result is zero, and neither outputs nor targets reach values or gradients.
+        model, params, xs, targets, state, mask, reset: as for `log_probs`.
 
     Returns:
-        Log-probabilities (batch, time), in nats.
+        The log-probability of each sequence (batch,), in nats.
 
     Raises:
-        ValueError: the targets have another (batch, time) than the outputs.
+        ValueError, TypeError: as for `log_probs`.
 
     Example:
-        >>> import jax.numpy as jnp, seqjax as sj
-        >>> head, zero = sj.Categorical(3, 4), sj.ReadoutParams(jnp.zeros((4, 3)), jnp.zeros(4))
-        >>> log_p = sj.head_log_probs(head, zero, jnp.ones((2, 5, 3)), jnp.zeros((2, 5), int))
-        >>> round(float(log_p.sum()), 4)  # -10 ln 4
-        -13.8629
+        >>> import jax, jax.numpy as jnp, seqjax as sj
+        >>> model = sj.Model(sj.stack([sj.Embedding(4, 2), sj.GRU(2, 3)]), sj.Categorical(3, 4))
+        >>> params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
+        >>> tokens = jnp.array([[0, 1, 2, 3]])
+        >>> round(float(sj.sequence_log_prob(model, params, tokens[:, :-1], tokens[:, 1:])[0]), 4)  # -3 ln 4
+        -4.1589
     """
-    targets = jax.tree.map(jnp.asarray, targets)
-    expected = jax.tree.leaves(outputs)[0].shape[:2]
-    for leaf in jax.tree.leaves(targets):
-        if leaf.shape[:2] != expected:
-            raise ValueError(
-                f"expected targets (batch, time, ...) = ({expected[0]}, {expected[1]}, ...) as in the outputs, "
-                f"got {leaf.shape}: one target a step, or read one state a sequence with sj.last_valid"
-            )
-
-    def one(h: PyTree, y: PyTree, valid: Array | None) -> Array:
-        if valid is None:
-            return head.log_prob(params, h, y)
-        h, y = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.zeros_like(leaf)), (h, y))
-        return jnp.where(valid, head.log_prob(params, h, y), 0)
-
-    return jax.vmap(jax.vmap(one))(outputs, targets, mask)
+    _, log_p = log_probs(model, params, xs, targets, state=state, mask=mask, reset=reset)
+    return jnp.sum(log_p, axis=1)

@@ -1,8 +1,8 @@
-"""What training minimises: from the outputs of a cell and the targets of a batch to one number.
+"""The objectives of training: one number from the outputs of a cell and the targets of a batch.
 
-An objective is a function of (head, head's parameters, outputs, targets, mask). It holds no parameters, so your own is
-one function; a frozen dataclass where it has options, so that it compiles once. It is a mean over valid steps, unless
-it has a true attribute `per_sequence`: `evaluate` weights batches accordingly.
+An objective is a function of (head, parameters of the head, outputs, targets, mask). It has no parameters of its own.
+If it has options, write it as a frozen dataclass, so that it is compiled once. It is a mean over valid steps, or a mean
+over sequences if it has the attribute `per_sequence = True`; `evaluate` weights the batches accordingly.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from seqjax.models.heads import Head
+from seqjax.models.heads import Head, head_log_probs
 from seqjax.models.losses import sequence_loss
-from seqjax.models.model import head_log_probs
 from seqjax.models.pooling import last_valid
 
-Objective = Callable[[Any, PyTree, PyTree, PyTree, Any], Array]
+Mask = Bool[Any, "batch time"] | None
+Objective = Callable[[Any, PyTree, PyTree, PyTree, Any], Array]  # a Head, and a mask or None
 
 
-def every_step(head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Any) -> Array:
+def every_step(head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Mask) -> Array:
     """The mean of -log p(y_t | h_t) over valid steps: many-to-many, and language models.
 
     Args:
         head, params: the readout and its parameters.
-        outputs: of the cell, leaves (batch, time, ...).
+        outputs: the outputs of the cell, leaves (batch, time, ...).
         targets: leaves (batch, time, ...).
-        mask: valid steps, or None.
+        mask: the valid steps (batch, time); None if all steps are valid.
 
     Returns:
         One number, in nats.
@@ -46,10 +46,10 @@ def every_step(head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mas
 
 @dataclasses.dataclass(frozen=True)
 class ManyToOne:
-    """The mean over sequences of -log p(y | pool(h_1..h_T)): one target a sequence.
+    """The mean over sequences of -log p(y | pool(h_1..h_T)), with one target per sequence.
 
     Args:
-        pool: from outputs and mask to one vector a sequence: `last_valid`, `masked_mean` or `masked_max`.
+        pool: maps outputs and mask to one vector per sequence: `last_valid`, `masked_mean` or `masked_max`.
 
     Example:
         >>> import jax.numpy as jnp, seqjax as sj
@@ -62,6 +62,7 @@ class ManyToOne:
     pool: Callable[..., PyTree] = last_valid
     per_sequence: ClassVar[bool] = True
 
-    def __call__(self, head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Any) -> Array:
+    def __call__(self, head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Mask) -> Array:
+        # As sequences of one step, for the checks of `head_log_probs`.
         h, y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], (self.pool(outputs, mask), targets))
-        return -jnp.mean(head_log_probs(head, params, h, y))  # as sequences of one step
+        return -jnp.mean(head_log_probs(head, params, h, y))

@@ -1,11 +1,13 @@
-"""From many steps to one: the outputs of a sequence as a single vector for a many-to-one readout."""
+"""Pooling: one vector from all outputs of a sequence, for a many-to-one readout."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.sequence._checks import check_flags
@@ -16,13 +18,13 @@ def last_valid(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) -> 
 
     Args:
         outputs: leaves (batch, time, ...).
-        mask: True at valid steps, in any pattern; by default all are.
+        mask: True at valid steps, in any pattern; by default all steps are valid.
 
     Returns:
         Leaves (batch, ...); zero for a sequence without a valid step.
 
     Raises:
-        ValueError: the mask has another (batch, time).
+        ValueError: (batch, time) differs between mask and outputs.
         TypeError: the mask is not boolean.
 
     Example:
@@ -36,6 +38,7 @@ def last_valid(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) -> 
             return jnp.zeros(leaf.shape[1:], leaf.dtype)
         if mask is None:
             return leaf[-1]
+        # argmax returns the first True, so on the reversed mask it finds the last one.
         last = leaf.shape[0] - 1 - jnp.argmax(mask[::-1])
         return jnp.where(jnp.any(mask), leaf[last], jnp.zeros_like(leaf[last]))
 
@@ -47,7 +50,7 @@ def masked_mean(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) ->
 
     Args:
         outputs: leaves (batch, time, ...).
-        mask: True at valid steps; by default all are.
+        mask: True at valid steps; by default all steps are valid.
 
     Returns:
         Leaves (batch, ...); zero for a sequence without a valid step.
@@ -71,11 +74,11 @@ def masked_mean(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) ->
 
 
 def masked_max(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) -> PyTree:
-    """The largest output over each sequence's valid steps, feature by feature, max_{t: M_t} h_t.
+    """The largest output of each feature over each sequence's valid steps, max_{t: M_t} h_t.
 
     Args:
         outputs: leaves (batch, time, ...).
-        mask: True at valid steps; by default all are.
+        mask: True at valid steps; by default all steps are valid.
 
     Returns:
         Leaves (batch, ...); zero for a sequence without a valid step.
@@ -90,7 +93,7 @@ def masked_max(outputs: PyTree, mask: Bool[Any, "batch time"] | None = None) -> 
     """
 
     def one(mask: Array | None, leaf: Array) -> Array:
-        if not leaf.shape[0]:
+        if not leaf.shape[0]:  # jnp.max refuses an empty axis
             return jnp.zeros(leaf.shape[1:], leaf.dtype)
         if mask is None:
             return jnp.max(leaf, axis=0)
@@ -104,11 +107,12 @@ def _where_valid(mask: Array, leaf: Float[Array, "time ..."], otherwise: float) 
     return jax.vmap(lambda valid, at_t: jnp.where(valid, at_t, jnp.full_like(at_t, otherwise)))(mask, leaf)
 
 
-def _pool(one: Any, outputs: PyTree, mask: Any) -> PyTree:
+def _pool(one: Callable[[Array | None, Array], Array], outputs: PyTree, mask: ArrayLike | None) -> PyTree:
+    """Maps `one`, which pools one leaf of one sequence, over leaves and batch."""
     outputs = jax.tree.map(jnp.asarray, outputs)
     for leaf in jax.tree.leaves(outputs):
         if leaf.ndim < 2:
-            raise ValueError(f"expected outputs (batch, time, ...), got {leaf.shape}: pool what unroll returned")
+            raise ValueError(f"expected outputs (batch, time, ...), got {leaf.shape}: pool the outputs of unroll")
     batch, time = jax.tree.leaves(outputs)[0].shape[:2]
     mask = check_flags("mask", mask, batch, time)
     return jax.vmap(lambda row, out: jax.tree.map(lambda leaf: one(row, leaf), out))(mask, outputs)

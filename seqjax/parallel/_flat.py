@@ -13,7 +13,7 @@ from seqjax.parallel._algebra import DENSE, Algebra
 from seqjax.parallel._layers import LoopCell
 from seqjax.sequence import _flat_cell
 from seqjax.sequence._flat_cell import At
-from seqjax.sequence._partition.plan import shapes_of_one
+from seqjax.sequence._partition.tracing import shapes_of_one
 
 AT_ONCE = 2**22  # numbers in the Jacobians that are in memory at once if only their diagonals are needed
 

@@ -88,7 +88,7 @@ def _solve(flat: FlatCell, algebra: Algebra, arguments: Arguments, states: Array
             g = g + cotangent
             return jax.vjp(lambda v: flat.step(params, v, at), v)[1](g)[0], g
 
-        # JAX passes `matvec` as the first argument to both solvers.
+        # `custom_linear_solve` calls both solvers with `matvec` first, which they do not need.
         def solve(_: object, b: Array) -> Array:
             return jax.lax.scan(push, zero, (before, inputs, b))[1]
 
@@ -111,7 +111,6 @@ def _solve(flat: FlatCell, algebra: Algebra, arguments: Arguments, states: Array
     return jax.lax.custom_linear_solve(matvec, b, solve, solve_transposed)
 
 
-# Functions of the module, and not lambdas, because JAX caches the traces of both branches of a `cond` by identity.
 def _solve_at_once(A: Array, b: Array) -> Array:
     return linear_scan(DENSE, A, b)
 

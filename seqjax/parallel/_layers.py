@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
-from jax.tree_util import PyTreeDef
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._masked_step import last_output
 from seqjax.sequence._partition.loops import Stage, stages
-from seqjax.sequence._partition.plan import traced_step
 from seqjax.sequence._partition.program import inline
+from seqjax.sequence._partition.tracing import traced_step
 
 Leaves = tuple[PyTree, ...]
 
@@ -54,7 +53,7 @@ class LoopCell:
 
 def split_loops(
     cell: Cell, params: Params, state: State, x: PyTree, noise: PyTree
-) -> tuple[list[LoopCell], list[Any], PyTreeDef]:
+) -> tuple[list[LoopCell], list[Any], Any]:
     """Splits a cell into its loops.
 
     Args:

@@ -1,9 +1,12 @@
-"""Running joins x_1, x_1 x_2, x_1 x_2 x_3, .. of an associative operation, in few sweeps over the sequence.
+"""The inclusive scan x_1, x_1 x_2, x_1 x_2 x_3, .. of an associative operation.
 
-The sequence is cut into blocks. Within them joins run one after another, in all blocks at once; the totals of the
-blocks are joined in log sweeps; and then every step is joined with what came before its block. That is some two joins
-a step and a depth of BLOCK + log T, where `jax.lax.associative_scan` has two joins and 2 log T. It writes the join
-three times and not 2 log T times, so that the time to compile does not grow with T.
+The sequence is divided into chunks. First the steps of each chunk are joined one after another, in all chunks at once.
+Then the totals of the chunks are joined in log(number of chunks) sweeps. At last every step is joined with the total of
+all chunks before its own.
+
+This takes about two joins per step and a depth of CHUNK + log T. `jax.lax.associative_scan` takes two joins per step
+and a depth of 2 log T, but its program contains the join 2 log T times. Here the program contains it three times, so
+the compilation time does not grow with T.
 
 Source: Blelloch 1990, "Prefix sums and their applications"; Kogge and Stone 1973 for the totals.
 """
@@ -16,51 +19,53 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-BLOCK = 16  # steps
+CHUNK = 16  # steps
 
 
-def running_joins(
+def prefix_scan(
     join: Callable[[PyTree, PyTree], PyTree],
     finish: Callable[[PyTree, PyTree], PyTree],
     steps: PyTree,
     reverse: bool = False,
 ) -> PyTree:
-    """What `finish` keeps of x_1 .. x_t, for every t.
+    """Computes `finish` of the join of x_1 .. x_t, for every t.
 
     Args:
-        join: (earlier, later) -> both as one; associative, on single steps.
-        finish: what is wanted of `join`. Where nothing came before, `earlier` is zero in all its parts.
+        join: the associative operation (earlier, later) -> joined, on single steps.
+        finish: (earlier, later) -> the needed part of join(earlier, later). In the first chunk, all leaves of `earlier`
+            are zero, which must mean that there is nothing before.
         steps: x_1..x_T, leaves (time, ...).
-        reverse: x_t .. x_T instead, of which the end comes first.
+        reverse: whether to join x_t .. x_T instead, with the last step as the earliest.
 
     Returns:
-        What `finish` returns, leaves (time, ...).
+        The results of `finish`, leaves (time, ...).
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from seqjax.parallel._prefixes import running_joins
-        >>> running_joins(jnp.add, jnp.add, jnp.arange(1.0, 6.0)).tolist()
+        >>> from seqjax.parallel._prefixes import prefix_scan
+        >>> prefix_scan(jnp.add, jnp.add, jnp.arange(1.0, 6.0)).tolist()
         [1.0, 3.0, 6.0, 10.0, 15.0]
     """
     if reverse:
-        return _turned(running_joins(join, finish, _turned(steps)))
+        return _reversed(prefix_scan(join, finish, _reversed(steps)))
     time = len(jax.tree.leaves(steps)[0])
-    length = min(BLOCK, time)
-    blocks = jax.tree.map(lambda leaf: _cut(leaf, length), steps)  # (length, blocks, ...)
-    heads, rest = jax.tree.map(lambda leaf: leaf[0], blocks), jax.tree.map(lambda leaf: leaf[1:], blocks)
+    length = min(CHUNK, time)
+    chunks = jax.tree.map(lambda leaf: _divide(leaf, length), steps)  # (length, chunks, ...)
+    heads, rest = jax.tree.map(lambda leaf: leaf[0], chunks), jax.tree.map(lambda leaf: leaf[1:], chunks)
 
-    def onward(carried: PyTree, step: PyTree) -> tuple[PyTree, PyTree]:
-        carried = jax.vmap(join)(carried, step)
-        return carried, carried
+    def advance(joined: PyTree, step: PyTree) -> tuple[PyTree, PyTree]:
+        joined = jax.vmap(join)(joined, step)
+        return joined, joined
 
-    totals, inner = jax.lax.scan(onward, heads, rest)
-    inner = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), heads, inner)
-    earlier = jax.tree.map(_delayed, _joined_totals(jax.vmap(join), totals))
-    found = jax.vmap(jax.vmap(finish), (None, 0))(earlier, inner)
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])[:time], found)
+    totals, within = jax.lax.scan(advance, heads, rest)
+    within = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), heads, within)
+    earlier = jax.tree.map(_shift, _join_totals(jax.vmap(join), totals))
+    results = jax.vmap(jax.vmap(finish), (None, 0))(earlier, within)
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])[:time], results)
 
 
-def _joined_totals(join: Callable[[PyTree, PyTree], PyTree], totals: PyTree) -> PyTree:
+def _join_totals(join: Callable[[PyTree, PyTree], PyTree], totals: PyTree) -> PyTree:
+    """The inclusive scan of the totals. Sweep k joins each with the one 2^k before it."""
     count = len(jax.tree.leaves(totals)[0])
     if count == 1:
         return totals
@@ -68,22 +73,24 @@ def _joined_totals(join: Callable[[PyTree, PyTree], PyTree], totals: PyTree) -> 
     def sweep(level: Array, totals: PyTree) -> PyTree:
         distance = jnp.left_shift(1, level)
         joined = join(jax.tree.map(lambda leaf: jnp.roll(leaf, distance, axis=0), totals), totals)
-        reaches = jnp.arange(count) >= distance
-        return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(reaches, a, b), joined, totals)
+        # `roll` wraps around, so the first totals would be joined with the last ones.
+        valid = jnp.arange(count) >= distance
+        return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(valid, a, b), joined, totals)
 
     return jax.lax.fori_loop(0, (count - 1).bit_length(), sweep, totals)
 
 
-def _cut(leaf: Array, length: int) -> Array:
-    """(time, ...) as (length, blocks, ...), filled up at the end with zeros."""
-    more = -len(leaf) % length
-    leaf = jnp.concatenate([leaf, jnp.zeros_like(leaf, shape=(more, *leaf.shape[1:]))])
+def _divide(leaf: Array, length: int) -> Array:
+    """Reshapes (time, ...) to (length, chunks, ...), padded at the end with zeros."""
+    padding = -len(leaf) % length
+    leaf = jnp.concatenate([leaf, jnp.zeros_like(leaf, shape=(padding, *leaf.shape[1:]))])
     return jnp.swapaxes(leaf.reshape(-1, length, *leaf.shape[1:]), 0, 1)
 
 
-def _delayed(leaf: Array) -> Array:
+def _shift(leaf: Array) -> Array:
+    """The total before each chunk, and zero before the first."""
     return jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf[:-1]])
 
 
-def _turned(tree: PyTree) -> PyTree:
+def _reversed(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[::-1], tree)

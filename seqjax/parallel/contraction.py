@@ -1,99 +1,105 @@
-"""Whether a recurrence contracts: its largest Lyapunov exponent, measured in parallel over stretches of time.
+"""The largest Lyapunov exponent of a recurrence, estimated in parallel over chunks of time.
 
-Newton over a trajectory takes few iterations exactly where perturbations shrink, lambda_1 < 0; where they grow, the
-number of iterations approaches the number of steps (Gonzalez et al. 2025).
+Newton's method on a trajectory takes few iterations if perturbations shrink, lambda_1 < 0. If they grow, the number of
+iterations approaches the number of steps (Gonzalez et al. 2025).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from seqjax.cell import Params
 from seqjax.parallel._flat import At, FlatCell
+from seqjax.parallel.methods import Method
 
-HOP = 32  # steps of one stretch: the depth of the measurement is twice that
+CHUNK = 32  # steps; the depth of the computation is twice that
 
 
 class NotContractingWarning(UserWarning):
-    """Perturbations of the state grow, so that parallel evaluation has little to gain."""
+    """Perturbations of the state grow, so parallel evaluation is hardly faster than `unroll`."""
 
 
 def largest_exponent(flat: FlatCell, params: Params, first: Array, states: Array, inputs: At) -> Array:
-    """lambda_1 in nats a step, the mean of ln |J_t u| / |u| along real steps of the cell.
+    """Estimates lambda_1 in nats per step, the mean of ln |J_t u| / |u| along the steps of the cell.
 
-    Every stretch starts at the trajectory's state there and runs twice HOP steps, of which the first half only turns u
-    towards the direction that grows fastest. A reset moves the state and leaves the perturbation as it is.
+    Each chunk is preceded by one chunk of warm-up, in which u only turns towards the direction that grows fastest. A
+    reset sets the state but does not change the perturbation.
 
     Args:
         flat: the cell.
-        params: of the cell.
+        params: the parameters of the cell.
         first: s_0 (n,).
-        states: s_1..s_T (time, n), at which stretches start; they need not be exact.
-        inputs: of one sequence, leaves (time, ...).
+        states: s_1..s_T (time, n), from which the chunks start. They need not be exact.
+        inputs: the inputs of one sequence, leaves (time, ...).
 
     Returns:
-        The estimate in float32: 0 without a valid step, minus infinity where a step is singular.
+        The estimate in float32: 0 without a valid step, and minus infinity if a step is singular.
 
     Source: Benettin et al. 1980, "Lyapunov characteristic exponents for smooth dynamical systems".
     """
     time, n = states.shape
-    hop = max(1, min(HOP, -(-time // 2)))
-    stretches, valid = _stretches(inputs, time, hop)
-    v = jnp.concatenate([first[None], states])[:time:hop]
-    u = jnp.cos(jnp.arange(n, dtype=first.dtype))
+    length = max(1, min(CHUNK, -(-time // 2)))
+    chunks, valid = _divide(inputs, time, length)
+    v = jnp.concatenate([first[None], states])[:time:length]
+    u = jnp.cos(jnp.arange(n, dtype=first.dtype))  # an arbitrary direction, equal on every call
     u = jnp.broadcast_to((u / jnp.linalg.norm(u))[None], v.shape)
-    turn = jax.vmap(lambda v, u, at: _pushed(flat, params, v, u, at))
-    v, u, grown = turn(v, u, stretches)
-    if len(v) > 1:  # each stretch again, with the perturbation that the one before it has turned
-        valid, later = valid[1:], jax.tree.map(lambda leaf: leaf[1:], stretches)
-        _, _, grown = turn(v[:-1], u[:-1], later)
+    push = jax.vmap(lambda v, u, at: _push_chunk(flat, params, v, u, at))
+    v, u, growth = push(v, u, chunks)
+    if len(v) > 1:  # a second pass, in which each chunk starts with the perturbation at the end of the one before
+        valid, later = valid[1:], jax.tree.map(lambda leaf: leaf[1:], chunks)
+        _, _, growth = push(v[:-1], u[:-1], later)
     steps = jnp.sum(valid, dtype=jnp.int32)
-    mean = jnp.sum(grown) / jnp.maximum(steps, 1).astype(grown.dtype)
+    mean = jnp.sum(growth) / jnp.maximum(steps, 1).astype(growth.dtype)
     return mean.astype(jnp.float32)
 
 
-def _stretches(inputs: At, time: int, hop: int) -> tuple[At, Array]:
-    """The inputs in stretches of `hop` steps, leaves (stretches, hop, ...), held after the end; and which are valid."""
+def _divide(inputs: At, time: int, length: int) -> tuple[At, Array]:
+    """Divides the inputs into chunks, leaves (chunks, length, ...). Also returns which steps are valid.
+
+    The last chunk is padded with masked steps.
+    """
     x, valid, restart, noise = inputs
     valid = jnp.ones(time, bool) if valid is None else valid
-    count = -(-time // hop)
+    count = -(-time // length)
 
-    def cut(leaf: Array) -> Array:
-        more = jnp.broadcast_to(leaf[-1:], (count * hop - time, *leaf.shape[1:]))
-        return jnp.concatenate([leaf, more]).reshape(count, hop, *leaf.shape[1:])
+    def divide(leaf: Array) -> Array:
+        # Repeats the last values, because this works for any dtype, even for keys.
+        padding = jnp.broadcast_to(leaf[-1:], (count * length - time, *leaf.shape[1:]))
+        return jnp.concatenate([leaf, padding]).reshape(count, length, *leaf.shape[1:])
 
-    x, noise, restart, valid = jax.tree.map(cut, (x, noise, restart, valid))
-    here = jnp.arange(count * hop).reshape(count, hop) < time
-    valid = valid & here
-    return (x, valid, None if restart is None else restart & here, noise), valid
+    x, noise, restart, valid = jax.tree.map(divide, (x, noise, restart, valid))
+    inside = jnp.arange(count * length).reshape(count, length) < time
+    valid = valid & inside
+    return (x, valid, None if restart is None else restart & inside, noise), valid
 
 
-def _pushed(flat: FlatCell, params: Params, v: Array, u: Array, inputs: At) -> tuple[Array, Array, Array]:
-    """The state and the perturbation after one stretch, and the logarithm of what the latter grew by."""
+def _push_chunk(flat: FlatCell, params: Params, v: Array, u: Array, inputs: At) -> tuple[Array, Array, Array]:
+    """The state and the unit perturbation after one chunk, and the logarithm of the perturbation's growth."""
 
-    def advance(carry: tuple[Array, Array], at: PyTree) -> tuple[tuple[Array, Array], Array]:
+    def advance(carry: tuple[Array, Array], at: At) -> tuple[tuple[Array, Array], Array]:
         (v, u), (x, valid, restart, noise) = carry, at
+        # Outside the step, because inside it a reset would set the perturbation to zero.
         if restart is not None:
             v = jnp.where(restart, flat.start(params), v)
         v, pushed = jax.jvp(lambda v: flat.step(params, v, (x, valid, None, noise)), (v,), (u,))
         size = jnp.linalg.norm(pushed)
+        # After a singular step any direction will do, since the sum of logarithms is minus infinity.
         u = jnp.where(size > 0, pushed / jnp.where(size > 0, size, jnp.ones_like(size)), u)
         return (v, u), jnp.log(size)
 
-    (v, u), grown = jax.lax.scan(advance, (v, u), inputs)
-    return v, u, jnp.sum(grown)
+    (v, u), log_growth = jax.lax.scan(advance, (v, u), inputs)
+    return v, u, jnp.sum(log_growth)
 
 
-def warn_of_growth(method: Any, exponents: Array, converged: Array, time: int) -> None:
-    """Warns where perturbations at least double over the sequence; says nothing where the numbers are being traced."""
+def warn_not_contracting(method: Method, exponents: Array, converged: Array, time: int) -> None:
+    """Warns if perturbations at least double over the sequence. There is no warning inside a JAX transformation."""
     if isinstance(exponents, Tracer) or isinstance(converged, Tracer) or not exponents.size:
         return
     measured = np.asarray(exponents)
@@ -103,9 +109,9 @@ def warn_of_growth(method: Any, exponents: Array, converged: Array, time: int) -
     row = int(np.nanargmax(measured))
     warnings.warn(
         f"the recurrence is not contracting: its largest Lyapunov exponent is {measured[row]:+.3g} nats a step in row "
-        f"{row}, positive in {growing.sum()} of {growing.size} rows, so {type(method).__name__} needs up to "
-        f"{time} iterations, one for each step ({int(np.sum(converged))} of {growing.size} rows converged): use "
-        f"sj.unroll, or fallback=True for what does not converge",
+        f"{row}, and perturbations grow in {growing.sum()} of {growing.size} rows, so {type(method).__name__} needs "
+        f"up to {time} iterations, one per step ({int(np.sum(converged))} of {growing.size} rows converged): use "
+        f"sj.unroll, or fallback=True for the rows that do not converge",
         NotContractingWarning,
         stacklevel=3,
     )

@@ -1,22 +1,23 @@
-"""The ways to step towards the trajectory, as values: which Jacobians they keep, and how they damp the step.
+"""The methods for the search of the trajectory, which differ in their Jacobians and in their damping.
 
-All look for the root of r_t = f(s_{t-1}) - s_t. With J_t = df/ds_{t-1}, Newton's step solves d_t = J_t d_{t-1} + r_t.
+All search for the root of r_t = f(s_{t-1}) - s_t. With J_t = df/ds_{t-1}, Newton's change d of the trajectory solves
+d_t = J_t d_{t-1} + r_t.
 
-| method    | Jacobians | step         | memory  | work of an iteration |
-|-----------|-----------|--------------|---------|----------------------|
-| DEER      | whole     | Newton's     | T n^2   | T n^3                |
-| QuasiDEER | diagonal  | Newton's     | T n     | T n, and the diagonals |
-| ELK       | whole     | damped       | T n^2   | T n^3, some ten times that of DEER |
-| QuasiELK  | diagonal  | damped       | T n     | T n, and the diagonals |
+| method    | Jacobians | change       | memory  | operations per iteration            |
+|-----------|-----------|--------------|---------|-------------------------------------|
+| DEER      | dense     | Newton's     | T n^2   | T n^3                               |
+| QuasiDEER | diagonal  | Newton's     | T n     | T n, and the diagonals of the J_t   |
+| ELK       | dense     | damped       | T n^2   | T n^3, about ten times those of DEER |
+| QuasiELK  | diagonal  | damped       | T n     | T n, and the diagonals of the J_t   |
 
-All are exact after at most T iterations, since each iteration makes at least one more step exact.
+All are exact after at most T iterations, because each iteration makes at least one more step exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array
@@ -28,7 +29,7 @@ from seqjax.parallel._smoother import smoothed_step
 
 @runtime_checkable
 class Method(Protocol):
-    """A way to step: the Jacobians that it keeps, its first damping (0 for none), and the change of the trajectory."""
+    """A search method: its Jacobians, its first damping, and its change of the trajectory per iteration."""
 
     @property
     def algebra(self) -> Algebra:
@@ -37,48 +38,50 @@ class Method(Protocol):
 
     @property
     def damping(self) -> float:
-        """mu of the first iteration; 0 where every step is taken as it is."""
+        """mu of the first iteration; 0 for a method without damping, which accepts every change."""
         ...
 
     def change(self, J: Array, r: Array, mu: Array) -> Array:
-        """d_1..d_T (time, n) for Jacobians J, residuals r (time, n) and damping mu."""
+        """The change d_1..d_T (time, n) for Jacobians J, residuals r (time, n) and damping mu."""
         ...
 
 
 class _Newton:
-    """Newton's step, d_t = J_t d_{t-1} + r_t."""
+    """Newton's change, d_t = J_t d_{t-1} + r_t."""
 
     damping = 0.0
 
-    def change(self: Any, J: Array, r: Array, mu: Array) -> Array:
-        """One linear scan."""
+    def change(self: Method, J: Array, r: Array, mu: Array) -> Array:
+        """Solves d_t = J_t d_{t-1} + r_t by one linear scan."""
         return linear_scan(self.algebra, J, r)
 
 
 class _Damped:
-    """The step of Levenberg and Marquardt. Taken only where it makes sum_t |r_t|^2 smaller, which sets mu."""
+    """The change of Levenberg and Marquardt, which is accepted only if it decreases sum_t |r_t|^2."""
 
-    def __post_init__(self: Any) -> None:
+    def __post_init__(self: Method) -> None:
         mu = self.damping
         number = isinstance(mu, (int, float)) and not isinstance(mu, bool)
         if not number or not 0 < mu < math.inf:
             raise ValueError(
-                f"expected {type(self).__name__} damping, mu at the start, to be a positive number, got {mu!r}: "
+                f"expected {type(self).__name__} damping, the first mu, to be a positive number, got {mu!r}: "
                 f"0 is {'DEER' if self.algebra is DENSE else 'QuasiDEER'}()"
             )
+        # A frozen dataclass has no other way. As a float, 1 and 1.0 have the same repr.
         object.__setattr__(self, "damping", float(mu))
 
-    def change(self: Any, J: Array, r: Array, mu: Array) -> Array:
-        """One Kalman smoother."""
+    def change(self: Method, J: Array, r: Array, mu: Array) -> Array:
+        """Computes the damped change by one Kalman smoother."""
         return smoothed_step(self.algebra, J, r, mu)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class DEER(_Newton):
-    """Newton's method with whole Jacobians, d_t = J_t d_{t-1} + r_t.
+    """Newton's method with dense Jacobians, d_t = J_t d_{t-1} + r_t.
 
-    The fewest iterations: one for a linear cell, some five to ten for a contracting one. Each costs T n^3.
+    It needs the fewest iterations: one for a linear cell, and about five to ten for a contracting one. Each iteration
+    takes T n^3 operations.
 
     Source: Lim, Zhu, Selfridge and Kasim 2024, "Parallelizing non-linear sequential models over the sequence length".
 
@@ -90,16 +93,16 @@ class DEER(_Newton):
 
     @property
     def algebra(self) -> Algebra:
-        """Whole matrices."""
+        """Dense matrices."""
         return DENSE
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class QuasiDEER(_Newton):
-    """Newton's method with the diagonals of the Jacobians alone, d_t = diag(J_t) * d_{t-1} + r_t.
+    """Newton's method with only the diagonals of the Jacobians, d_t = diag(J_t) * d_{t-1} + r_t.
 
-    More iterations than DEER, each in memory T n; the same as DEER where units do not mix.
+    It needs more iterations than DEER, but only T n memory. It is equal to DEER if no unit reads another unit.
 
     Source: Gonzalez, Warrington, Smith and Linderman 2024, "Towards scalable and stable parallelization of nonlinear
         RNNs".
@@ -119,11 +122,11 @@ class QuasiDEER(_Newton):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ELK(_Damped):
-    """Levenberg-Marquardt with whole Jacobians: the d that minimises sum_t |d_t - J_t d_{t-1} - r_t|^2 + mu |d_t|^2.
+    """Levenberg-Marquardt with dense Jacobians: d minimises sum_t |d_t - J_t d_{t-1} - r_t|^2 + mu |d_t|^2.
 
-    For recurrences that contract, but not where Newton's first steps lead: far from the trajectory of a polynomial
-    cell, say, where DEER overflows. A step is taken only where it makes sum_t |r_t|^2 smaller, and then mu falls;
-    otherwise mu grows.
+    It is for recurrences that contract near the trajectory, but not at the first iterates of Newton's method. For
+    example, DEER overflows far from the trajectory of a cell that is a polynomial. A change is accepted only if it
+    decreases sum_t |r_t|^2. Then mu decreases; otherwise it increases.
 
     Args:
         damping: mu of the first iteration.
@@ -144,14 +147,14 @@ class ELK(_Damped):
 
     @property
     def algebra(self) -> Algebra:
-        """Whole matrices."""
+        """Dense matrices."""
         return DENSE
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class QuasiELK(_Damped):
-    """ELK with the diagonals of the Jacobians alone, in memory T n.
+    """ELK with only the diagonals of the Jacobians, in T n memory.
 
     Args:
         damping: mu of the first iteration.

@@ -1,9 +1,9 @@
-"""The search for a trajectory, for every sequence of a batch, and the record of it."""
+"""The search for the trajectories of a batch by Newton's method, and its `Convergence`."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,18 @@ from seqjax.parallel.methods import Method
 from seqjax.sequence._masked_step import Inputs, masked_step, new_state
 from seqjax.sequence.unroll import trajectory
 
+Limits = tuple[Array | float, Array | int]  # the tolerance, 0 for the default, and the largest number of iterations
+
 
 class Convergence(NamedTuple):
-    """What the search found, for each sequence of the batch. A stack is searched layer by layer.
+    """The result of the search for each sequence of the batch. A stack is searched layer by layer.
 
     Attributes:
-        converged: whether the residual is within the tolerance; of a stack, in all layers.
-        iterations: of Newton's method; of a stack, of all layers together.
-        residual: max_t |s_t - f(s_{t-1}, x_t)| over the largest state up to t; infinite where it is not a number.
-        exponent: the largest Lyapunov exponent in nats a step, estimated; minus infinity where nothing recurs.
+        converged: whether the residual is within the tolerance, in all layers of a stack.
+        iterations: the number of iterations of Newton's method, summed over the layers of a stack.
+        residual: max_t |s_t - f(s_{t-1}, x_t)| relative to the largest state up to t; infinite if it is NaN.
+        exponent: an estimate of the largest Lyapunov exponent, in nats per step; minus infinity if the cell has no
+            state, or if a step forgets it.
         fell_back: whether the values are those of the sequential scan.
     """
 
@@ -36,9 +39,9 @@ class Convergence(NamedTuple):
     fell_back: Bool[Array, " batch"]
 
 
-def together(records: list[Convergence]) -> Convergence:
-    """One record of all layers: every one must converge, and the slowest to contract is what counts."""
-    converged, iterations, residual, exponent, fell_back = (jnp.stack(each) for each in zip(*records, strict=True))
+def combine(layers: list[Convergence]) -> Convergence:
+    """Combines the results of all layers: all of them must converge, and the largest exponent counts."""
+    converged, iterations, residual, exponent, fell_back = (jnp.stack(field) for field in zip(*layers, strict=True))
     return Convergence(
         converged=jnp.all(converged, axis=0),
         iterations=jnp.sum(iterations, axis=0, dtype=jnp.int32),
@@ -48,39 +51,52 @@ def together(records: list[Convergence]) -> Convergence:
     )
 
 
-def nothing_to_find(flat: FlatCell, batch: int, time: int) -> tuple[Array, Convergence]:
-    """Where there is no sequence, no step or no state: no states to search for, and a record that says so."""
+def empty_search(flat: FlatCell, batch: int, time: int) -> tuple[Array, Convergence]:
+    """The states and the convergence if there is no sequence, no step or no state."""
     exponent = jnp.full(batch, 0.0 if flat.size else -jnp.inf, jnp.float32)
-    done, none = jnp.ones(batch, bool), jnp.zeros(batch, jnp.float32)
-    found = Convergence(done, jnp.zeros(batch, jnp.int32), none, exponent, ~done)
-    return jnp.zeros((batch, time, flat.size), flat.dtype), found
+    converged, residual = jnp.ones(batch, bool), jnp.zeros(batch, jnp.float32)
+    convergence = Convergence(converged, jnp.zeros(batch, jnp.int32), residual, exponent, ~converged)
+    return jnp.zeros((batch, time, flat.size), flat.dtype), convergence
 
 
 def search(
-    flat: FlatCell, method: Method, fallback: bool, limits: Any, params: Params, first: Array, inputs: At
+    flat: FlatCell, method: Method, fallback: bool, limits: Limits, params: Params, first: Array, inputs: At
 ) -> tuple[Array, Convergence]:
-    """The states (batch, time, n), by Newton's method and, where asked for and needed, by the scan."""
-    tolerance, most = limits
+    """Searches for the states (batch, time, n) of a batch by Newton's method.
+
+    Args:
+        flat: the cell.
+        method: the Jacobians and the change per iteration.
+        fallback: whether a row that does not converge gets the states of the sequential scan.
+        limits: the tolerance, 0 for the default, and the largest number of iterations.
+        params: the parameters of the cell.
+        first: s_0 (batch, n).
+        inputs: the inputs, leaves (batch, time, ...).
+    """
+    tolerance, max_iterations = limits
     tolerance = jnp.where(tolerance > 0, tolerance, flat.epsilon**0.75).astype(first.dtype)
-    find = partial(newton, flat, method, params, tolerance=tolerance, most=jnp.asarray(most, jnp.int32))
-    states, residual, iterations = jax.vmap(lambda *row: find(*row))(first, inputs)
+    max_iterations = jnp.asarray(max_iterations, jnp.int32)
+
+    def search_row(first: Array, inputs: At) -> tuple[Array, Array, Array]:
+        return newton(flat, method, params, first, inputs, tolerance, max_iterations)
+
+    states, residual, iterations = jax.vmap(search_row)(first, inputs)
     converged = residual <= tolerance
     fell_back = ~converged if fallback else jnp.zeros_like(converged)
     if fallback:
+        # A `cond`, so that the scan runs only if a row needs it. Under an outer `vmap` it always runs.
         scanned = jax.lax.cond(
             jnp.any(fell_back), lambda states: _scanned(flat, params, first, inputs), lambda states: states, states
         )
         states = jax.vmap(jnp.where)(fell_back, scanned, states)
-    measure = jax.vmap(partial(largest_exponent, flat, params))
-    exponent = measure(first, states, inputs)
+    exponent = jax.vmap(partial(largest_exponent, flat, params))(first, states, inputs)
     return states, Convergence(converged, iterations, residual.astype(jnp.float32), exponent, fell_back)
 
 
 def _scanned(flat: FlatCell, params: Params, first: Array, inputs: At) -> Array:
-    """The states (batch, time, n), one step after another: by what `unroll` itself runs, where it need not draw noise.
-
-    A chaotic recurrence tells two programs of the same steps apart.
-    """
+    """The states (batch, time, n) by a sequential scan."""
+    # By the program of `unroll` if possible. In a chaotic recurrence the rounding errors of another program grow to the
+    # size of the states. With noise another program is needed, because the noise is already drawn.
     xs, mask, reset, noise = inputs
     start = jax.vmap(flat.unravel)(first)
     if noise is None:

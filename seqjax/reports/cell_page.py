@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, PyTree
 
-from seqjax.cell import Cell, Params, State
+from seqjax.cell import Cell, Params, State, optional
 
 from . import sections
 from . import training_sections as training
@@ -110,7 +110,7 @@ def memory_gates(cell: Cell, statistics: Mapping[str, GateStatistics]) -> dict[s
     These gates have the role "keeps" or "replaces" in the cell's `gate_roles`. A gate z that replaces the state
     multiplies it by 1 - z, so its time constant is -1 / ln(1 - E[z]).
     """
-    roles, memory = getattr(cell, "gate_roles", {}), {}
+    roles, memory = optional(cell, "gate_roles") or {}, {}
     for name, gate in statistics.items():
         if roles.get(name) == "keeps":
             memory[name] = gate

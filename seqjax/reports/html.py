@@ -113,7 +113,7 @@ def pairs(caption: str, values: Mapping[str, Any]) -> str:
     return table(caption, ("name", "value"), values.items())
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """A value as text, with four significant digits for a float, and "none" for NaN and None.
 
     Example:
@@ -133,6 +133,6 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     words = isinstance(value, str) and len(value) > 24  # long text is wrapped, and numbers are not
     return f"<td{' class=' + chr(34) + 'words' + chr(34) if words else ''}>{escape(text(value))}</td>"

@@ -23,7 +23,7 @@ from seqjax.analysis.lyapunov import lyapunov_exponents
 from seqjax.analysis.singular_values import product_singular_values
 from seqjax.analysis.spectra import spectrum
 from seqjax.analysis.verdicts import verdict
-from seqjax.cell import Cell, Params, State
+from seqjax.cell import Cell, Params, State, optional
 from seqjax.sequence._checks import batch_of_states, check_flags, check_inputs
 from seqjax.sequence.unroll import length_mask, trajectory
 
@@ -126,7 +126,7 @@ def measure(
 def _measure_rest(measured: Measured, n: int, cell: Cell, params: Params, xs: PyTree, options: dict[str, Any]) -> None:
     # The costly analyses read only one sequence.
     one_xs, one = jax.tree.map(lambda leaf: leaf[:1], (xs, options))
-    if hasattr(cell, "gates"):
+    if optional(cell, "gates") is not None:
         _try(measured, "gate_statistics", lambda: gate_statistics(cell, params, xs, **options))
     else:
         measured.missing["gate_statistics"] = f"{type(cell).__name__} does not name its gates with a method gates"

@@ -6,15 +6,14 @@ Every message says what was expected, what came, and the likely fix.
 from __future__ import annotations
 
 import inspect
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, Params, State, strong_type
+from seqjax.cell import Cell, Params, State, optional, strong_type
+from seqjax.cells.whole_numbers import as_integer
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._parameter_checks import METHODS, check_params, is_cell, kind_of
 from seqjax.sequence._step_errors import errors_of_step
@@ -32,6 +31,7 @@ def check_methods(cell: Cell) -> None:
     if not missing and (not isinstance(cell, type) or _is_namespace(cell)):
         return
     got = kind_of(cell)
+    # From the most specific explanation to the most general one.
     if adapter := _adapter(cell):
         fix = f"{adapter} makes a cell of it"
     elif isinstance(cell, type):
@@ -78,7 +78,7 @@ def check_inputs(cell: Cell, xs: PyTree) -> tuple[PyTree, int, int]:
     check_methods(cell)
     xs = jax.tree.map(jnp.asarray, xs)
     leaves = jax.tree_util.tree_leaves_with_path(xs)
-    shape = getattr(cell, "input_shape", None)
+    shape = optional(cell, "input_shape")
     expected = "(batch, time, ...)" if shape is None else f"({', '.join(['batch', 'time', *map(str, shape)])})"
     if not leaves:
         raise ValueError(
@@ -90,6 +90,7 @@ def check_inputs(cell: Cell, xs: PyTree) -> tuple[PyTree, int, int]:
         if not fits:
             fix = _missing_axis(leaf.shape, shape) or f"the cell is {cell!r}"
             raise ValueError(f"expected xs{jax.tree_util.keystr(path)} {expected}, got {leaf.shape}: {fix}")
+    # Only now, because a leaf that lacks an axis would also disagree, and the missing axis is the better explanation.
     sizes = {leaf.shape[:2] for _, leaf in leaves}
     if len(sizes) > 1:
         raise ValueError(f"expected one (batch, time) for every leaf of xs, got {sorted(sizes)}: they run in step")
@@ -104,8 +105,8 @@ def check_sequences(cell: Cell, inputs: Inputs) -> Inputs:
         ValueError, TypeError: as for `check_inputs` and `check_flags`.
     """
     xs, batch, time = check_inputs(cell, inputs.x)
-    flags = (check_flags(name, getattr(inputs, name), batch, time) for name in ("mask", "reset"))
-    return Inputs(xs, *flags, inputs.noise)
+    mask, reset = (check_flags(name, getattr(inputs, name), batch, time) for name in ("mask", "reset"))
+    return Inputs(xs, mask, reset, inputs.noise)
 
 
 def _missing_axis(got: tuple[int, ...], shape: tuple[int, ...] | None) -> str | None:
@@ -147,11 +148,7 @@ def check_steps(name: str, steps: Any) -> int:
         TypeError: it is not a whole number.
         ValueError: it is less than one.
     """
-    try:
-        # A bool is an integer in Python, but here it is a mistake.
-        whole = None if isinstance(steps, bool | np.bool_) else operator.index(steps)
-    except TypeError:
-        whole = None
+    whole = as_integer(steps)
     if whole is None:
         raise TypeError(f"expected {name} as a whole number of steps, got {steps!r}: about sqrt(time), or None")
     if whole < 1:

@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from seqjax.cell import Cell, Output, Params, State, strong_type
 from seqjax.sequence._execution.jacobian import step_jacobian
 from seqjax.sequence._masked_step import Inputs, masked_step
-from seqjax.sequence._partition.plan import normal_step
+from seqjax.sequence._partition.tracing import emit_nothing, normal_step, traced_one
 
 # The inputs of one example at one time: x_t, valid, restart and noise, as a tuple or as `Inputs`.
 At = tuple[PyTree, Array | None, Array | None, PyTree]
@@ -100,7 +100,9 @@ class FlatCell:
     def jacobian(self, params: Params, like: tuple[PyTree, PyTree]) -> Callable[[Array, At], Array]:
         """A function (v, at) that computes J_t (n, n); `like` is its arguments, as shapes and dtypes."""
         v, at = like
-        of_state = step_jacobian(self.cell, params, jax.eval_shape(self.unravel, v), at)
+        of_state = step_jacobian(
+            traced_one(self.cell, emit_nothing, params, jax.eval_shape(self.unravel, v), at), params
+        )
         return lambda v, at: of_state(self.unravel(v), at).astype(v.dtype)
 
     def push(self, params: Params, v: Array, frame: Array, at: At) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 Leaves = Sequence[Any]  # arrays; those that are not traced may be numpy arrays
-Map = Callable[[list[Array], list[Array]], Leaves]  # (residuals, linear arguments) -> results
+Map = Callable[[list[Any], list[Any]], Leaves]  # (residuals, linear arguments) -> results
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def _run(*args: ArrayLike, push: Direction, pull: Direction, residuals: int, lik
 
 def _jvp(
     primals: Leaves, tangents: Leaves, *, push: Direction, pull: Direction, residuals: int, like: Leaves
-) -> tuple[list[Array], list[Array]]:
+) -> tuple[list[Array], list[Any]]:
     """The product rule: d(A(r) v) = A(r) dv + dA(r) v."""
     fixed, linear = primals[:residuals], primals[residuals:]
     out = linear_map(fixed, linear, push, pull, like)

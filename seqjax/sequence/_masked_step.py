@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, Output, Params, State, output_of, same_state_type, strong_type
+from seqjax.cell import Cell, Output, Params, State, optional, output_of, same_state_type, strong_type
 
 # (params, s_{t-1}, x_t, s_t, o_t) -> the values that are saved of step t
 Emit = Callable[[Params, State, PyTree, State, Output], PyTree]
@@ -91,7 +91,7 @@ def masked_step(
 
 def draw_noise(cell: Cell, key: Array | None, batch: int, time: int) -> PyTree:
     """The noise of every step, leaves (batch, time, ...); None without a key or if the cell draws none."""
-    draw = getattr(cell, "noise", None)
+    draw = optional(cell, "noise")
     if key is None or draw is None:
         return None
     return jax.vmap(jax.vmap(draw))(jax.random.split(key, (batch, time)))

@@ -18,9 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from seqjax.cell import Cell, Params
-from seqjax.cells.learned_state import LearnedState, LearnedStateParams
-from seqjax.cells.stack import Stack
+from seqjax.cell import Cell, Params, layers
 
 METHODS = ("init", "initial_state", "step")
 ANOTHER_CELL = "the parameters belong to another cell or size, and cell.init(key) draws those of this one"
@@ -49,19 +47,21 @@ def check_params(cell: Cell, params: Params, name: str = "params") -> None:
         ...
         ValueError: expected params.W_xh (20, 3) for LSTM(input_size=3, hidden_size=5), got (16, 3): ...
     """
-    if type(cell) is Stack:
-        count = len(cell.cells)
+    inner = layers(cell)
+    if _class_name(cell) == "Stack":
+        count = len(inner)
         if not isinstance(params, Sequence) or _are_of_model(params):
             raise _wrong_tree(cell, params, f"a tuple of the parameters of {count} layers", tuple, name)
         if len(params) != count:
             got = f"{len(params)}, {described(params)}"
             raise ValueError(f"expected {name} with one entry per layer, {count}, got {got}: {ANOTHER_CELL}")
-        for layer, (inner, inner_params) in enumerate(zip(cell.cells, params, strict=True)):
-            check_params(inner, inner_params, f"{name}[{layer}]")
-    elif type(cell) is LearnedState:
-        if not isinstance(params, LearnedStateParams):
-            raise _wrong_tree(cell, params, "LearnedStateParams(cell, state)", LearnedStateParams, name)
-        check_params(cell.cell, params.cell, f"{name}.cell")
+        for layer, (layer_cell, layer_params) in enumerate(zip(inner, params, strict=True)):
+            check_params(layer_cell, layer_params, f"{name}[{layer}]")
+    elif _class_name(cell) == "LearnedState":
+        if type(params).__name__ != "LearnedStateParams":
+            like = shapes_of_init(cell)
+            raise _wrong_tree(cell, params, "LearnedStateParams(cell, state)", type(like), name)
+        check_params(inner[0], params.cell, f"{name}.cell")
         like = shapes_of_init(cell) if _is_ours(cell) else None
         if like is not None:
             _check_like(cell, params.state, like.state, f"{name}.state")
@@ -73,8 +73,15 @@ def check_params(cell: Cell, params: Params, name: str = "params") -> None:
 
 def _is_ours(cell: Cell) -> bool:
     """Whether a cell and all cells inside it are classes of seqjax. A subclass is the user's."""
-    inner = cell.cells if type(cell) is Stack else (cell.cell,) if type(cell) is LearnedState else ()
-    return type(cell).__module__.startswith("seqjax.cells.") and all(map(_is_ours, inner))
+    return bool(_class_name(cell)) and all(map(_is_ours, layers(cell)))
+
+
+def _class_name(cell: Cell) -> str:
+    """The name of a cell's class if it is a class of seqjax, otherwise "".
+
+    Classes are compared by name, because the modules of the cells need not know this one, nor this one them.
+    """
+    return type(cell).__name__ if type(cell).__module__.startswith("seqjax.cells.") else ""
 
 
 def _check_like(cell: Cell, params: Params, like: PyTree, name: str) -> None:

@@ -17,9 +17,7 @@ import jaxtyping
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import PyTree
 
-from seqjax.cell import PACKAGE, Cell, Params, line_of
-from seqjax.cells.learned_state import LearnedState
-from seqjax.cells.stack import Stack
+from seqjax.cell import PACKAGE, Cell, Params, layers, line_of
 from seqjax.sequence._parameter_checks import described, differences_from_init, name_of
 
 FILES = (jax.__file__, jaxlib.__file__, jaxtyping.__file__)
@@ -144,7 +142,7 @@ def _raising_cell(cell: Cell, error: Exception) -> Any:
 
 def _nested(cell: Cell) -> Iterator[Any]:
     yield cell
-    for inner in cell.cells if isinstance(cell, Stack) else (cell.cell,) if isinstance(cell, LearnedState) else ():
+    for inner in layers(cell):
         yield from _nested(inner)
 
 

@@ -18,7 +18,7 @@ from seqjax.sequence._masked_step import last_output
 from seqjax.sequence._parameter_checks import check_params
 from seqjax.sequence._partition.loops import Stage
 from seqjax.sequence._partition.parts import Parts
-from seqjax.sequence._partition.plan import NoPlan, Traced, plan_of, traced_one
+from seqjax.sequence._partition.plan import NoPlan, plan_of
 from seqjax.sequence._partition.program import (
     PRODUCTS,
     Eqn,
@@ -28,6 +28,7 @@ from seqjax.sequence._partition.program import (
     needed,
     source_line,
 )
+from seqjax.sequence._partition.tracing import Traced, traced_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,7 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
     """
     check_methods(cell)
     check_params(cell, params)
+    # Shapes are enough, so large parameters need not be drawn for an explanation.
     state = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
     x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf), x)
     traced = traced_one(cell, last_output, params, state, (x, None, None, None))
@@ -155,6 +157,7 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
         for path, _ in jax.tree_util.tree_leaves_with_path(state)
     ]
     loops = [_loop(stage, parts, leaves) for stage, parts in zip(plan.stages, plan.parts, strict=True)]
+    # The last stage is not a loop. It is shown only if it has a product.
     shown = tuple(loop for loop in loops if loop.carried or loop.per_chunk)
     return Explanation(name, shown, _jacobian(traced), None)
 

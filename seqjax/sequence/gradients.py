@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Cell, Params, State
+from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_sequences
 from seqjax.sequence._masked_step import Inputs, masked_step
@@ -192,10 +193,10 @@ def truncated_grad(
         >>> [float(sj.truncated_grad(cell, params, jnp.ones((1, 3, 1)), last, k).b_h[0]) for k in (1, 2, 3)]
         [1.0, 1.5, 1.75]
     """
-    if isinstance(window, bool) or not hasattr(window, "__index__") or window < 1:
-        raise ValueError(f"expected a window of at least 1 step, got {window!r}: window=1 is no recurrence at all")
+    hint = "window=1 is no recurrence at all"
+    window = whole_number("window", window, hint=hint, expected="a window of at least 1 step")
     arguments = _checked(cell, params, xs, state, mask, reset)
-    return cached_jit(_truncated, cell, loss, int(window))(*arguments)
+    return cached_jit(_truncated, cell, loss, window)(*arguments)
 
 
 def _truncated(cell: Cell, loss: Loss, window: int, params: Params, state: State | None, inputs: Inputs) -> Params:
@@ -248,8 +249,7 @@ class _ForwardPass:
 
     def __init__(self, cell: Cell, params: Params, state: State | None, inputs: Inputs) -> None:
         self.cell, self.params, self.state, self.inputs = cell, params, state, inputs
-        self.arguments = dict(state=state, mask=inputs.mask, reset=inputs.reset)
-        self.states = trajectory(cell, params, inputs.x, **self.arguments)
+        self.states = trajectory(cell, params, inputs.x, state=state, mask=inputs.mask, reset=inputs.reset)
 
     def starting_with_a_reset(self) -> Inputs:
         """The inputs, with a reset before the first step if no state is given.
@@ -267,7 +267,8 @@ class _ForwardPass:
         return masked_step(self.cell, params, state, inputs)
 
     def outputs(self) -> PyTree:
-        return unroll(self.cell, self.params, self.inputs.x, **self.arguments)[1]
+        x, mask, reset, _ = self.inputs
+        return unroll(self.cell, self.params, x, state=self.state, mask=mask, reset=reset)[1]
 
     def output_gradients(self, loss: Loss) -> PyTree:
         """dL/do_t for every t."""

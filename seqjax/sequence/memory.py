@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, Params
+from seqjax.cell import Cell, Params, optional
 from seqjax.sequence.unroll import unroll
 
 
@@ -77,7 +77,7 @@ def memory_estimate(
         >>> some.temporaries < all_states.temporaries / 2
         True
     """
-    shape = getattr(cell, "input_shape", None)
+    shape = optional(cell, "input_shape")
     if shape is None:
         raise TypeError(
             f"expected a cell that says its input_shape, got {type(cell).__name__}: "
@@ -97,6 +97,7 @@ def memory_estimate(
     params = jax.eval_shape(cell.init, jax.random.key(0))
     # A cell may have integer parameters. Their gradients have no bytes.
     function = jax.grad(loss, allow_int=True) if gradient else outputs
+    # The compiler reports the memory without a run, so estimates are possible for sizes that would not fit.
     used = jax.jit(function).lower(params, xs).compile().memory_analysis()
     if used is None:
         raise RuntimeError(f"the backend {jax.default_backend()} does not report the memory of a compiled function")

@@ -17,13 +17,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PyTree
 
-from seqjax.cell import Cell, Output, Params, State
+from seqjax.cell import Cell, Output, Params, State, optional
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checkpointed import run_checkpointed
 from seqjax.sequence._checks import batch_of_states, check_methods, check_sequences, check_steps
 from seqjax.sequence._execution.run import run_plan
 from seqjax.sequence._masked_step import Emit, Inputs, draw_noise, last_output, masked_step, new_state
-from seqjax.sequence._partition.plan import NoPlan, Plan, plan_of, traced_step
+from seqjax.sequence._partition.plan import NoPlan, Plan, plan_of
+from seqjax.sequence._partition.tracing import traced_step
 from seqjax.sequence._step_errors import errors_of_step
 
 
@@ -154,7 +155,7 @@ def gates(
         0.7311
     """
     check_methods(cell)
-    if not hasattr(cell, "gates"):
+    if optional(cell, "gates") is None:
         raise TypeError(
             f"expected a cell that names its gates, got {type(cell).__name__}: "
             f"give it a method gates(params, state, x) that returns a dict of arrays"

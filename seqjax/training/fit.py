@@ -153,7 +153,7 @@ def fit(
         raise ValueError(f"expected steps of at least 0, got {steps}")
     optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
-    first = latest.step if isinstance(latest.step, Tracer) else int(latest.step)
+    first: Any = latest.step if isinstance(latest.step, Tracer) else int(latest.step)
     rows, validated, evaluator = [], [], cached_jit(_evaluate, model, loss)
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"

@@ -18,7 +18,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import State
+from seqjax.cell import State, optional
 from seqjax.data.batch import Batch, check_batch
 from seqjax.data.history import LEAF_PREFIX, leaf_names
 from seqjax.models.model import Model, ModelParams
@@ -161,7 +161,7 @@ def updates(
         >>> int(state.step)
         3
     """
-    if key is None and hasattr(model.cell, "noise"):
+    if key is None and optional(model.cell, "noise") is not None:
         raise ValueError("expected a key for a cell that draws noise, such as Dropout, got none: key=jax.random.key(0)")
     pending = None
     for update in _run_updates(model, stream, state, optimizer, loss, clip_norm, key):

@@ -77,6 +77,7 @@ def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted
         first = [leaf[start // length] for leaf in saved.first]
         before = _states_before(loop, first, steps_of_chunk(saved.states, start, steps))
         known, pull = _before_loop(parts, active, (hoisted, x, before), wanted_xs, (steps, batch))
+        # After the cuts are known, because rematerialization reads their results instead of computing products.
         if not all(parts.is_saved):
             known = known._replace(before=chunk_loop.rematerialized(steps, first, known))
         ct_outputs = steps_of_chunk(cts.outputs, start, steps)
@@ -93,6 +94,7 @@ def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted
     def hoist(some: list[Any]) -> list[Any]:
         return pick(parts.hoist(put(params, wanted_params, some)), active.hoisted)
 
+    # Once after all chunks, because what depends on parameters only was computed once before them.
     ct_hoisted = [ct.astype(leaf.dtype) for ct, leaf in zip(ct_hoisted, active_values, strict=True)]
     ct_params = jax.vjp(hoist, pick(params, wanted_params))[1](ct_hoisted)[0]
     return [*ct_params, *pick(ct_state, pick(wanted_state, is_inexact)), *ct_xs]
@@ -180,7 +182,7 @@ class BackwardLoop:
 
         wanted = (self.is_inexact, active.drives, active.cuts, active.read_in_loop)
 
-        def step(carry: tuple[Leaves, Leaves], at: Any) -> Any:
+        def step(carry: tuple[Leaves, Leaves], at: tuple[KnownSteps, Leaves, Array]) -> Any:
             ct_state, ct_values = carry
             (before, inputs, results), ct_outputs, _ = at
             drives = parts.add_biases(hoisted, inputs)

@@ -37,7 +37,7 @@ class Chunks:
     length: int
     reverse: bool
 
-    def scan(self, body: ChunkBody, carry: Any, backward: bool = False) -> tuple[Any, PyTree, PyTree]:
+    def scan(self, body: ChunkBody, carry: PyTree, backward: bool = False) -> tuple[Any, PyTree, PyTree]:
         """Runs `body(carry, start, length)` over the chunks.
 
         The body returns the carry, its results for each step of the chunk, (length, batch, ...), and its results for
@@ -74,15 +74,15 @@ class Chunks:
         (carry, whole), per_chunk = self._scan_all(run, (carry, whole), reverse)
         return carry, distinct.put(whole), per_chunk
 
-    def _scan_all(self, run: Callable[..., tuple[Any, PyTree]], state: Any, reverse: bool) -> tuple[Any, PyTree]:
+    def _scan_all(self, run: Callable[..., tuple[Any, PyTree]], state: PyTree, reverse: bool) -> tuple[Any, PyTree]:
         """Runs the chunks of full length in a loop, and a shorter last chunk after it, or before it in reverse."""
         count, rest = divmod(self.time, self.length)
 
-        def full(state: Any) -> tuple[Any, PyTree]:
+        def full(state: PyTree) -> tuple[Any, PyTree]:
             starts = jnp.arange(count) * self.length
             return lax.scan(lambda state, start: run(state, start, self.length), state, starts, reverse=reverse)
 
-        def last(state: Any) -> tuple[Any, PyTree]:
+        def last(state: PyTree) -> tuple[Any, PyTree]:
             state, per_chunk = run(state, jnp.asarray(count * self.length), rest)
             return state, jax.tree.map(lambda leaf: leaf[None], per_chunk)
 
@@ -107,12 +107,12 @@ class _DistinctLeaves:
 
 
 def scan_distinct(
-    body: Callable[[Any, Any], tuple[Any, PyTree]], carry: Any, xs: PyTree, reverse: bool
+    body: Callable[[Any, Any], tuple[Any, PyTree]], carry: PyTree, xs: PyTree, reverse: bool
 ) -> tuple[Any, PyTree]:
     """`lax.scan` that stacks each distinct output once: the output of a step is often also a leaf of its state."""
     distinct = _DistinctLeaves()
 
-    def distinct_body(carry: Any, x: Any) -> tuple[Any, list[Array]]:
+    def distinct_body(carry: PyTree, x: PyTree) -> tuple[Any, list[Array]]:
         carry, out = body(carry, x)
         return carry, distinct.take(out)
 

@@ -11,7 +11,7 @@ rest does not act unit by unit, the rows of the W_i are tangents that are pushed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +20,31 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, Output, Params, State
+from seqjax.cell import Params, State
 from seqjax.sequence._execution.chunks import Leaves
 from seqjax.sequence._partition.parts import Parts
-from seqjax.sequence._partition.plan import traced_one
 from seqjax.sequence._partition.program import inline
 from seqjax.sequence._partition.units import Formula, NotUnitwise, Symbol, Terms, Units
+
+if TYPE_CHECKING:  # only annotations need it
+    from seqjax.sequence._partition.tracing import Traced
+else:
+    Traced = Any
 
 Matrices = dict[Symbol, Array]  # the derivatives of symbols by the state, one row per unit
 
 
-def _emit_nothing(params: Params, before: State, x: PyTree, after: State, output: Output) -> tuple[()]:
-    return ()
-
-
-def step_jacobian(cell: Cell, params: Params, state: State, at: PyTree) -> Callable[[State, PyTree], Array]:
+def step_jacobian(traced: Traced, params: Params) -> Callable[[State, PyTree], Array]:
     """A function that computes the Jacobian of one masked step.
 
     Args:
-        cell: any cell with a floating-point state.
+        traced: the masked step of a cell with a floating-point state, which emits nothing.
         params: the parameters. What depends only on them is computed here, once.
-        state: a state of one example, as shapes and dtypes.
-        at: (x_t, mask_t, reset_t, noise_t) of one example at one time, as shapes and dtypes.
 
     Returns:
-        A function of a state and of `at` that returns the matrix (n, n), over the leaves of the state in their order.
+        A function of a state and of (x_t, mask_t, reset_t, noise_t) of one example at one time. It returns the matrix
+        (n, n), over the leaves of the state in their order.
     """
-    traced = traced_one(cell, _emit_nothing, params, state, at)
     parts = Parts(inline(traced.program), traced.params, traced.state, merge_sigmoids=False)
     leaves = [*parts.consts, *map(jnp.asarray, jax.tree.leaves(params))]
     units = units_of(parts)
@@ -198,6 +196,7 @@ class _ByColumns(_StepJacobian):
         zeros = [None if rows is None else jnp.zeros(c.out.aval.shape, c.out.aval.dtype) for c, rows in cuts]
         ds = self._unit_tangents(state)
         dr = [None if rows is None else rows.T.astype(c.out.aval.dtype) for c, rows in cuts]
+        # `out_axes=1`, because each tangent gives one column of the Jacobian.
         return jax.vmap(lambda ds, dr: jax.jvp(rest, (state, zeros), (ds, dr))[1], out_axes=1)(ds, dr)
 
     def _unit_tangents(self, state: Sequence[Array]) -> Leaves:

@@ -84,6 +84,7 @@ def _divide(step: _Step, eqns: Sequence[Eqn], groups: list[tuple[int, ...]]) -> 
             later = [step.state[i] for other in groups[position + 1 :] for i in other]
             own = _with_outputs(eqns, left, own, [step.state[i] for i in group], later)
         found.append(own)
+        # Fixed values do not pass from stage to stage, because the inputs of a stage have a time axis.
         done |= {id(e) for e in own if not step.fixed.issuperset(e.outvars)}
     return found
 

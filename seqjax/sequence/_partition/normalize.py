@@ -23,24 +23,22 @@ from jax.typing import ArrayLike
 
 from seqjax.sequence._partition.program import (
     Atom,
+    Dependencies,
     Env,
     Eqn,
     Read,
     Rule,
     Var,
     bind,
+    can_regroup,
+    concatenated,
     contracted_axis,
     inexact,
     is_product,
-    retrace,
-    skip,
-)
-from seqjax.sequence._partition.rewriting import (
-    Dependencies,
-    can_regroup,
-    concatenated,
     is_slice,
     overlap,
+    retrace,
+    skip,
     split,
     starts_of_slices,
 )

@@ -19,13 +19,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from seqjax.sequence._partition.cuts import Cut, with_known_value
 from seqjax.sequence._partition.normalize import normalized
 from seqjax.sequence._partition.program import (
     PRODUCTS,
@@ -35,8 +35,6 @@ from seqjax.sequence._partition.program import (
     Read,
     Rule,
     Var,
-    bind,
-    contracted_axis,
     count_multiplications,
     dependents,
     evaluate,
@@ -49,9 +47,6 @@ from seqjax.sequence._partition.program import (
 )
 from seqjax.sequence._partition.sigmoids import rules_for_slices, with_merged_sigmoids
 
-# Entries of a matrix. A batch of one row gains little from W^T, and above this size the transposition costs more.
-LARGE = 2**14
-
 
 class Hoisted(NamedTuple):
     """What a loop computes once, from the parameters only.
@@ -63,68 +58,6 @@ class Hoisted(NamedTuple):
 
     values: list[Any]
     weights: list[Any]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cut:
-    """r = W v + b: a product of a value that depends on the state with weights that depend on parameters only.
-
-    Attributes:
-        eqn: the product.
-        operand: the variable v.
-        weights: the variable W.
-        bias: the equation that adds b, and the variable b; None if there is none.
-        is_matrix: whether v is one vector and W one matrix (out, in).
-    """
-
-    eqn: Eqn
-    operand: Var
-    weights: Var
-    bias: tuple[Eqn, Var] | None
-    is_matrix: bool
-
-    @property
-    def out(self) -> Var:
-        """The variable r."""
-        return self.eqn.outvars[0] if self.bias is None else self.bias[0].outvars[0]
-
-    @property
-    def eqns(self) -> list[Eqn]:
-        """The equations that need not run when r is known."""
-        return [self.eqn] if self.bias is None else [self.eqn, self.bias[0]]
-
-    def product(self, W: ArrayLike, v: ArrayLike) -> Array:
-        """W v, without b."""
-        return bind(self.eqn, [v if a is self.operand else W for a in self.eqn.invars])[0]
-
-    def is_stored_transposed(self, batch: int) -> bool:
-        """Whether the loop reads W^T.
-
-        XLA's CPU product is faster on W^T, except for a batch of one row with a large matrix.
-        """
-        e = self.eqn
-        if e.primitive.name != "dot_general" or self.weights.aval.ndim != 2:
-            return False
-        position = self._position_of_weights
-        return contracted_axis(e, position) == position and (batch > 1 or self.weights.aval.size <= LARGE)
-
-    def product_with_transposed(self, W_T: ArrayLike, v: ArrayLike) -> Array:
-        """W v from W^T."""
-        position = self._position_of_weights
-        axes, batch = self.eqn.params["dimension_numbers"]
-        new_axes = tuple((1 - axes[position][0],) if k == position else axes[k] for k in (0, 1))
-        operands = [v if a is self.operand else W_T for a in self.eqn.invars]
-        return self.eqn.primitive.bind(*operands, **{**self.eqn.params, "dimension_numbers": (new_axes, batch)})
-
-    @property
-    def _position_of_weights(self) -> int:
-        return 0 if self.eqn.invars[0] is self.weights else 1
-
-    def value(self, weight: tuple[Any, Any], v: ArrayLike) -> Array:
-        """W v + b."""
-        W, b = weight
-        r = self.product(W, v)
-        return r if b is None else r + b
 
 
 CutValue = Callable[[int, Any], Any]  # from the index of a cut and its operand to its value
@@ -201,6 +134,7 @@ class Parts:
         late = {id(e) for e in eqns if not from_state.isdisjoint(e.outvars)}
         late |= self._slices_for_the_rest(eqns, late, from_x)
         self.rest = [e for e in eqns if id(e) in late]
+        # An equation that reads nothing, such as one that fills an array with zeros, belongs to `once`.
         early = [e for e in eqns if id(e) not in late]
         self.drive = [e for e in early if not from_x.isdisjoint(e.outvars)]
         self.once = [e for e in early if from_x.isdisjoint(e.outvars)]
@@ -235,6 +169,7 @@ class Parts:
         found = []
         for e in self.rest:
             late, fixed = [v for v in e.invars if on_state(v)], [v for v in e.invars if only_on_params(v)]
+            # Without a derivative, as for integers, a cut has nothing to gain.
             if e.primitive.name in PRODUCTS and (len(late), len(fixed)) == (1, 1) and inexact(late[0].aval):
                 is_matrix = is_product(e, 1, 2)
                 found.append(Cut(e, late[0], fixed[0], bias(e.outvars[0]) if is_matrix else None, is_matrix))
@@ -396,14 +331,3 @@ class Parts:
         rules = {id(c.eqn): rule(i, c) for i, c in enumerate(self.cuts)}
         rules |= {id(e): skip for c in self.cuts for e in c.eqns[1:]}
         return evaluate(eqns, env, rules | dict(more_rules or {}))
-
-
-def with_known_value(cut: Cut, r: ArrayLike, v: ArrayLike, W: ArrayLike) -> Array:
-    """r, which is W v + b, with the derivative W dv + dr, as if it were a function of v and of a free term r."""
-
-    @jax.custom_jvp
-    def value(r: Array, v: Array) -> Array:
-        return r
-
-    value.defjvp(lambda primals, tangents: (primals[0], tangents[0] + cut.product(W, tangents[1])))
-    return value(r, v)

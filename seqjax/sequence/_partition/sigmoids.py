@@ -14,8 +14,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr
 
-from seqjax.sequence._partition.program import Atom, Env, Eqn, Read, Rule, Var, readers, retrace, skip, variables
-from seqjax.sequence._partition.rewriting import Dependencies, concatenated, overlap, split
+from seqjax.sequence._partition.program import (
+    Atom,
+    Dependencies,
+    Env,
+    Eqn,
+    Read,
+    Rule,
+    Var,
+    concatenated,
+    overlap,
+    readers,
+    retrace,
+    skip,
+    split,
+    variables,
+)
 
 
 def with_merged_sigmoids(program: ClosedJaxpr, params: int, state: int) -> ClosedJaxpr:

@@ -30,6 +30,7 @@ Monomial = tuple[int, ...]  # the sorted numbers of its terms; the number of a s
 Formula = tuple[tuple[Monomial, float], ...]  # sorted monomials and their factors
 Blocks = list[Formula]  # one formula per block of a vector; a scalar has one, which stands for any number of blocks
 Symbol = tuple[Any, ...]  # a kind and numbers: ("cut", 0, 3)
+Call = tuple[Eqn | None, tuple[Formula, ...]]  # the equation that computes a function, and its arguments
 
 # The monomials of a formula. A longer formula becomes one term, because products of sums grow exponentially.
 LARGEST = 12
@@ -61,9 +62,7 @@ class Terms:
         self.numbers: dict[Hashable, int] = {}
         self.depends: list[frozenset[Symbol]] = []  # the symbols that a term depends on
         self.names: list[Symbol | None] = []  # the name of a term that is a symbol
-        self.calls: list[
-            tuple[Eqn | None, tuple[Formula, ...]] | None
-        ] = []  # the equation of a term that is a function
+        self.calls: list[Call | None] = []  # the call of a term that is a function
 
     def symbol(self, *name: Hashable) -> Formula:
         """A symbol as a formula."""
@@ -103,7 +102,7 @@ class Terms:
         key: Hashable,
         depends: frozenset[Symbol],
         name: Symbol | None,
-        call: tuple[Eqn | None, tuple[Formula, ...]] | None,
+        call: Call | None,
     ) -> Formula:
         if key not in self.numbers:
             self.numbers[key] = len(self.numbers)

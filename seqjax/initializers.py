@@ -115,9 +115,12 @@ class SpectralRadius:
             # The default precision of a GPU or TPU may round the operands to 10 or 8 bits.
             power = jnp.matmul(power, power, precision="highest")
             norm = jnp.linalg.norm(power)
+            # W^(2^(j+1)) = power * exp(2^(j+1) log_norm), so each new norm counts half as much as the one before.
             return power / norm, log_norm + jnp.log(norm) * 0.5 ** (j + 1)
 
         start = jnp.linalg.norm(W)
+        # Any norm of W^m is rho^m up to a factor that is at most polynomial in m. At m = 2^24, the m-th root of this
+        # factor differs from 1 by about the precision of float32.
         _, log_radius = jax.lax.fori_loop(0, 24, square, (W / start, jnp.log(start)))
         return (W * (self.radius / jnp.exp(log_radius))).astype(dtype)
 

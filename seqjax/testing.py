@@ -17,7 +17,7 @@ from seqjax.cell import Cell, Output, State, optional, strong_type
 from seqjax.sequence._step_errors import explain_step_error
 from seqjax.sequence.unroll import length_mask, trajectory, unroll
 
-BATCH, TIME = 3, 5
+BATCH, TIME = 3, 5  # more steps than rows, so that every row of the masked check has padding
 
 
 def check_cell(
@@ -42,10 +42,8 @@ def check_cell(
         >>> sj.testing.check_cell(sj.LSTM(3, 4))[:3]
         ['has the methods', 'is pure', 'keeps the type of its state']
     """
-    _require(
-        isinstance(cell, Cell) and not isinstance(cell, type),
-        f"expected an object with the methods init, initial_state and step, got {cell!r}",
-    )
+    if not isinstance(cell, Cell) or isinstance(cell, type):
+        raise AssertionError(f"expected an object with the methods init, initial_state and step, got {cell!r}")
     key = jax.random.key(0) if key is None else key
     params = cell.init(key)
     x = _example_input(cell, key) if x is None else jax.tree.map(jnp.asarray, x)
@@ -106,6 +104,7 @@ def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
 
 def _close(a: PyTree, b: PyTree, tolerance: float = 1e-5) -> bool:
     def near(p: Array, q: Array) -> bool:
+        # Double precision, because numpy cannot compare bfloat16 with a tolerance.
         kind = complex if jnp.iscomplexobj(p) or jnp.iscomplexobj(q) else float
         return np.allclose(np.asarray(p, kind), np.asarray(q, kind), rtol=tolerance, atol=tolerance)
 

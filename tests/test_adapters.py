@@ -184,7 +184,7 @@ def test_a_stack_of_three_libraries_is_each_over_the_outputs_of_the_one_below():
 
 def test_an_nnx_module_with_more_than_parameters_is_refused_by_what_it_holds(key):
     cell = sj.from_nnx(Counter)
-    with raises(TypeError, "parameters only", "calls", "carry"):
+    with raises(TypeError, "only parameters", "calls", "carry"):
         sj.unroll(cell, cell.init(key), XS)
 
 

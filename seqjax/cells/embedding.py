@@ -58,6 +58,7 @@ class Embedding:
 
     def init(self, key: Array) -> EmbeddingParams:
         """E ~ N(0, 1)."""
+        # The default of torch.nn.Embedding.
         return EmbeddingParams(jax.random.normal(key, (self.vocabulary, self.features), self.dtype))
 
     def initial_state(self, params: EmbeddingParams) -> tuple[()]:

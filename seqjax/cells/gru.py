@@ -199,6 +199,7 @@ class GRU:
         d, n = self.input_size, self.hidden_size
         b_z = jnp.zeros(n, self.dtype)
         if self.chrono is not None:
+            # sigma(chrono bias) is the initial factor of h_{t-1}: z if z keeps, and 1 - z = sigma(-b_z) if z writes.
             b_z = chrono_bias(key_b, n, self.chrono, self.dtype) * (1.0 if self.update == "keeps" else -1.0)
         return GRUParams(
             W_xh=gate_matrices(self.input_init, key_x, 3, (n, d), self.dtype),
@@ -209,6 +210,7 @@ class GRU:
 
     def initial_state(self, params: GRUParams) -> GRUState:
         """h_0 = 0."""
+        # Not self.dtype: the parameters may have been cast since, and the state must have their dtype.
         return GRUState(jnp.zeros_like(params.W_hh, shape=params.W_hh.shape[1]))
 
     def step(self, params: GRUParams, state: GRUState, x: Float[Array, " d"]) -> tuple[GRUState, Float[Array, " n"]]:

@@ -180,6 +180,7 @@ class LSTM:
 
     def initial_state(self, params: LSTMParams) -> LSTMState:
         """h_0 = c_0 = 0."""
+        # Not self.dtype: the parameters may have been cast since, and the state must have their dtype.
         zero = jnp.zeros_like(params.W_hh, shape=params.W_hh.shape[1])
         return LSTMState(zero, zero)
 

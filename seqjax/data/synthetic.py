@@ -99,6 +99,7 @@ def _adding(batch: int, time: int, key: Array) -> tuple[Array, Array]:
     def one(key: Array) -> tuple[Array, Array]:
         key_numbers, key_first, key_second = jax.random.split(key, 3)
         numbers = jax.random.uniform(key_numbers, (time,))
+        # One mark per half, so that the two marks never coincide.
         first = jax.random.randint(key_first, (), 0, time // 2)
         second = jax.random.randint(key_second, (), time // 2, time)
         marks = jnp.zeros(time).at[jnp.stack([first, second])].set(1.0)

@@ -90,7 +90,7 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
     # unpaired surrogates through to the message below.
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     known = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
-    order = np.argsort(known)
+    order = np.argsort(known)  # searchsorted needs sorted values, but a vocabulary has any order
     places = np.searchsorted(known, codes, sorter=order)
     tokens = order[np.minimum(places, len(known) - 1)] if len(known) else places
     wrong = np.flatnonzero(known[tokens] != codes) if len(known) else np.arange(len(codes))
@@ -100,7 +100,7 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
         raise UnknownCharacter(
             f"expected only the {len(known)} characters of the vocabulary in {name}, "
             f"got {len(wrong)} others ({shown}), the first at position {wrong[0]}: "
-            f"use the text that the vocabulary was made from, or remove them"
+            f"use the text that the vocabulary was built from, or remove them"
         )
     return tokens.astype(np.int32)
 
@@ -234,6 +234,7 @@ def windows(
     """
     if batch < 1 or window < 1:
         raise ValueError(f"expected batch and window of at least 1, got {batch} and {window}")
+    # The last token is only a target: targets are one step ahead.
     length = (len(tokens) - 1) // batch
     count = length // window
     if count < 1:

@@ -45,6 +45,7 @@ def check_class(kind: object, module_type: type, adapter: str, example: str) -> 
     """
     from flax import linen
 
+    # Modules of linen before those of other libraries, because only linen modules have another adapter.
     expected = f"expected the class of the cell and its arguments, as in sj.{adapter}({example}, 8, 64)"
     if isinstance(kind, linen.Module) or (isinstance(kind, type) and issubclass(kind, linen.Module)):
         raise TypeError(f"{expected}, got {kind_of(kind)} of flax.linen: use sj.from_linen")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from seqjax.cell import Output, Params, State, optional
+from seqjax.cell import Output, Params, State, inherited, optional
 from seqjax.interop.common import Arguments, as_input, cast_like, check_class, kind_of, like_parameters, same_shapes
 
 
@@ -52,8 +52,8 @@ class EquinoxCell:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(input_size,)"""
-        return (self._skeleton().input_size,)
+        """(input_size,), if the module has this field."""
+        return (inherited(self._skeleton(), "input_size"),)
 
     def init(self, key: Array) -> Params:
         """The initialization of the module."""

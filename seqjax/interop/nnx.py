@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqjax.cell import Output, Params, State
+from seqjax.cell import Output, Params, State, inherited
 from seqjax.interop.common import Arguments, as_input, cast_like, check_class, kind_of, like_parameters, same_shapes
 
 
@@ -51,8 +51,8 @@ class NnxCell:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(in_features,)"""
-        return (self._skeleton().in_features,)
+        """(in_features,), if the module has this attribute."""
+        return (inherited(self._skeleton(), "in_features"),)
 
     def init(self, key: Array) -> Params:
         """The initialization of the module."""

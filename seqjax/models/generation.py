@@ -99,6 +99,7 @@ def generate(
     # The values of a traced mask are unknown, so this check is skipped under jit.
     if mask is not None and not isinstance(mask, Tracer) and not bool(jnp.all(jnp.any(mask, axis=1))):
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
+    # Plain Python values, by which the cached jit compares.
     options = _Options(float(temperature), top_k, top_p)
     return cached_jit(_generate, model, steps, options)(params, _Start(prompt, state, mask, keys), end)
 
@@ -126,6 +127,7 @@ def stream_tokens(
     """
     _check_options(steps, options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"))
     start = _Start(prompt, None, None, _row_keys(key, 1))
+    # One step per call, with the index of the step as an array: all calls share one compilation.
     run = cached_jit(_generate, model, 1, _Options(**options))
     for step in range(steps):
         generated = run(params, start._replace(step=jnp.asarray(step)), None)

@@ -152,7 +152,7 @@ class Categorical:
             The class, an integer.
         """
         logits = self.logits(params, h)
-        if temperature == 0:
+        if temperature == 0:  # logits / 0 would be infinite or NaN
             return jnp.argmax(logits)
         logits = nucleus(likeliest(logits / temperature, top_k), top_p)
         return jax.random.categorical(key, logits)
@@ -228,6 +228,7 @@ class Gaussian:
         o = readout(params, h)
         if self.std is not None:
             return GaussianMoments(o, jnp.full_like(o, self.std))
+        # The logarithm, so that the standard deviation is positive for any h.
         mean, log_std = jnp.split(o, 2)
         return GaussianMoments(mean, jnp.exp(log_std))
 
@@ -240,6 +241,7 @@ class Gaussian:
                 f"got {y.shape} at one step: add the feature axis, y[..., None]"
             )
         mean, std = self.moments(params, h)
+        # The parameters decide the dtype, as in a cell; targets of float64 must not promote the loss.
         deviation = (y.astype(mean.dtype) - mean) / std
         return -jnp.sum(deviation**2 / 2 + jnp.log(std) + math.log(2 * math.pi) / 2)
 

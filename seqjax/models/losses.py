@@ -47,6 +47,7 @@ def sequence_loss(
     mask = check_flags("mask", mask, *step_losses.shape)
     if mask is None:
         mask = jnp.ones(step_losses.shape, bool)
+    # `where` and not a product, because 0 * NaN is NaN.
     total = jnp.sum(jnp.where(mask, step_losses, 0))
     if reduce == "mean":
         total = total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)

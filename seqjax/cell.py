@@ -147,10 +147,11 @@ def optional(cell: object, name: str) -> Any:
         return getattr(cell, name)
     except NotOffered:
         return None
-    except AttributeError:
-        if inspect.getattr_static(cell, name, None) is None:
-            return None
-        raise
+    except AttributeError as error:
+        # Python notes in the error which object was asked. If that object defines the attribute, its property failed.
+        if error.name != name or inspect.getattr_static(error.obj, name, None) is not None:
+            raise
+        return None
 
 
 def inherited(cell: object, name: str) -> Any:

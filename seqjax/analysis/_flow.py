@@ -1,10 +1,7 @@
-"""A cell on a batch of sequences as a map of vectors, s_t = F(s_{t-1}, x_t), and the operations that analyses share.
+"""The checked arguments of an analysis, and the operations that analyses share: trajectories, frames, padding.
 
-The state of any cell is written as one vector of n numbers: (h, c) for an LSTM, the states of all layers for a stack.
-With J_t = ds_t/ds_{t-1}, perturbations of a state are pushed forward, v <- J_t v, and gradients are pulled back,
-g <- J_t^T g, a few columns at a time. The n x n matrix J_t is formed only if it is itself the result.
-
-J_t is the identity at a masked step (mask False), and zero at a reset.
+`seqjax.sequence._flat_cell` defines the map of vectors and its Jacobian J_t, which is the identity at a masked step and
+zero at a reset.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from seqjax.cell import State
 from seqjax.data.batch import Batch, check_batch
-from seqjax.models.heads import Head
-from seqjax.models.model import Model, ModelParams, head_log_probs
+from seqjax.models.heads import Head, head_log_probs
+from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import ManyToOne, Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.unroll import unroll

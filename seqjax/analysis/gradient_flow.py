@@ -86,7 +86,8 @@ def gradient_by_lag(
         cell, params, xs, state, mask, reset: as for `unroll`.
         loss: maps the states s_1..s_T, leaves (batch, time, ...), to one number, as for `state_gradients`; by default
             its gradient is a random unit vector at s_T and zero at all other steps.
-        horizon: K, the largest lag, in steps; by default T, at most 100.
+        horizon: K, the largest lag to compute, in steps; not the memory horizon that the result holds. By default T, at
+            most 100.
         times: the steps t; by default 8 steps in the second half of the sequence, including the last one.
         threshold: memory counts as lost if the norm is below this value.
         exact: whether to pull back all n columns instead of 64 random ones; by default True up to n = 256.

@@ -50,7 +50,8 @@ class Verdict(NamedTuple):
         contracting: whether the largest exponent is below zero, so that the recurrence forgets its initial state and
             can be evaluated in parallel over time; None if its confidence interval contains zero.
         lag: the lag, in steps, from which a gradient is lost or has grown tenfold; inf if there is none.
-        block: the field of the state with the strongest effect.
+        block: the field of the state that loses its gradient first if the regime is vanishing; otherwise the field with
+            the largest gradient at the longest lag.
         summary: one paragraph with the result.
         evidence: the measurements, one sentence each.
         advice: what usually helps, one sentence each.
@@ -89,10 +90,12 @@ def verdict(
 ) -> Verdict:
     """Describes whether gradients vanish, stay stable, explode or are chaotic, from which lag, and what helps.
 
-    - vanishing: within the horizon the expected norm of ds_t/ds_{t-k} falls below `threshold` and stays there.
+    - vanishing: at some lag up to K (the argument `horizon`) the expected norm of ds_t/ds_{t-k} falls below `threshold`
+      and stays there.
     - exploding: the expected norm grows tenfold, or the largest exponent is positive and finite perturbations grow too.
     - chaotic: the largest exponent is positive, but finite perturbations stop growing, because the state is bounded.
-    - stable: none of these.
+    - stable: none of these, or the largest exponent is positive but the sequences are too short to tell chaos from slow
+      growth.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.

@@ -1,1 +1,1 @@
-"""The command line: parsing, run folders, the character model, and the pages about runs."""
+"""The command line: parsing, training jobs, run folders, the character model, and the pages about runs."""

@@ -66,7 +66,7 @@ class Settings:
     validate_every: int = 50
     """Updates between two looks at the validation text."""
     checkpoint_every: int = 100
-    """Updates between two checkpoints."""
+    """Updates between two checkpoints on disk."""
 
     def __post_init__(self) -> None:
         if self.cell not in CELLS:

@@ -1,8 +1,10 @@
 """A training run as a folder, from which the training can continue.
 
     RUN/run.json       the settings, the versions, and the corpus: its name, length, hash and vocabulary
-    RUN/metrics.csv    one row per update; losses in nats, with the column names of `sj.fit(...).history`
+    RUN/metrics.csv    one row per update; losses in nats, with the names of `sj.fit(...).history` where it has them
     RUN/checkpoints/   the last two training states, written by orbax: parameters, optimizer, carried state, step
+    RUN/unreadable/    damaged checkpoints, which resuming has moved aside
+    RUN/report.html    the report
 
 Every file is written under another name and then renamed, so a file is complete or absent.
 """

@@ -154,7 +154,7 @@ def run_backward(
     recurrents: Array,
     before: list[Array],
     ct_after: list[Array],
-    ct_saved: Array,
+    ct_outputs: Array,
     reverse: bool,
 ) -> tuple[list[Array], Array, Array]:
     """Computes the cotangents of the state before a chunk, of its drives and of its recurrent products.
@@ -164,7 +164,7 @@ def run_backward(
         recurrents: the recurrent products with their bias, (time, batch, gates * n).
         before: the states before each step, (time, batch, n) each.
         ct_after: the cotangents of the state after the chunk, (batch, n) each.
-        ct_saved: the cotangents of h from the saved values of each step, without those from later steps,
+        ct_outputs: the cotangents of h from the outputs of each step, without those from later steps,
             (time, batch, n).
     """
     rows, n = W_hh.shape
@@ -177,7 +177,7 @@ def run_backward(
     kinds = [_like(ct_h, *ct_h.shape), _like(ct_c, *ct_c.shape), _like(drives, *drives.shape)]
     kinds.append(_like(drives, *(drives.shape if separate else (0,))))
     *ct_before, ct_drives, ct_recurrents = _call(
-        "seqjax_backward", kinds, drives, recurrents, panels, h, c, ct_saved, ct_h, ct_c, gates=gates, reverse=reverse
+        "seqjax_backward", kinds, drives, recurrents, panels, h, c, ct_outputs, ct_h, ct_c, gates=gates, reverse=reverse
     )
     return ct_before[: len(ct_after)], ct_drives, ct_recurrents if separate else ct_drives
 

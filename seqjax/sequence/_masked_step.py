@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Output, Params, State, optional, output_of, same_state_type, strong_type
 
-# (params, s_{t-1}, x_t, s_t, o_t) -> the values that are saved of step t
+# (params, s_{t-1}, x_t, s_t, o_t) -> what an unroll returns of step t
 Emit = Callable[[Params, State, PyTree, State, Output], PyTree]
 
 
@@ -49,12 +49,12 @@ class Inputs(NamedTuple):
 
 
 def last_output(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
-    """The output o_t: what `unroll` saves of each step."""
+    """The output o_t of the step: what `unroll` returns."""
     return output
 
 
 def new_state(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
-    """The state s_t: what `trajectory` saves of each step."""
+    """The state s_t of the step: what `trajectory` returns."""
     return after
 
 
@@ -67,7 +67,7 @@ def masked_step(
         cell, params: any cell.
         state: s_{t-1}.
         inputs: of one example at one time.
-        emit: selects the values that are saved of the step.
+        emit: selects what an unroll returns of the step.
 
     Returns:
         s_t, and what `emit` selects. In a step that is not valid the latter is zero, except for the state.
@@ -83,10 +83,10 @@ def masked_step(
     after = same_state_type(cell, after, state)
     if valid is not None:
         after = select(valid, after, state)
-    saved = emit(params, state, x, after, output)
+    emitted = emit(params, state, x, after, output)
     if valid is not None and emit is not new_state:
-        saved = select(valid, saved, zeros_like(saved))
-    return after, saved
+        emitted = select(valid, emitted, zeros_like(emitted))
+    return after, emitted
 
 
 def draw_noise(cell: Cell, key: Array | None, batch: int, time: int) -> PyTree:

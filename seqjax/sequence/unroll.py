@@ -1,7 +1,7 @@
-"""Unrolling a cell over time: s_t, o_t = step(theta, s_{t-1}, x_t) for t = 1..T, by `lax.scan`.
+"""Unrolling a cell over time: s_t, o_t = step(theta, s_{t-1}, x_t) for t = 1..T.
 
-One sequence is one scan, and `jax.vmap` makes it a batch. `seqjax.sequence._masked_step` defines what a mask and a
-reset mean.
+The step is traced once and divided into parts (`_partition`), which run chunk by chunk (`_execution`). A step that
+cannot be divided runs as one plain scan per sequence. `_masked_step` defines what a mask and a reset mean.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def unroll(
         reverse: whether to run from right to left. Outputs stay at their own time index.
         key: a random key for cells that draw noise, such as `Dropout`. Without a key every cell is deterministic.
         checkpoint_every: saves the state only before every so many steps, and runs these steps again in the backward
-            pass. With about sqrt(time) steps, a gradient needs the memory of sqrt(time) states and a third more time.
+            pass. With about sqrt(time) steps, a gradient needs the memory of 2 sqrt(time) states and a third more time.
             Values and gradients do not change. None saves what is fastest.
         kernel: whether the compiled kernel may run the loops that it supports (`seqjax.kernels`); False always runs
             XLA's loops.

@@ -1,4 +1,6 @@
-"""The training loop: one update per batch, for any model, any stream of batches and any optax optimizer.
+"""The update of training, and `updates`, which yields one per batch, for any model, stream and optax optimizer.
+
+`seqjax.training.fit` and `seqjax.command.job.work` are the loops that use it.
 
 A batch of independent sequences starts from the initial state. A batch that continues the one before it, such as the
 next window of a long text, starts from the state at the end of that batch. No gradient flows through the carried state,
@@ -139,7 +141,7 @@ def updates(
         state: from `start`, or the state of an earlier training.
         optimizer: an optax transformation, clipping included: `clipped(optax.adam(1e-3), 1.0)`.
         loss: `every_step`, `ManyToOne(pool)`, or your own function of (head, params, outputs, targets, mask).
-        clip_norm: the threshold that `Metrics.clipped` compares with.
+        clip_norm: the threshold that `Metrics.clipped` compares with. It does not clip: the optimizer does.
         key: for a cell that draws noise. Update n uses `fold_in(key, n)`, so a resumed training draws the same noise.
 
     Yields:
@@ -212,7 +214,7 @@ def _update(
     drawn = None if key is None else jax.random.fold_in(key, state.step)
 
     def batch_loss(params: ModelParams) -> tuple[Array, State]:
-        carried = detach(state.carried)
+        carried = detach(state.carried)  # for a gradient of the user's through several updates
         final, outputs = unroll(model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn)
         return loss(model.head, params.head, outputs, targets, mask), final
 

@@ -2,8 +2,9 @@
 
     ct s_{t-1} = D_s^T ct s_t + sum_i W_i^T D_i^T ct s_t
 
-D_s and D_i are the derivatives of the rest of the step by its state and by its cuts. All states and all results of cuts
-are known before the loop, so the loop contains one product per cut.
+D_s and D_i are the derivatives of the rest of the step by its state and by its cuts. The terms of the outputs
+have the same form. The saved states give all results of cuts, these give the other states again without products, and
+then the loop contains one product per cut.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class KnownSteps(NamedTuple):
 
     Attributes:
         before: the states s_{t-1}; None for a leaf that is not rematerialized yet.
-        drives: the drives, for XLA's loops without their biases and for the kernel with them.
+        drives: the drives; with their biases for a kernel, and without them for XLA's loops, which add them per step.
         results: the results of the cuts.
     """
 

@@ -1,4 +1,8 @@
-"""The products of a step that leave the loop when the states are known."""
+"""Cuts: the products at which the backward pass cuts a step open.
+
+The forward loop computes W v at every step. The backward pass knows every v, so it computes W v for a whole chunk as
+one product before its loop.
+"""
 
 from __future__ import annotations
 

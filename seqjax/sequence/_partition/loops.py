@@ -17,12 +17,13 @@ from seqjax.sequence._partition.program import PRODUCTS, Atom, Eqn, Var, depende
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """One loop of a step.
+    """A part of the step that runs over all of time before the next one: a loop over some leaves of the state.
+
+    The last stage is what needs no loop.
 
     Attributes:
         program: (params.., state.., inputs..) -> (new_state.., outputs..).
-        leaves: the indices of the leaves of the state that the loop carries. The last stage carries none: it computes
-            what needs no loop.
+        leaves: the indices of the leaves of the state that the loop carries; none for the last stage.
         inputs, outputs: variables of the whole step. An output of a stage is an input of later ones.
     """
 

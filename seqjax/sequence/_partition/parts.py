@@ -1,6 +1,6 @@
 """The parts of a step, found in the program of the step itself.
 
-    once     equations that read parameters only                              evaluated once
+    once     equations that read parameters only                              evaluated before the loop, once per pass
     drive    equations that read the input and not the state                  evaluated for a whole chunk of time
     rest     equations that read the state                                    evaluated in the loop
     cuts     products, among the rest, of something that depends on the state with something that depends on

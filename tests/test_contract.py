@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import pickle
+import pkgutil
 import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -290,3 +293,23 @@ def test_a_cell_passes_through_jit_as_an_argument():
         assert_close(jax.jit(sj.unroll)(cell, params, xs), sj.unroll(cell, params, xs))
         assert jax.tree.leaves(cell) == []
         assert like(cell, "float32", 0) == cell
+
+
+def test_no_function_hides_the_module_of_its_name():
+    names = [module.name for module in pkgutil.walk_packages(sj.__path__, "seqjax.") if "__main__" not in module.name]
+    assert "seqjax.reports.html" in names
+    for name in names:
+        module, (parent, _, last) = importlib.import_module(name), name.rpartition(".")
+        assert getattr(sys.modules[parent], last) is module
+
+
+def test_nothing_imports_what_is_later_in_the_flow_of_data():
+    order = ["cells", "kernels", "sequence", "interop", "parallel", "models", "data", "training", "analysis"]
+    order += ["plots", "reports", "command"]
+    root = Path(sj.__file__).parent
+    for file in root.rglob("*.py"):
+        folder = file.relative_to(root).parts[0]
+        if folder in order:
+            found = re.findall(r"^(?:from|import) seqjax\.(\w+)", file.read_text(), re.M)
+            later = {name for name in found if name in order and order.index(name) > order.index(folder)}
+            assert not later, f"{file} imports {later}"

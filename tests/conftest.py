@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -49,3 +50,19 @@ def compile_quickly(request):
     jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+THOROUGH = set((Path(__file__).parent / "thorough.txt").read_text().split())
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as thorough what the quick tests leave out: tests in thorough.txt, and all cases of a test but the first.
+
+    thorough.txt lists the tests whose single case took 2.5 seconds or more on two cores.
+    """
+    seen = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in THOROUGH or name in seen:
+            item.add_marker("thorough")
+        seen.add(name)

@@ -299,7 +299,7 @@ def test_numbers_that_differ_in_their_imaginary_part_are_not_close():
     assert not sj.testing._close(one.real, one + 1j)
     xs = sj.testing._sequence(one)
     assert len({complex(x) for x in xs[..., 0].ravel()}) == xs[..., 0].size
-    spoilt = sj.testing._spoil(xs, jnp.zeros(xs.shape[:2], bool))
+    spoilt = sj.testing._fill_padding(xs, jnp.zeros(xs.shape[:2], bool))
     assert bool(jnp.isnan(spoilt.real).all() & jnp.isnan(spoilt.imag).all())
 
 

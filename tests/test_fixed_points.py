@@ -224,7 +224,7 @@ def test_bad_input_raises_with_a_hint():
         find(sj.Embedding(3, 2), sj.Embedding(3, 2).init(jax.random.key(0)), 1)
 
     class NoShape(Saddle):
-        input_shape = property(lambda self: self.missing)
+        input_shape = None
 
     with raises(ValueError, "expected x, the input of every step, got None for NoShape", "pass x"):
         find(NoShape(), {"eps": jnp.array(1.0)})

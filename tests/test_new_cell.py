@@ -50,12 +50,12 @@ class MGU:
     def gates(self, params, h, x):
         n = self.hidden_size
         W_f, U_f, b_f = params.W_hh[:n], params.W_xh[:n], params.b_h[:n]
-        return {"forget": jax.nn.sigmoid(W_f @ h + U_f @ x + b_f)}
+        return {"forget": jax.nn.sigmoid(W_f @ h + U_f @ x.astype(h.dtype) + b_f)}
 
     def step(self, params, h, x):
         n = self.hidden_size
         f = self.gates(params, h, x)["forget"]
-        candidate = jnp.tanh(params.W_hh[n:] @ (f * h) + params.W_xh[n:] @ x + params.b_h[n:])
+        candidate = jnp.tanh(params.W_hh[n:] @ (f * h) + params.W_xh[n:] @ x.astype(h.dtype) + params.b_h[n:])
         h = (1 - f) * h + f * candidate
         return h, h
 '''

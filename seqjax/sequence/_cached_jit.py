@@ -55,7 +55,7 @@ def cached_jit(function: Callable[..., Any], *static: Any) -> Callable[..., Any]
     return run
 
 
-# 1024 programs: more than a session compiles, and a bound for a loop that makes a new function at every turn.
+# A bound for a loop that makes a new function in every iteration. 1024 is more than a program needs otherwise.
 @functools.lru_cache(maxsize=1024)
 def _cached(function: Callable[..., Any], static: tuple[Any, ...]) -> Callable[..., Any]:
     return jax.jit(partial(function, *static))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Cell, Params, State, is_value
-from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._checks import batch_of_states, check_floating_state, check_sequences
 from seqjax.sequence._flat_cell import FlatCell, flat_cell
 from seqjax.sequence._masked_step import Inputs
 
@@ -81,15 +81,11 @@ def check_arguments(
     if not inputs.batch:
         raise ValueError("expected at least one sequence to analyse, got a batch of 0")
     states = batch_of_states(cell, params, state, inputs.batch)
-    leaves = jax.tree_util.tree_leaves_with_path(states)
+    leaves = jax.tree.leaves(states)
     if not leaves:
         raise TypeError(f"expected a cell with a state, got {type(cell).__name__}, which carries none: nothing recurs")
-    for path, leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"expected a floating-point state to differentiate, got {leaf.dtype} in "
-                f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
-            )
+    check_floating_state(cell, states)
+    for leaf in leaves:
         # `FlatCell` would widen the vector, but the step itself still rounds to the narrow dtype.
         if leaf.dtype.itemsize < 4:
             raise TypeError(

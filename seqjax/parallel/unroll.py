@@ -23,8 +23,8 @@ from seqjax.parallel.contraction import warn_not_contracting
 from seqjax.parallel.methods import DEER, Method
 from seqjax.parallel.search import Convergence, Limits, combine, empty_search, search
 from seqjax.sequence._cached_jit import cached_jit
-from seqjax.sequence._checks import batch_of_states, check_flags, check_inputs
-from seqjax.sequence._masked_step import draw_noise
+from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._masked_step import Inputs, draw_noise
 
 
 def unroll_parallel(
@@ -84,15 +84,14 @@ def unroll_parallel(
         >>> float(abs(outputs - sj.unroll(cell, params, xs)[1]).max()) < 1e-5
         True
     """
-    xs, batch, time = check_inputs(cell, xs)
-    mask, reset = check_flags("mask", mask, batch, time), check_flags("reset", reset, batch, time)
+    inputs = check_sequences(cell, Inputs(xs, mask, reset))
     _check_options(method, tolerance, max_iterations)
-    state = batch_of_states(cell, params, state, batch)
+    state = batch_of_states(cell, params, state, inputs.batch)
     _check_state(cell, method, state)
     run = cached_jit(_run, cell, method, bool(reverse), bool(fallback))
     limits = float(tolerance or 0), int(max_iterations)  # 0 for the default, so that no change of them compiles again
-    result, convergence = run(params, state, (xs, mask, reset), key, limits)
-    warn_not_contracting(method, convergence.exponent, convergence.converged, time)
+    result, convergence = run(params, state, inputs[:3], key, limits)
+    warn_not_contracting(method, convergence.exponent, convergence.converged, inputs.time)
     return result, convergence
 
 

@@ -124,6 +124,20 @@ def _missing_axis(got: tuple[int, ...], shape: tuple[int, ...] | None) -> str | 
     return None
 
 
+def check_floating_state(cell: Cell, states: State) -> None:
+    """Refuses a state that cannot be differentiated.
+
+    Raises:
+        TypeError: a leaf of the state is not floating-point.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(states):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"expected a floating-point state to differentiate, got {leaf.dtype} in "
+                f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
+            )
+
+
 def check_flags(name: str, flags: Any, batch: int, time: int) -> Array | None:
     """Returns a mask or a reset as a boolean array (batch, time); None if there is none.
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Output, Params, State, strong_type
 from seqjax.sequence._execution.jacobian import step_jacobian
-from seqjax.sequence._masked_step import Inputs, masked_step
-from seqjax.sequence._partition.tracing import emit_nothing, normal_step, traced_one
+from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
+from seqjax.sequence._partition.tracing import normal_step, traced_one
 
 # The inputs of one example at one time: x_t, valid, restart and noise, as a tuple or as `Inputs`.
 At = tuple[PyTree, Array | None, Array | None, PyTree]

@@ -58,6 +58,11 @@ def new_state(params: Params, before: State, x: PyTree, after: State, output: Ou
     return after
 
 
+def emit_nothing(params: Params, before: State, x: PyTree, after: State, output: Output) -> tuple[()]:
+    """Nothing: for a caller that needs only the new state."""
+    return ()
+
+
 def masked_step(
     cell: Cell, params: Params, state: State, inputs: Inputs, emit: Emit = last_output
 ) -> tuple[State, PyTree]:

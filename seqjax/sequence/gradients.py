@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, PyTree
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
-from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._checks import batch_of_states, check_floating_state, check_sequences
 from seqjax.sequence._masked_step import Inputs, masked_step
 from seqjax.sequence.unroll import trajectory, unroll
 
@@ -230,12 +230,7 @@ def _checked(
     """
     inputs = check_sequences(cell, Inputs(xs, mask, reset))
     states = batch_of_states(cell, params, state, inputs.batch)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(states):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"expected a floating-point state to differentiate, got {leaf.dtype} in "
-                f"{type(cell).__name__}'s state{jax.tree_util.keystr(path)}: carry it as an input instead"
-            )
+    check_floating_state(cell, states)
     return params, None if state is None else states, inputs
 
 

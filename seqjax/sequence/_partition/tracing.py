@@ -86,7 +86,3 @@ def normal_step(cell: Cell, params: Params, state: State, at: PyTree) -> tuple[S
     leaves = jaxpr_as_fun(program)(*map(jnp.asarray, jax.tree.leaves((params, state, at))))
     new_state, output = traced.trees
     return new_state.unflatten(leaves[: traced.state]), output.unflatten(leaves[traced.state :])
-
-
-def emit_nothing(params: Params, before: State, x: PyTree, after: State, output: Output) -> tuple[()]:
-    return ()

@@ -3,9 +3,9 @@
     python -m benchmarks.breakdown        three cells, three sizes, with and without the kernel; a few minutes
 
 Each part is compiled separately, timed on one chunk in turns with the other parts, and multiplied by the number of
-chunks. The whole takes longer than the sum by the slicing of chunks and the loss. It takes less time if its data is
-still in a cache, and because it packs the kernel's weights once for all chunks. The peak is the fastest square matrix
-product of XLA in the same minutes.
+chunks. The whole also slices the chunks and computes the loss, which the sum does not include. It can take less time
+than the sum, because its data may still be in a cache and because it packs the kernel's weights once for all chunks.
+The peak is the fastest square matrix product of XLA in the same minutes.
 
 Needs the kernel (`python -m seqjax.kernels`). Writes breakdown.json and breakdown.md beside this file.
 """
@@ -30,7 +30,7 @@ from seqjax.sequence._execution.backward import BackwardLoop, KnownSteps
 from seqjax.sequence._execution.chunks import chunk_length
 from seqjax.sequence._execution.forward import Loop, over_chunk, run_chunk
 from seqjax.sequence._execution.kernel import kernel_for
-from seqjax.sequence._masked_step import last_output
+from seqjax.sequence._masked_step import emit_output
 from seqjax.sequence._partition.plan import plan_of
 from seqjax.sequence._partition.tracing import traced_one
 
@@ -64,7 +64,7 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
     cell = CELLS[kind](row.features, row.hidden)
     params = cell.init(jax.random.key(0))
     one = (jnp.zeros(row.features), None, None, None)
-    plan = plan_of(traced_one(cell, last_output, params, cell.initial_state(params), one), True)
+    plan = plan_of(traced_one(cell, emit_output, params, cell.initial_state(params), one), True)
     loop_parts, leaves = plan.parts[0], [*plan.parts[0].consts, *jax.tree.leaves(params)]
     forward_loop = Loop(loop_parts, kernel_for(loop_parts), False)
     length, n = chunk_length(row.batch, row.time), row.hidden

@@ -46,7 +46,8 @@ def seqjax_curve(passes: int, seed: int) -> dict:
     state, curve, began = character_model.first_state(settings, model), [], time.monotonic()
     for state, _ in character_model.train(settings, model, training, state):  # noqa: B020
         if int(state.step) % per_pass == 0:
-            curve.append(character_model.bits(settings, model, state.params, validation))
+            nats = character_model.mean_loss(settings, model, state.params, validation)
+            curve.append(nats / math.log(2))
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {"curve": curve, "seconds": time.monotonic() - began, "parameters": size, "corpus": corpus.name,
             "sha256": corpus.sha256, "unigram": data.unigram_entropy(corpus.tokens)}  # fmt: skip

@@ -205,11 +205,11 @@ def least_seconds(row: Row, direction: str, arguments: argparse.Namespace) -> fl
 def table(found: dict, title: str, arguments: argparse.Namespace) -> str:
     lines = ["# An LSTM over time on a GPU", "", f"{title}. Products in {arguments.precision}; roofline of "
              f"{arguments.flops / 1e12:.4g} TFLOP/s and {arguments.bandwidth / 1e12:.4g} TB/s.", ""]  # fmt: skip
-    lines += ["Microseconds a step are the minimum (median) of calls in turns. Kernels: of each innermost loop.", ""]
+    lines += ["Times are the minimum (median) of calls in turns. Kernels are those of each innermost loop.", ""]
     for name, ways in found.items():
         lines += [f"## (B, T, D, H) = {tuple(Row.parse(name))}", ""]
         for direction, title in zip(DIRECTIONS, ("Forward", "Forward with backward"), strict=True):
-            head = [title, "us a step", "share of roofline", "kernels a step", "temporaries, MB", "compile, s"]
+            head = [title, "us per step", "share of roofline", "kernels per step", "temporaries, MB", "compile, s"]
             lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             lines += [_line(way, Row.parse(name), of[direction]) for way, of in ways.items() if direction in of]
             lines.append("")

@@ -272,7 +272,11 @@ def memory(run: Callable) -> dict:
 def table(found: dict, versions: str) -> str:
     lines = ["# The microscope's speed and memory", ""]
     lines += [f"- {', '.join(parts)}: {on}." for on, parts in _machines(found, versions).items()]
-    lines += ["", "Seconds are the minimum (median) of alternating calls in one run; ratios are what counts.", ""]
+    lines += [
+        "",
+        "Times are the minimum (median) of alternating calls in one run. Compare only their ratios.",
+        "",
+    ]
     if "lyapunov" in found:
         lines += ["## Lyapunov exponents, LSTM H = 128, T = 1000, k = 8, float32", ""]
         lines += _times(found["lyapunov"]["times"], "seqjax")
@@ -305,7 +309,7 @@ def _machines(found: dict, versions: str) -> dict[str, list[str]]:
 
 
 def _times(times: dict, reference: str) -> list[str]:
-    lines = ["| | ms | times the first |", "|---|---|---|"]
+    lines = ["| | ms | ratio to the first |", "|---|---|---|"]
     first = times[reference]
     for name, row in times.items():
         ratio = f"{row['min'] / first['min']:.2f} ({row['median'] / first['median']:.2f})"

@@ -162,12 +162,13 @@ def break_even(rows: list[dict]) -> list[dict]:
 def table(found: dict, versions: str) -> str:
     lines = ["# Parallel in time against the scan", "", f"{versions}, float32, one sequence.", ""]
     lines += [
-        "Tanh networks of H units with W_hh of gain 0.7 (contracting) and 3 (chaotic where the exponent is positive). "
-        f"At most {MOST} iterations, fewer where `of` says so, to keep a row within {ROW:.0f} s; what did not converge "
-        "within them is not converged. Residuals are relative to the states. `work` is that of all iterations over the "
-        "scan's, by the model in the script. Times are minima of calls in turns on a CPU, where the scan should win; "
-        "the last column is parallel over scan. In chaotic rows that converged, the error, to the scan, is that "
-        "between any two programs which round differently.",
+        "The cells are tanh networks of H units with W_hh of gain 0.7 (contracting) or 3 (chaotic if the exponent is "
+        f"positive). `of` is the limit on the iterations: {MOST}, or fewer if a row would take more than {ROW:.0f} s. "
+        "Residuals are relative to the states. `work` is the work of all iterations divided by the work of the scan, "
+        "by the model in the script. Times are minima of calls in turns on a CPU, on which the scan should be faster. "
+        "The last column is the time of the parallel method divided by the time of the scan. The error is the "
+        "difference from the scan. In converged chaotic rows it is as large as between any two programs with different "
+        "rounding errors.",
         "",
         "| cell | method | T | H | iterations of | converged | residual | exponent | error | work | ms | scan | x |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -187,14 +188,14 @@ def table(found: dict, versions: str) -> str:
         "",
         "## Break-even on a GPU: a prediction, not a measurement",
         "",
-        f"The scan: {1e6 * STEP:.0f} us a step, one turn of a loop that the host drives, for any H up to 64. An "
-        f"iteration: {BLOCK} + log2(T / {BLOCK}) such turns, with {TURN['ELK']} launches of {1e6 * LAUNCH:.0f} us more "
-        f"in each for ELK, and {OTHERS} launches besides; and the larger of 2.5 passes over the matrices at "
-        f"{BANDWIDTH / 1e12:.0f} TB/s and their products at {FLOPS / 1e12:.0f} Tflop/s. The iterations are the most "
-        "that a contracting row took. A sequential kernel that keeps its weights in registers takes 2 us a step; "
-        "against it every gain is a quarter.",
+        f"The scan takes {1e6 * STEP:.0f} us per step, one turn of a loop that the host controls, for any H up to 64. "
+        f"An iteration takes {BLOCK} + log2(T / {BLOCK}) such turns and {OTHERS} launches of {1e6 * LAUNCH:.0f} us. "
+        f"ELK has {TURN['ELK']} more launches per turn. To this, add the longer of two times: 2.5 passes over the "
+        f"matrices at {BANDWIDTH / 1e12:.0f} TB/s, or their products at {FLOPS / 1e12:.0f} Tflop/s. The number of "
+        "iterations is the largest of all contracting rows. A sequential kernel that keeps its weights in registers "
+        "takes 2 us per step. Compared with it, every gain is a quarter of the number in the table.",
         "",
-        "| method | H | iterations | pays from T | gain at 1 000 | at 10 000 | at 100 000 |",
+        "| method | H | iterations | faster from T | gain at 1 000 | at 10 000 | at 100 000 |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in found["break-even"]:
@@ -204,7 +205,7 @@ def table(found: dict, versions: str) -> str:
         "",
         "## Where perturbations grow: iterations until convergence",
         "",
-        "H = 32, gain 3, as many iterations as it takes. They grow with T, and no length pays.",
+        "H = 32, gain 3, without a limit on the iterations. Their number grows with T, so no length is faster.",
         "",
         "| method | T | iterations | converged | exponent |",
         "|---|---|---|---|---|",
@@ -220,7 +221,7 @@ def rows(seconds: float) -> list[dict]:
     began, found, per_iteration = time.perf_counter(), [], {}
     for T, H, kind, name in itertools.product(TIMES, UNITS, GAINS, METHODS):
         if time.perf_counter() - began > seconds:
-            found.append({"kind": kind, "method": name, "T": T, "H": H, "left out": "the script's time was up"})
+            found.append({"kind": kind, "method": name, "T": T, "H": H, "left out": "the time of the script was over"})
         else:
             found.append(row(kind, name, T, H, per_iteration))
         print(f"{time.perf_counter() - began:.0f} s", json.dumps(found[-1]), flush=True)

@@ -25,7 +25,10 @@ program of `step` (`seqjax.sequence._partition`); `seqjax.explain` prints what w
   before anything compiles.
 - `gates(params, state, x)`: the gate activations of one step by name, for `seqjax.gates`.
 - `gate_roles`: what each gate does, by the same names: "keeps" (multiplies the old value), "replaces" (1 - gate keeps),
-  "writes", "reads" or "candidate"; and `memory`, the name of the state field that the keeping gate multiplies.
+  "writes", "reads" or "candidate"; and `memory`, the name of the state field that the keeping gate multiplies. A
+  subclass with a step of its own must declare these three anew, unless its step computes the same new state.
+- `state_names`: the names of the leaves of the state, if its tree does not name them, for analyses and reports: "h" for
+  one array, and ("c", "h") for a tuple of two.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
   `step(params, state, x, noise)`. Without a key it calls `step(params, state, x)`, which is deterministic. So
   randomness is an input and never hidden in the state.
@@ -164,6 +167,23 @@ def inherited(cell: object, name: str) -> Any:
     if value is None:
         raise NotOffered(f"{type(cell).__name__} has no {name}")
     return value
+
+
+def names_of_state(cell: object, state: State) -> list[str]:
+    """The name of each leaf of a state: from `state_names` if the cell declares it, otherwise its path.
+
+    Returns:
+        Names such as "h" or, in a stack, "0.h"; "state" if the state is one array without a name.
+    """
+    names, paths = [], [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    for path in paths:
+        name = optional(cell, "state_names")
+        for key in path:
+            name = name[key.idx] if isinstance(name, tuple) and getattr(key, "idx", len(name)) < len(name) else name
+        names.append(name if isinstance(name, str) else jax.tree_util.keystr(path, simple=True, separator="."))
+    if len(set(names)) < len(names):  # the declaration does not fit this state
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    return [name or "state" for name in names]
 
 
 def layers(cell: object) -> tuple[Any, ...]:

@@ -1,11 +1,14 @@
-"""The contract as a test suite: `check_cell(cell)` tests any cell, of seqjax or of the user.
+"""Test suites for users: `check_cell` tests a cell against the contract, `check_analysis` the analyses on this machine.
 
-Each check is one function. It raises `AssertionError` with the expected result, the actual one and the likely fix.
+Each check of a cell is one function. It raises `AssertionError` with the expected result, the actual one and the likely
+fix. The checks of the analyses return a table.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from seqjax._closed_forms import CASES
 from seqjax.cell import Cell, Output, State, optional, strong_type
 from seqjax.sequence._step_errors import explain_step_error
 from seqjax.sequence.unroll import length_mask, trajectory, unroll
@@ -259,3 +263,94 @@ def _check_finite(gradients: PyTree, where: str) -> None:
         if leaf.dtype != jax.dtypes.float0:
             finite = bool(jnp.all(jnp.isfinite(leaf)))
             _require(finite, f"expected finite gradients {where}, got {leaf} in {jax.tree_util.keystr(path)}")
+
+
+class AnalysisCheck(NamedTuple):
+    """One case of `check_analysis`.
+
+    Attributes:
+        case: what was computed.
+        expected, got: the number or word that is known, and that of the analysis.
+        error: |got - expected|; for words 0 if they are the same, otherwise infinity.
+        tolerance: the largest error that passes.
+        ok: whether the case passed; a value that is not a number does not.
+    """
+
+    case: str
+    expected: float | str
+    got: float | str
+    error: float
+    tolerance: float
+    ok: bool
+
+
+class AnalysisChecks(NamedTuple):
+    """The result of `check_analysis`, which prints as a table.
+
+    Attributes:
+        rows: one `AnalysisCheck` per case.
+        dtype: the dtype of the networks.
+        seconds: the time that all cases took, most of it to compile.
+        ok: whether all cases passed.
+    """
+
+    rows: tuple[AnalysisCheck, ...]
+    dtype: str
+    seconds: float
+    ok: bool
+
+    def __str__(self) -> str:
+        heads = (f"{'case':52} {'expected':>12} {'got':>12} {'error':>9} {'tolerance':>9}  ok",)
+        lines = (
+            f"{r.case:52} {_shown(r.expected):>12} {_shown(r.got):>12} {r.error:9.1e} {r.tolerance:9.1e}  "
+            f"{'yes' if r.ok else 'NO'}"
+            for r in self.rows
+        )
+        passed = sum(r.ok for r in self.rows)
+        last = f"{passed} of {len(self.rows)} passed in {self.dtype}, {self.seconds:.0f} seconds"
+        return "\n".join([*heads, *lines, last])
+
+
+def check_analysis(dtype: DTypeLike | None = None) -> AnalysisChecks:
+    """Compares the analyses with closed forms and published numbers, on this machine, in less than a minute.
+
+    The cases are exponents of linear, gated and chaotic maps, their sum rule, norms of products of Jacobians by lag,
+    fixed points, and regimes of verdicts.
+
+    Args:
+        dtype: of the networks, float32 or float64; by default float32. For float64, 64-bit types are enabled during
+            the call only.
+
+    Returns:
+        `AnalysisChecks`: `ok` is whether all cases passed, and `print` shows the table.
+
+    Raises:
+        ValueError: the dtype is neither float32 nor float64.
+
+    Source: Henon 1976; Newman 1986, "The distribution of Lyapunov exponents"; the other cases are closed forms.
+
+    Example:
+        >>> import seqjax as sj
+        >>> result = sj.testing.check_analysis()
+        >>> result.ok, round(float(result.rows[0].got), 3)  # ln 0.8
+        (True, -0.223)
+    """
+    name = jnp.dtype("float32" if dtype is None else dtype).name
+    if name not in ("float32", "float64"):
+        raise ValueError(f"expected the dtype float32 or float64, got {name}: analyses need at least 32 bits")
+    began, exact = time.perf_counter(), 2e-6 if name == "float32" else 1e-12
+    with jax.enable_x64(True) if name == "float64" else contextlib.nullcontext():
+        rows = tuple(_compared(*row) for case in CASES for row in case(name, exact))
+    return AnalysisChecks(rows, name, time.perf_counter() - began, all(row.ok for row in rows))
+
+
+def _compared(case: str, expected: float | str, got: float | str, tolerance: float) -> AnalysisCheck:
+    if isinstance(expected, str) or isinstance(got, str):
+        error = 0.0 if expected == got else float("inf")
+    else:
+        error = abs(got - expected)
+    return AnalysisCheck(case, expected, got, error, tolerance, bool(error <= tolerance))
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"

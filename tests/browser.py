@@ -37,9 +37,13 @@ class Browser:
         """Opens a file in a window of this size and colour scheme."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._command("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        media = {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self._command("goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params=media)
         self._command("url", url=path.resolve().as_uri())
+
+    def print_media(self):
+        """Shows the open page as it is printed."""
+        self._command("goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"media": "print"})
 
     def run(self, script):
         """What a script on the page returns."""

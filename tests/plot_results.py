@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from seqjax import plots
+from seqjax.analysis._memory import Memory
 from seqjax.analysis.by_length import ScoreByLength
 from seqjax.analysis.cliff import loss_cliff
 from seqjax.analysis.clipping import clipping_statistics
@@ -23,17 +24,23 @@ NAN, INF, TEN = math.nan, math.inf, math.log(10)
 def lag_result(expected, **changes):
     """`GradientByLag` of one sequence with these expected logarithms."""
     log, lags = np.asarray(expected, np.float64), len(expected)
+    horizon, threshold = changes.get("horizon", 2.0), 0.01
     result = GradientByLag(
         log_gradient=log[None],
         log_gradient_parts={"h": log[None] - 1, "c": log[None] - 2},
         lags=np.arange(lags),
-        times=np.array([4, 8]),
+        times=np.array([[4, 8]]),
         table=np.stack([log, 2 * log])[None],
         log_expected=log,
         log_worst=log + 1,
         log_parts={},
-        horizon=2.0,
-        threshold=0.01,
+        rows_expected=log[None],
+        rows_worst=log[None] + 1,
+        rows_parts={},
+        horizon=horizon,
+        threshold=threshold,
+        memory=Memory(horizon, lags - 1, log[-1], -0.1, threshold),
+        best_memory=Memory(INF, lags - 1, log[-1] + 1, -0.1, threshold),
         exact=True,
         reliable=True,
         reason="",
@@ -65,11 +72,11 @@ def exponents(mean, rows=2):
     )
 
 
-def gate(low, high, tau):
-    """`GateStatistics` of units with these fractions and time constants."""
+def gate(low, high, tau, lowest=0.0):
+    """`GateStatistics` of units with these fractions and time constants; `lowest` is -1 for a candidate."""
     low, high, tau = (np.asarray(part, np.float64) for part in (low, high, tau))
     histogram = np.linspace(0, 0.1, 20)
-    return GateStatistics(0.5, low, histogram, np.linspace(-1, 1, 21), low, high, 0.0, 0.0, tau)
+    return GateStatistics(0.5, low, histogram, np.linspace(lowest, 1, 21), low, high, 0.0, 0.0, tau)
 
 
 def matrix(values):
@@ -100,7 +107,7 @@ def product(logs):
 CLIFF = loss_cliff(resolution=6)
 STATES = np.stack([np.linspace(0, 1, 5), 0.2 * np.arange(5) ** 2, np.zeros(5)], axis=-1)[None]
 DOWN = lag_result([0.0, -TEN, -2 * TEN, -3 * TEN])
-GATES = {"forget": gate([0.1, 0.2], [0.3, 0.4], [1, 100]), "candidate": gate([0.5, 0.6], [0, 1], [10, 1])}
+GATES = {"forget": gate([0.1, 0.2], [0.3, 0.4], [1, 100]), "candidate": gate([0.5, 0.6], [0, 1], [10, 1], -1.0)}
 CLIPPING = clipping_statistics({"grad_norm": [0.1, 10.0, 1.0]}, 1.0)
 # What is drawn, of which result; and the same with holes in it, where it can have some.
 EVERY = {

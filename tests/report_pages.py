@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from html.parser import HTMLParser
+from typing import Any, NamedTuple
 from unittest import mock
 
 import equinox as eqx
@@ -17,12 +18,12 @@ from plot_results import DOWN, GATES, STATES, exponents, lag_result, matrix, pro
 import seqjax as sj
 from seqjax.analysis.cell_gradient_path import CellPath
 from seqjax.analysis.fixed_point_search import FixedPoints
-from seqjax.analysis.verdicts import Verdict
 from seqjax.reports.cell_page import report
 from seqjax.reports.measure import Measured
+from seqjax.reports.names import Names
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "col"}
-SECTIONS = ("verdict", "gradients", "exponents", "jacobians", "gates", "states", "settings")
+SECTIONS = ("gradients", "exponents", "jacobians", "gates", "states", "verdict", "settings")
 VECTORS, TOKENS = (3, 40, D), (3, 40)
 CELLS = {
     "lstm": sj.LSTM(D, N),
@@ -41,28 +42,59 @@ def given(name):
     return cell, cell.init(jax.random.key(0)), xs
 
 
-def made_by_hand():
+class Row(NamedTuple):
+    """The verdict on one sequence, with what a page reads of it."""
+
+    regime: str = "chaotic"
+    reliable: bool = True
+    reason: str = ""
+    contracting: bool | None = None
+    forgets: bool | None = False
+    lag: float = np.inf
+    steps: int = 59
+    alternatives: Any = {"chaotic": 0.9, "stable": 0.1}  # noqa: RUF012 - never changed
+
+
+class Made(NamedTuple):
+    """A verdict, with what a page reads of it."""
+
+    exponents: Any
+    by_lag: Any
+    regime: str = "chaotic"
+    contracting: bool | None = None
+    lag: float = 37.5
+    block: str = "1.c"
+    summary: str = "It is said to be so, most in 1.c."
+    evidence: tuple[str, ...] = (
+        "the largest factor is 0.959 & <falling>",
+        "over 59 steps a gradient changes by 0.000688",
+    )
+    advice: tuple[str, ...] = ("clip it at 1.0",)
+    reliable: bool = False
+    forgets: bool | None = False
+    rows: tuple[Row, ...] = (Row(), Row(regime="stable", forgets=None, lag=12.0))
+
+
+def made_by_hand(**changes):
     """A verdict and results for every figure, none of which takes a second."""
     by_lag = lag_result(-0.123456 * np.arange(60), horizon=37.5)
     rates = exponents(np.linspace(-0.0421, -0.5, 8))
-    evidence = ("the largest exponent is -0.0421 & <falling>", "over 59 steps a gradient changes by 0.000688")
-    said = ("chaotic", None, 37.5, "1.c", "It is said to be so.", evidence, ("clip it at 1.0",), False, rates, by_lag)
     steps = spectrum(matrix(np.linspace(0.1, 1.2, 12)[None, None] * np.exp(1j * np.arange(12))), [7])
     steps = steps._replace(recurrent={"W_hh": matrix(np.linspace(-1, 1, 9))}, bound=1.0345, bound_holds=False)
     kinds, two = np.array(["fixed", "slow"]), np.array([0.5, 1.5])
     points = kinds, two, np.array([1, 2]), np.zeros((2, 3, 3)), np.zeros((2, 3)), two, two < 1, np.array([0, 1])
     found = {
-        "verdict": Verdict(*said),
+        "verdict": Made(rates, by_lag),
         "gradient_by_lag": by_lag,
         "lyapunov_exponents": rates,
         "gate_statistics": GATES,
-        "cell_path": CellPath(DOWN.lags, DOWN.log_gradient, DOWN.log_gradient / 2, *np.zeros((2, 1, 3))),
+        "cell_path": CellPath(DOWN.lags, DOWN.log_gradient, DOWN.log_gradient / 2, *np.zeros((2, 1, 3)), True, ""),
         "spectrum": steps,
         "product_singular_values": {4: product([-4, -8]), 9: product([-9, -18])},
         "trajectory": STATES,
-        "fixed_points": FixedPoints(STATES[0, :2], None, *points, None, "2 starts: 1 fixed, 1 slow"),
+        "fixed_points": FixedPoints(STATES[0, :2], None, *points, None, "2 starts: 1 fixed, 1 slow", "2 states"),
     }
-    return Measured(found, {}, {"read": "1 of 2 sequences"})
+    return Measured(found | changes, {}, {"read": "1 of 2 sequences", "parameters": 7}, Names(("1.h", "1.c")))
 
 
 PAGES = {}  # shared by the files that import the fixture, each of which has a session of it
@@ -75,10 +107,10 @@ def page_of(tmp_path_factory):
     def written(name):
         if name not in PAGES:
             path = tmp_path_factory.mktemp("reports") / f"{name}.html"
-            cell, options = given("lstm" if name == "made" else name), {"history": HISTORY, "clip_norm": 1.0}
+            cell, options = given("lstm" if name == "made" else name), {"history": HISTORY}
             made = mock.patch("seqjax.reports.cell_page.measure", return_value=made_by_hand())
             with made if name == "made" else contextlib.nullcontext():
-                PAGES[name] = report(*cell, path=path, settings={"seed": 7}, **options)
+                PAGES[name] = report(*cell, path=path, settings={"seed": 7, "clip_norm": 1.0}, **options)
         return PAGES[name]
 
     return written
@@ -89,7 +121,7 @@ class Page(HTMLParser):
 
     def __init__(self, source):
         super().__init__()
-        self.elements, self.open, self.words = [], [], []
+        self.elements, self.open, self.words, self.texts = [], [], [], []
         self.source = source
         self.feed(source)
         self.close()
@@ -112,6 +144,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "style" not in self.open:
             self.words.append(data)
+            self.texts.append((tuple(self.open), data))
 
     @property
     def text(self):
@@ -140,6 +173,15 @@ def assert_self_contained(page):
             assert name[0] == "#" and name[1:] in page.names  # noqa: PT018
         for name in attributes.get("aria-labelledby", "").split():
             assert name in page.names
+
+
+def sentences(page):
+    """The sentences of running text, of at least four words, which is all text but tables and settings."""
+    texts, words = [], ("p", "li", "figcaption", "summary")
+    for inside, text in page.texts:
+        if any(tag in inside for tag in words) and not {"svg", "table", "nav"} & set(inside):
+            texts += re.split(r"(?<=\.)\s+", re.sub(r"\s+", " ", text).strip())
+    return [text for text in texts if len(text.split()) >= 4]
 
 
 def assert_accessible(page):

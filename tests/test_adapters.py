@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import EVERY
 from errors import raises
 from flax import nnx
 
 import seqjax as sj
+from seqjax.cell import names_of_state
 
 D, N = 3, 4
 ZERO = jnp.zeros(N)
@@ -210,3 +212,42 @@ def test_the_weights_of_a_module_of_another_size_are_refused_before_anything_run
         sj.from_nnx(nnx.GRUCell, D, N).params_from(nnx.GRUCell(*size, rngs=nnx.Rngs(0)))
     with raises(ValueError, "expected", "GRUCell"):
         sj.from_equinox(eqx.nn.GRUCell, D, N).params_from(eqx.nn.GRUCell(*size, key=key))
+
+
+NAMES = {
+    "linen-lstm": ["c", "h"],
+    "linen-gru": ["h"],
+    "nnx-lstm": ["c", "h"],
+    "nnx-simple": ["h"],
+    "equinox-lstm": ["h", "c"],
+    "equinox-gru": ["h"],
+    "user": ["state"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fields_of_a_state_have_the_names_of_the_equations(name, key):
+    cell, names = EVERY[name], NAMES[name]
+    assert list(sj.analysis.state_parts(cell, cell.init(key))) == names
+    learned = sj.LearnedState(cell)
+    assert list(sj.analysis.state_parts(learned, learned.init(key))) == names
+    both = sj.stack([sj.LSTM(D, D), learned])
+    expected = ["0.h", "0.c", *(f"1.{name}" if name != "state" else "1" for name in names)]
+    assert list(sj.analysis.state_parts(both, both.init(key))) == expected
+
+
+def test_c_is_the_field_that_the_forget_gate_of_linen_multiplies(key):
+    cell = EVERY["linen-lstm"]
+    params = jax.tree.map(jnp.zeros_like, cell.init(key))  # every gate is 1/2
+    found = sj.analysis.step_jacobians(cell, params, jnp.ones((1, 2, D)))
+    np.testing.assert_allclose(found.block("c", "c")[0, 0], 0.5 * np.eye(4), atol=1e-6)
+    np.testing.assert_allclose(found.block("c", "h"), 0)
+
+
+def test_names_that_do_not_fit_the_state_are_not_used():
+    class Wrong:
+        state_names = "h"
+
+    assert names_of_state(Wrong(), (jnp.zeros(1), jnp.zeros(2))) == ["0", "1"]
+    Wrong.state_names = ("a",)
+    assert names_of_state(Wrong(), (jnp.zeros(1), jnp.zeros(2))) == ["a", "1"]

@@ -14,7 +14,7 @@ import seqjax as sj
 from seqjax.cell import strong_type
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._flat_cell import flat_cell
-from seqjax.sequence._masked_step import draw_noise, last_output
+from seqjax.sequence._masked_step import draw_noise, emit_output
 from seqjax.sequence.unroll import Options, _run_batch
 
 BATCH, TIME = 2, 6
@@ -258,10 +258,10 @@ def test_a_cell_rebuilt_by_value_compiles_once():
     cell = zoo(D, N)["linen-lstm"]
     params, xs = cell.init(jax.random.key(0)), jnp.ones((2, 5, D))
     sj.unroll(cell, params, xs)
-    run = cached_jit(_run_batch, cell, last_output, Options())
+    run = cached_jit(_run_batch, cell, emit_output, Options())
     assert run._cache_size() == 1
     sj.unroll(zoo(D, N)["linen-lstm"], params, xs)
-    assert run is cached_jit(_run_batch, zoo(D, N)["linen-lstm"], last_output, Options())
+    assert run is cached_jit(_run_batch, zoo(D, N)["linen-lstm"], emit_output, Options())
     assert run._cache_size() == 1
 
 

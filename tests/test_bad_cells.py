@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from cells import OURS, D, Leaky, N
+from cells import OURS, D, Leaky, N, Readout, Sized
 from errors import raises
 from flax import nnx
 from jax.experimental import io_callback
@@ -185,6 +185,57 @@ def test_a_cell_of_the_user_decides_for_itself():
     check_params(Leaky(), {"anything": None})
     check_params(sj.LearnedState(Leaky()), sj.LearnedStateParams({}, jnp.zeros(9)))
     check_params(sj.LSTM(D, N, input_init=lambda key, shape, dtype: np.asarray(key)), "not drawn under a trace")
+
+
+def test_integer_parameters_are_refused_and_every_precision_passes():
+    for wrong in ("int32", "bool", "complex64"):
+        with raises(TypeError, "expected floating-point params.W_hh for LSTM(input_size=3", f"got {wrong}"):
+            check_params(LSTM, PARAMS._replace(W_hh=PARAMS.W_hh.astype(wrong)))
+    for right in ("float16", "bfloat16", "float64"):
+        check_params(LSTM, jax.tree.map(lambda leaf, right=right: np.asarray(leaf).astype(jnp.dtype(right)), PARAMS))
+
+
+def test_parameters_of_a_subclass_with_the_methods_of_its_base():
+    class Mine(sj.GRU):
+        """Adds nothing to the methods of a cell."""
+
+    with raises(ValueError, "expected params.W_xh (12, 3) for Mine(input_size=3, hidden_size=4)", "got (15, 3)"):
+        sj.unroll(Mine(D, N), zeros(sj.GRU(D, 5)), XS)
+    check_params(Mine(D, N), zeros(sj.GRU(D, N)))
+
+
+def test_parameters_that_contradict_a_size_that_a_cell_of_the_user_declares():
+    cell, other = Readout(D, N), Readout(D, 5)
+    for call in (sj.unroll, sj.trajectory, sj.analysis.step_jacobians):
+        with raises(
+            ValueError,
+            "['U'] (4, 3) for FromParams(input_size=3, hidden_size=4) with a state (4,)",
+            "got (5, 3) with a",
+        ):
+            call(FromParams(D, N), FromParams(D, 5).init(jax.random.key(0)), XS)
+    check_params(
+        cell, other.init(jax.random.key(0))
+    )  # its state does not follow the parameters, so its step reports it
+    low_rank = LowRank(D, N)
+    check_params(low_rank, low_rank.init(jax.random.key(0)) | {"A": jnp.zeros((N, 2)), "B": jnp.zeros((2, N))})
+
+
+class FromParams(Sized):
+    """The size of the state is that of the parameters."""
+
+    def initial_state(self, params):
+        return self.zeros(params, params["W"].shape[0])
+
+    def step(self, params, h, x):
+        h = jnp.tanh(params["W"] @ h + params["U"] @ x)
+        return h, h
+
+
+class LowRank(FromParams):
+    """The rank of the recurrent matrix is that of the parameters, and no size of the cell."""
+
+    def shapes(self, d, n):
+        return {"A": (n, 1), "B": (1, n), "W": (n, n), "U": (n, d)}
 
 
 class HasNoHash:

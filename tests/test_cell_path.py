@@ -41,15 +41,18 @@ def test_the_path_is_the_derivative_of_the_unroll_and_the_product_of_the_gates(m
     params, xs = drawn(cell, "float64")
     result = cell_path(cell, params, xs, mask=mask)
     true = by_jacfwd(cell, params, xs, 6, mask)
-    np.testing.assert_allclose(result.log_true, np.log(np.sqrt((true**2).sum((-2, -1)) / 4)), atol=1e-9)
-    units = np.log(np.abs(np.diagonal(true[:, -1], axis1=-2, axis2=-1)))
-    np.testing.assert_allclose(result.log_true_units, units, atol=1e-9)
-
     f = np.asarray(sj.gates(cell, params, xs, mask=mask)["forget"])
-    f = f if mask is None else np.where(mask[..., None], f, 1)
-    product = np.stack([f[:, 6 - k :].prod(axis=1) for k in range(7)], axis=1)
-    np.testing.assert_allclose(result.log_forget, np.log(np.sqrt((product**2).mean(-1))), atol=1e-9)
-    np.testing.assert_allclose(result.log_forget_units, np.log(product[:, -1]), atol=1e-9)
+    for b, valid in enumerate(np.ones((2, 6), bool) if mask is None else mask):
+        # Lag j begins before the last j valid steps.
+        begins = [*np.flatnonzero(valid), 6][::-1]
+        rows, K = np.stack([true[b, 6 - t] for t in begins]), valid.sum()
+        np.testing.assert_allclose(result.log_true[b, : K + 1], np.log(np.sqrt((rows**2).sum((-2, -1)) / 4)), atol=1e-9)
+        np.testing.assert_allclose(result.log_true_units[b], np.log(np.abs(np.diagonal(rows[-1]))), atol=1e-9)
+        product = np.cumprod(f[b, valid][::-1], axis=0)
+        norms = np.sqrt((product**2).mean(-1))
+        np.testing.assert_allclose(result.log_forget[b, : K + 1], np.log([1, *norms]), atol=1e-9)
+        np.testing.assert_allclose(result.log_forget_units[b], np.log(product[-1]), atol=1e-9)
+        assert np.isnan(result.log_true[b, K + 1 :]).all()
 
 
 def test_without_recurrent_weights_both_equal_the_closed_form_at_any_lag():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
-from report_pages import Page, assert_accessible, assert_self_contained
+from report_pages import SECTIONS, Page, assert_accessible, assert_self_contained, made_by_hand, sentences
 from small_runs import TEXT, files, metrics, refused, small, state, train, write
 from small_runs import copy as copy
 from small_runs import finished as finished
@@ -15,6 +16,7 @@ from small_runs import seqjax_run as run
 
 import seqjax as sj
 import seqjax.command.cli
+from seqjax.data.ngram import ngram_bits
 from seqjax.reports import measure as measuring
 from seqjax.reports.html import text
 
@@ -56,23 +58,18 @@ def test_the_report_of_a_run_tells_its_training_and_its_cell(copy, capsys):
     page, table = page_at(path), metrics(copy)
     assert_accessible(page)
     names = [section["id"] for section in page.all("section")]
-    assert names == [
-        "verdict",
-        "learning",
-        "gradients",
-        "exponents",
-        "jacobians",
-        "gates",
-        "states",
-        "clipping",
-        "positions",
-        "settings",
-    ]
+    assert names == ["learning", *SECTIONS[:-1], "clipping", "positions", "settings"]
     bits = table.validation / np.log(2)
     numbers = [table.loss.iloc[-1] / np.log(2), bits.iloc[-1], table.clipped.mean(), table.grad_norm.max()]
-    numbers += [sj.data.unigram_entropy(list(map(ord, TEXT))), *bits.dropna()]
-    for number in map(text, map(float, numbers)):
+    for number in map(text, map(float, [*numbers, *bits.dropna()])):
         assert number in page.words
+    parts = sj.data.split(sj.data.Corpus.of("text", TEXT).tokens)
+    for order, name in ((5, "5-gram model"), (1, "unigram model")):
+        assert f"{name} {ngram_bits(*parts[:2], order):.3f}" in page.text
+    assert f"this model {bits.iloc[-1]:.3f}" in page.text
+    assert "characters of the validation text were read" in page.text
+    found = sentences(page)
+    assert sorted(found) == sorted(set(found))
     for name, value in json.loads((copy / "run.json").read_text("utf-8"))["settings"].items():
         assert name in page.words
         assert name == "text" or text(value) in page.words
@@ -83,7 +80,7 @@ def test_the_report_of_a_run_tells_its_training_and_its_cell(copy, capsys):
 def test_the_state_of_a_report_is_that_after_the_text_before(quick, copy, monkeypatch):
     seen = []
     monkeypatch.setattr(measuring, "verdict", lambda *given, **options: seen.append((given, options)))
-    long = (TEXT * 60)[:26_000]
+    long = (TEXT * 140)[:70_000]
     (copy / "text.txt").write_text(long, "utf-8")
     content = json.loads((copy / "run.json").read_text("utf-8"))
     content["settings"]["text"] = str(copy / "text.txt")
@@ -93,7 +90,7 @@ def test_the_state_of_a_report_is_that_after_the_text_before(quick, copy, monkey
     model, last = state(copy)
     tokens = sj.data.split(sj.data.encode(long, content["corpus"]["vocabulary"]))[1]
     rows = tokens[: len(tokens) // 8 * 8].reshape(8, -1)
-    warm = rows.shape[1] - 128
+    warm = rows.shape[1] - 384
     np.testing.assert_array_equal(xs, rows[:, warm:])
     expected = sj.unroll(model.cell, last.params.cell, rows[:, :warm])[0]
     np.testing.assert_array_equal(options["state"][1].c, expected[1].c)
@@ -118,7 +115,7 @@ def test_a_report_that_fails_loses_no_run(reason, tmp_path, monkeypatch, capsys)
     if reason == "matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     else:
-        monkeypatch.setattr("seqjax.command.run_report.report_run", lambda _: 1 / 0)
+        monkeypatch.setattr("seqjax.command.run_report.report_run", lambda *_, **__: 1 / 0)
     path = tmp_path / "run"
     words = write(tmp_path / "text.txt")
     assert run("train", "--text", words, "--out", path, "--report", *small(steps=2)) == 0
@@ -139,14 +136,17 @@ def test_runs_are_compared_on_one_page(finished, other, tmp_path, capsys):
     page = page_at(out)
     assert_accessible(page)
     names = [section["id"] for section in page.all("section")]
-    assert names == ["verdict", "settings", "learning", "gradients", "exponents", "clipping", "versions"]
+    assert names == ["verdict", "settings", "exponents", "clipping", "versions"]
     for table in map(metrics, (finished, other)):
-        for number in (table.validation.iloc[-1] / np.log(2), table.clipped.mean(), table.grad_norm.max()):
+        for number in (table.clipped.mean(), table.grad_norm.max()):
             assert text(float(number)) in page.words
+        assert f" {table.validation.iloc[-1] / np.log(2):.3f} (" in page.text  # with its interval
     best = min((metrics(path).validation.iloc[-1] / np.log(2), path.name) for path in (finished, other))
-    assert f"{best[1]} reads its validation text best, at {best[0]:.3f} bits per character" in page.text
-    differ = page.text.split("Settings that differ")[2].split("Settings that are the same")[0]
-    assert "cell lstm gru hidden 16 8 learning_rate 0.002 0.01" in differ
+    assert f"{best[1]} has the lowest validation loss, {best[0]:.3f} bits per character" in page.text
+    differ = page.text.split("Settings that differ")[1].split("Settings that are the same")[0]
+    texts = [path.parent / "text.txt" for path in (finished, other)]
+    assert f"run text cell hidden learning_rate {finished.name} {texts[0]} lstm 16 0.002" in differ
+    assert f"other {texts[1]} gru 8 0.01" in differ
     assert "embedding" not in differ
     assert page.count("svg", "figure") == 5  # learning, gradients, exponents, and the clipping of each
     for failure in ("could not be drawn", "could not be written", "it failed with", "Left out"):
@@ -160,7 +160,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(quick, finished, copy, t
     assert run("compare", finished, f"a/{finished.name}") == 0
     page = page_at(tmp_path / "comparison.html")
     assert {str(finished), f"a/{finished.name}"} < set(page.words)
-    assert "None does." in page.text
+    assert "No setting differs." in page.text
 
 
 @pytest.mark.parametrize(
@@ -211,3 +211,42 @@ def test_without_matplotlib_both_commands_say_what_to_install(finished, copy, mo
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for arguments in (["report", finished], ["compare", finished, copy]):
         refused(capsys, arguments, 'pip install "seqjax[plots]"')
+
+
+@pytest.fixture
+def measured_by_hand(monkeypatch):
+    """The results of the analyses, without any analysis."""
+    monkeypatch.setattr("seqjax.command.run_report.measure", lambda *_, **__: made_by_hand())
+
+
+def test_the_first_screen_says_how_good_the_model_is(measured_by_hand, copy):
+    assert run("report", copy) == 0
+    source = (copy / "report.html").read_text("utf-8")
+    first = Page(source[: source.index("<nav")].replace("<main>", "") + "</body></html>").text
+    assert re.search(r"[0-9.]+ bits per character on unseen text, (better|worse|about as good)", first)
+    assert "The 95 % interval is" in first
+    for name in ("this model", "5-gram model", "unigram model", "A sample at temperature 0.8"):
+        assert name in first
+    assert "It is said to be so" in first
+    assert "Gradient norm by lag" in first
+
+
+def test_stderr_says_what_is_done_and_stdout_where_the_page_is(measured_by_hand, copy, finished, capsys):
+    capsys.readouterr()
+    assert run("report", copy) == 0
+    told = capsys.readouterr()
+    assert told.out == f"{copy / 'report.html'}\n"
+    assert told.err.splitlines() == ["baselines", "validation text", "sample", "loss by position", "figures"]
+    assert run("compare", copy, finished, "--out", copy / "both.html") == 0
+    told = capsys.readouterr()
+    assert told.out == f"{copy / 'both.html'}\n"
+    steps = [f"{path.name}: {step}" for path in (copy, finished) for step in ("baselines", "validation text")]
+    assert told.err.splitlines() == [*steps, "figures"]
+
+
+def test_runs_on_one_text_are_compared_piece_by_piece(measured_by_hand, copy, finished):
+    assert run("compare", copy, finished, "--out", copy / "both.html") == 0
+    page, bits = page_at(copy / "both.html"), metrics(finished).validation.iloc[-1] / np.log(2)
+    rows = page.text.split("updates seconds")[1]
+    assert re.search(rf"{copy.name} {bits:.3f} \([0-9.]+ to [0-9.]+\) chaotic", rows)  # the best run has no difference
+    assert re.search(rf"{finished.name} {bits:.3f} \([0-9.]+ to [0-9.]+\) 0.000 ", rows)

@@ -6,7 +6,7 @@ from jax.flatten_util import ravel_pytree
 
 import seqjax as sj
 from seqjax.cells.product import product
-from seqjax.sequence._masked_step import Inputs, last_output
+from seqjax.sequence._masked_step import Inputs, emit_output
 from seqjax.sequence.unroll import _run_plainly
 from tests.errors import raises
 
@@ -44,7 +44,7 @@ def test_fast_and_plain_unroll_agree_on_rounded_operands(make):
     cell = make(3, 5, compute_dtype="bfloat16")
     params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 20, 3))
     state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (2, *leaf.shape)), cell.initial_state(params))
-    plain = _run_plainly(cell, last_output, False, params, state, Inputs(xs))[1]
+    plain = _run_plainly(cell, emit_output, False, params, state, Inputs(xs))[1]
     np.testing.assert_allclose(sj.unroll(cell, params, xs)[1], plain, rtol=1e-5, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ from oracles import assert_close, drawn, drawn_states, like, scanned, weighted
 import seqjax as sj
 from seqjax.cells.stack import Stack
 from seqjax.sequence._execution.chunks import chunk_length
-from seqjax.sequence._masked_step import Inputs, last_output, new_state
+from seqjax.sequence._masked_step import Inputs, emit_output, emit_state
 from seqjax.sequence.unroll import _run_plainly
 
 BATCH = 2
@@ -73,7 +73,7 @@ SPLIT = {
 }
 
 
-def plain(cell, params, xs, state=None, mask=None, reset=None, reverse=False, emit=last_output):
+def plain(cell, params, xs, state=None, mask=None, reset=None, reverse=False, emit=emit_output):
     """The scan over `step`, differentiated by JAX alone."""
     if state is None:
         state = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(xs)), cell.initial_state(params))
@@ -230,7 +230,7 @@ def test_trajectories_and_gates_are_those_of_the_scan(x64):
         params, xs = drawn(cell, "float64", time=20)
         options = flags(BATCH, 20) | dict(reverse=reverse)
         run = lambda p: sj.trajectory(cell, p, xs, **options)  # noqa: B023, E731
-        scan = lambda p: plain(cell, p, xs, emit=new_state, **options)[1]  # noqa: B023, E731
+        scan = lambda p: plain(cell, p, xs, emit=emit_state, **options)[1]  # noqa: B023, E731
         steps = slice(None, -1) if reverse else slice(1, None)
         assert_close(jax.tree.map(lambda leaf: leaf[:, steps], jax.jit(run)(params)), jax.jit(scan)(params))  # noqa: B023
         ends = lambda states: jax.tree.map(lambda leaf: leaf[:, steps], states)  # noqa: B023, E731

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,10 +121,10 @@ def test_a_minimum_of_the_speed_above_the_tolerance_is_reported_as_fast():
     assert result.states.shape == (0,)
 
 
-@pytest.mark.parametrize("iterations", [10, 28, 60])
+@pytest.mark.parametrize("iterations", [10, 28, 60, 200])
 def test_a_slowly_diverging_state_is_no_fixed_point(iterations):
     result = sj.analysis.fixed_points(Escape(), {"eps": jnp.array(1.0)}, count=8, max_iterations=iterations)
-    assert set(result.search.outcome) <= {"unfinished", "diverged"}
+    assert set(result.search.outcome) <= {"unfinished", "stuck", "diverged"}
 
 
 def test_a_linear_cells_point_solves_its_equation_also_near_a_unit_eigenvalue(x64):
@@ -209,6 +211,211 @@ def test_many_starts_run_in_several_batches(monkeypatch):
     assert parts.search.outcome.tolist() == whole.search.outcome.tolist()
 
 
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """h' = (1 - a) h + a f(W h + b) without an input."""
+
+    n: int
+    f: str
+    a: float = 0.2
+    input_shape = ()
+
+    def init(self, key):
+        return {"W": jax.random.normal(key, (self.n, self.n)), "b": jnp.zeros(self.n)}
+
+    def initial_state(self, params):
+        return jnp.zeros_like(params["b"])
+
+    def step(self, params, h, x):
+        h = (1 - self.a) * h + self.a * getattr(jax.nn, self.f)(params["W"] @ h + params["b"])
+        return h, h
+
+
+NUMPY = {"relu": lambda u: np.maximum(u, 0), "sigmoid": lambda u: 1 / (1 + np.exp(-u)), "tanh": np.tanh}
+
+
+def rate(f, W, b, a=0.2):
+    """The cell and its parameters, of which float32 represents every value exactly."""
+    W, b = (np.asarray(value, np.float32).astype(float) for value in (W, b))
+    return Rate(len(b), f, a), {"W": jnp.asarray(W, jnp.float32), "b": jnp.asarray(b, jnp.float32)}, W, b
+
+
+def simulated(f, W, b, a=0.2, *, first, steps=5000):
+    """The states in which a simulation in numpy comes to rest, without duplicates, and how many of `first` do."""
+    h, a = np.asarray(first, float), np.float64(a)
+    for _ in range(steps):
+        before, h = h, (1 - a) * h + a * NUMPY[f](h @ W.T + b)
+    rest = h[np.linalg.norm(h - before, axis=1) < 1e-9]
+    different = []
+    for each in rest:
+        if not any(np.linalg.norm(each - other) < 1e-5 for other in different):
+            different.append(each)
+    return np.array(different), len(rest)
+
+
+def assert_found(result, expected, atol=1e-6):
+    """Every expected state is a stable fixed point of the result."""
+    stable = result.points[(result.kind == "fixed") & result.stable]
+    for point in expected:
+        assert np.abs(stable - point).max(axis=1).min(initial=np.inf) < atol, result.reason
+
+
+def test_both_attractors_of_a_rank_one_network_are_those_of_its_scalar_equation():
+    n, rng = 128, np.random.default_rng(0)
+    m = rng.normal(size=n)
+    k = 2.5 * m + rng.normal(size=n)
+    W = np.outer(m, k).astype(np.float32) / n
+    params = sj.VanillaParams(W_xh=jnp.zeros((n, 1)), W_hh=jnp.asarray(W, jnp.float32), b_h=jnp.zeros(n))
+    result = sj.analysis.fixed_points(sj.VanillaRNN(1, n), params)
+    low, high = 0.1, 10.0  # the root of k^T tanh(m c) / n = c besides zero, by bisection
+    for _ in range(60):
+        c = (low + high) / 2
+        low, high = (c, high) if k @ np.tanh(m * c) / n > c else (low, c)
+    assert int(result.stable.sum()) == 2
+    assert_found(result, [np.tanh(m * c), -np.tanh(m * c)], atol=1e-5)
+    assert result.reliable
+    assert result.search.at_rest.tolist() == [True] * 64 + [False] * 64
+    assert (result.search.forward_steps[1:64] > 10).all()
+
+
+def test_all_patterns_of_a_hopfield_network_are_found():
+    i = np.arange(64)
+    patterns = np.array([1 - 2 * (i // width % 2) for width in (1, 4, 16)])  # orthogonal rows of +-1
+    cell, params, *_ = rate("tanh", 1.5 * patterns.T @ patterns / 64, np.zeros(64))
+    result = sj.analysis.fixed_points(cell, params)
+    h = simulated("tanh", np.array([[1.5]]), np.zeros(1), first=[[1.0]])[0][0, 0]  # h = tanh(1.5 h)
+    assert_found(result, [sign * h * pattern for pattern in patterns for sign in (1, -1)])
+    assert (result.stable & (result.kind == "fixed")).sum() == 6
+
+
+def test_the_low_and_the_high_state_of_excitatory_and_inhibitory_units_are_found():
+    n, excitatory, rng = 100, 80, np.random.default_rng(0)
+    W = rng.uniform(0.5, 1.5, (n, n)) * np.where(np.arange(n) < excitatory, 20.0, -25.0) / n
+    cell, params, W, b = rate("sigmoid", W, np.full(n, -4.0))
+    expected, resting = simulated("sigmoid", W, b, first=[np.zeros(n), np.ones(n)])
+    assert (len(expected), resting) == (2, 2)
+    assert_found(sj.analysis.fixed_points(cell, params), expected)
+
+
+def test_all_four_states_of_a_gru_with_two_bits_are_found():
+    n, rng = 64, np.random.default_rng(1)
+    signs, bit = rng.choice([-1.0, 1.0], n), np.arange(n) % 2
+    W_hh = np.zeros((3 * n, n), np.float32)
+    W_hh[2 * n :] = 6.0 * np.equal.outer(bit, bit) * np.outer(signs, signs) * 2 / n  # the gates are 1/2
+    params = sj.GRUParams(jnp.zeros((3 * n, 2)), jnp.asarray(W_hh), jnp.zeros(3 * n), jnp.zeros(n))
+    result = sj.analysis.fixed_points(sj.GRU(2, n), params)
+    h = simulated("tanh", np.array([[3.0]]), np.zeros(1), first=[[1.0]])[0][0, 0]  # h = tanh(6 h / 2)
+    assert_found(result, [h * signs * np.where(bit, one, two) for one in (1, -1) for two in (1, -1)])
+
+
+def test_the_point_of_a_rectified_network_solves_the_equations_of_its_active_units():
+    n, rng = 24, np.random.default_rng(3)
+    cell, params, W, b = rate("relu", 0.7 * rng.normal(size=(n, n)) / np.sqrt(n), rng.normal(size=n), a=1.0)
+    result = sj.analysis.fixed_points(cell, params, count=32)
+    assert result.points.shape == (1, n)
+    active = result.points[0] > 1e-9
+    expected = np.zeros(n)
+    expected[active] = np.linalg.solve(np.eye(active.sum()) - W[np.ix_(active, active)], b[active])
+    np.testing.assert_allclose(result.points[0], expected, atol=1e-10)
+    assert (W @ expected + b)[~active].max() < 0 < (W @ expected + b)[active].min()
+
+
+@pytest.mark.parametrize("kind", ["winner-take-all", "symmetric", "inhibitory"])
+def test_every_state_at_rest_of_a_rectified_network_is_found(kind):
+    n, rng = 32, np.random.default_rng(0)
+    Z = rng.normal(size=(n, n))
+    W = {
+        "winner-take-all": -1.5 * (1 - np.eye(n)) * np.exp(0.1 * Z),
+        "symmetric": 1.2 * (Z + Z.T) / np.sqrt(8 * n),
+        "inhibitory": -2.5 * np.abs(Z + Z.T) / np.sqrt(2 * n),
+    }[kind]
+    cell, params, W, b = rate("relu", W, 1 + 0.5 * rng.normal(size=n), a=0.1)
+    expected, resting = simulated("relu", W, b, 0.1, first=0.5 * rng.normal(size=(32, n)))
+    assert resting == 32
+    result = sj.analysis.fixed_points(cell, params, count=64)
+    assert_found(result, expected)
+    assert (result.search.outcome == "fixed").mean() > 0.9, result.reason
+    unfinished = result.search.outcome == "unfinished"
+    assert (result.search.iterations[unfinished] == 200).all()
+
+
+def test_given_states_that_are_stuck_at_a_kink_are_run_forward():
+    n, rng = 32, np.random.default_rng(0)
+    Z = rng.normal(size=(n, n))
+    cell, params, W, b = rate("relu", -1.5 * (1 - np.eye(n)) * np.exp(0.1 * Z), 1 + 0.5 * rng.normal(size=n), a=0.1)
+    first = rng.normal(size=(64, n)).astype(np.float32)
+    expected, _ = simulated("relu", W, b, 0.1, first=first)
+    result = sj.analysis.fixed_points(cell, params, starts=jnp.asarray(first))
+    assert (result.search.outcome == "fixed").mean() > 0.9, result.reason
+    at_rest = np.unique(result.search.point[result.search.at_rest])
+    assert len(at_rest) > 0
+    for point in result.points[at_rest[at_rest >= 0]]:
+        assert np.abs(expected - point).max(axis=1).min() < 1e-6
+    assert result.covered.startswith("64 given states;")
+
+
+def test_an_oscillation_is_reported():
+    result = sj.analysis.fixed_points(SCALAR, scalar(-2.0))  # h = +-0.9575 in turn
+    assert result.points.shape == (1, 1)
+    assert result.unstable.tolist() == [1]
+    assert not result.search.at_rest[1:].any()
+    assert "; 63 of 64 states that were run forward did not come to rest (an oscillation" in result.reason
+
+
+def test_print_says_the_points_what_was_covered_and_the_reason():
+    lines = str(sj.analysis.fixed_points(SCALAR, scalar(2.0))).splitlines()
+    assert lines[0] == "3 fixed points (2 stable), 0 slow points"
+    slowest = -1 / np.log(0.166372088)
+    assert lines[1].startswith(
+        f"  1. fixed, stable, spectral radius 0.1664, slowest time constant {slowest:.3g} steps, "
+    )
+    assert lines[3].startswith("  3. fixed, unstable in 1 direction, spectral radius 2, no decaying mode, ")
+    assert lines[4] == (
+        "covered: 64 random states and 64 states that were run forward for up to 1000 steps; "
+        "a search cannot prove that there are no other points"
+    )
+    assert lines[5:] == ["reliable: yes", "reason: 128 starts: 128 fixed; 3 fixed and 0 slow points"]
+
+
+def test_one_start_is_the_initial_state_and_the_words_say_so():
+    result = sj.analysis.fixed_points(SCALAR, scalar(2.0), count=1)
+    assert result.points.tolist() == [[0.0]]
+    assert result.covered.startswith("1 state that was run forward for up to 1000 steps;")
+    assert sj.analysis.fixed_points(SCALAR, scalar(2.0), count=2, forward_steps=0).covered.startswith(
+        "2 random states;"
+    )
+
+
+def test_parameters_that_are_not_finite_are_named():
+    result = sj.analysis.fixed_points(SCALAR, scalar(np.nan))
+    assert len(result.points) == 0
+    assert not result.reliable
+    assert "the step is not finite at any start: params.W_hh contains NaN or infinity" in str(result)
+
+
+class Quantized(Saddle):
+    """h' = tanh(2 h) rounded to eighths, with the derivative zero, or that of tanh(2 h)."""
+
+    def __init__(self, straight_through):
+        self.straight_through = straight_through
+
+    def step(self, params, h, x):
+        smooth = jnp.tanh(2 * h) + 0 * params["eps"]
+        rounded = jnp.round(8 * smooth) / 8
+        h = smooth + jax.lax.stop_gradient(rounded - smooth) if self.straight_through else rounded
+        return h, h
+
+
+@pytest.mark.parametrize(
+    ("straight_through", "doubt"),
+    [(False, "derivative of the step is zero at every start"), (True, "differs from a finite difference at")],
+)
+def test_a_quantized_step_is_not_reliable(straight_through, doubt):
+    result = sj.analysis.fixed_points(Quantized(straight_through), {"eps": jnp.array(0.0)}, count=16)
+    assert not result.reliable
+    assert doubt in result.reason
+
+
 def test_bad_input_raises_with_a_hint():
     params = scalar(2.0)
     find = sj.analysis.fixed_points
@@ -220,6 +427,12 @@ def test_bad_input_raises_with_a_hint():
         find(SCALAR, params, starts=jnp.ones((5, 1)))
     with raises(ValueError, "expected a positive tolerance, got 0"):
         find(SCALAR, params, tolerance=0)
+    with raises(ValueError, "expected a positive scale, got nan"):
+        find(SCALAR, params, scale=float("nan"))
+    with raises(ValueError, "expected a whole number for count, got 2.5"):
+        find(SCALAR, params, count=2.5)
+    with raises(ValueError, "expected a whole number for forward_steps, got -1"):
+        find(SCALAR, params, forward_steps=-1)
     with raises(TypeError, "expected a cell with a state", "Embedding"):
         find(sj.Embedding(3, 2), sj.Embedding(3, 2).init(jax.random.key(0)), 1)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import D, Leaky, N
+from cells import ZOO, D, Doubled, Leaky, N
 from errors import raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import seqjax as sj
 from seqjax.analysis.gates import gate_statistics
 from seqjax.cell import optional
+from seqjax.sequence._declared import declared
 
 BATCH, TIME = 3, 5
 
@@ -244,3 +245,68 @@ def test_wrappers_have_the_optional_parts_of_their_cells_only():
         assert [optional(cell, part) for part in ("gates", "gate_roles", "noise", "memory")] == [None] * 4
         assert not any(hasattr(cell, part) for part in ("gates", "gate_roles", "noise"))
         assert optional(cell, "input_shape") == (D,)
+
+
+class Twice(sj.GRU):
+    """Reads its input twice as large, so the gates of the GRU are not those of this step."""
+
+    def step(self, params, state, x):
+        return super().step(params, state, 2 * x)
+
+
+class Opposite(sj.LSTM):
+    """Keeps 1 - f of the old state: the same gates in another role."""
+
+    def step(self, params, state, x):
+        i, f, g, o = sj.lstm_gates(params, state, x)
+        c = (1 - f) * state.c + i * g
+        h = o * jnp.tanh(c)
+        return sj.LSTMState(h, c), h
+
+
+class Checkpointed(sj.GRU):
+    """The same step with another derivative."""
+
+    def step(self, params, state, x):
+        return jax.checkpoint(super().step)(params, state, x)
+
+
+class Named(Twice):
+    """Declares the gates of its own step, but not their roles."""
+
+    def step(self, params, state, x):
+        return super().step(params, state, x)
+
+    def gates(self, params, state, x):
+        return super().gates(params, state, 2 * x)
+
+
+@pytest.mark.parametrize(
+    "cell", [Twice(D, N), Opposite(D, N), ZOO["residual-stack"]], ids=lambda cell: type(cell).__name__
+)
+def test_gates_of_a_base_class_are_refused_for_another_step(cell, key):
+    name = type(cell).__name__
+    for wrapped in (cell, sj.LearnedState(cell), sj.stack([sj.GRU(D, D), cell])):
+        params, xs = wrapped.init(key), jnp.ones((1, 2, D))
+        for call in (sj.gates, gate_statistics):
+            with raises(TypeError, f"expected {name} to define gates beside its own step", f"in {name}"):
+                call(wrapped, params, xs)
+        assert [declared(wrapped, part) for part in ("gates", "gate_roles", "memory")] == [None] * 3
+
+
+@pytest.mark.parametrize("cell", [Doubled(D, N), Checkpointed(D, N)], ids=lambda cell: type(cell).__name__)
+def test_gates_of_a_base_class_hold_if_the_step_computes_the_same_state(cell, key):
+    base = type(cell).__mro__[1](D, N)
+    params, xs = cell.init(key), numbers(0, BATCH, TIME, D)
+    jax.tree.map(np.testing.assert_array_equal, sj.gates(cell, params, xs), sj.gates(base, params, xs))
+    assert declared(cell, "gate_roles") == base.gate_roles
+    assert declared(cell, "memory") == base.memory
+
+
+def test_gates_that_a_subclass_declares_are_those_of_its_step(key):
+    cell = Named(D, N)
+    params, xs = cell.init(key), numbers(0, BATCH, TIME, D)
+    expected = sj.gates(sj.GRU(D, N), params, 2 * xs)["update"]
+    assert float(jnp.abs(sj.gates(sj.GRU(D, N), params, xs)["update"][:, 0] - expected[:, 0]).max()) > 0.05
+    np.testing.assert_allclose(sj.gates(cell, params, xs)["update"], expected, atol=1e-6)
+    assert declared(cell, "gate_roles") is None

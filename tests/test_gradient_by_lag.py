@@ -35,12 +35,23 @@ def logarithm(values):
 
 
 def products(J, times, lags):
-    """ds_t/ds_{t-k} for every sequence, time and lag, None before the beginning."""
+    """ds_t/ds_{t-k} for every sequence, time and lag, None before the beginning and after the end."""
 
-    def product(b, t, k):
-        return functools.reduce(np.matmul, [J[b, s - 1] for s in range(t, t - k, -1)], np.eye(J.shape[-1]))
+    def product(J, t, k):
+        return functools.reduce(np.matmul, [J[s - 1] for s in range(t, t - k, -1)], np.eye(J[0].shape[-1]))
 
-    return [[[product(b, t, k) if k <= t else None for k in lags] for t in times] for b in range(len(J))]
+    return [[[product(row, t, k) if k <= t <= len(row) else None for k in lags] for t in times] for row in J]
+
+
+def of_valid_steps(J, mask):
+    """The Jacobian of every valid step of a sequence, times those of the held steps before it, which may reset."""
+    steps, before = [], np.eye(J.shape[-1])
+    for J_t, valid in zip(J, mask, strict=True):
+        before = J_t @ before
+        if valid:
+            steps.append(before)
+            before = np.eye(J.shape[-1])
+    return steps
 
 
 @pytest.mark.parametrize("name", ["lstm", "user", "linen-gru"])
@@ -49,15 +60,18 @@ def test_norms_by_lag_are_those_of_the_products_of_jacobians(name, x64):
     params, xs = drawn(cell, "float64")
     options = dict(state=drawn_states(cell, params), mask=MASK, reset=RESET)
     steps = sj.analysis.step_jacobians(cell, params, xs, **options)
-    times, n = [2, TIME], steps.by_state.shape[-1]
-    result = sj.analysis.gradient_by_lag(cell, params, xs, horizon=TIME, times=times, **options)
-    expected = products(np.asarray(steps.by_state), times, result.lags)
+    J = [of_valid_steps(*row) for row in zip(np.asarray(steps.by_state), np.asarray(MASK), strict=True)]
+    K, n = max(map(len, J)), steps.by_state.shape[-1]
+    assert K < TIME  # both rows have held steps
+    times = [2, K]
+    result = sj.analysis.gradient_by_lag(cell, params, xs, horizon=K, times=times, **options)
+    expected = products(J, times, result.lags)
     assert result.exact
     assert result.reliable
-    np.testing.assert_array_equal(result.lags, np.arange(TIME + 1))
+    np.testing.assert_array_equal(result.lags, np.arange(K + 1))
 
-    squares = {name: np.full((2, 2, TIME + 1), np.nan) for name in ("all", *steps.parts)}
-    for b, i, k in np.ndindex(2, 2, TIME + 1):
+    squares = {name: np.full((2, 2, K + 1), np.nan) for name in ("all", *steps.parts)}
+    for b, i, k in np.ndindex(2, 2, K + 1):
         if (M := expected[b][i][k]) is not None:
             squares["all"][b, i, k] = np.sum(M**2) / n
             for part, where in steps.parts.items():
@@ -79,10 +93,16 @@ def test_the_gradient_of_any_loss_is_that_of_state_gradients(dtype):
     leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(expected)]
     tolerance = 1e-5 if dtype == "float32" else 1e-12
     log_norms = np.log(np.linalg.norm(np.concatenate(leaves, axis=-1), axis=-1))
-    np.testing.assert_allclose(result.log_gradient, log_norms, atol=tolerance)
+    # The state after a valid step stays the same over held steps, and its gradient includes what arrives there.
     assert len(result.log_gradient_parts) == len(leaves)
-    for log_part, leaf in zip(result.log_gradient_parts.values(), leaves, strict=True):
-        np.testing.assert_allclose(log_part, np.log(np.linalg.norm(leaf, axis=-1)), atol=tolerance)
+    for b, row in enumerate(np.asarray(MASK)):
+        at = np.flatnonzero(row)
+        at = np.array([0, *(at + 1)])
+        np.testing.assert_allclose(result.log_gradient[b, : len(at)], log_norms[b, at], atol=tolerance)
+        assert np.isnan(result.log_gradient[b, len(at) :]).all()
+        for log_part, leaf in zip(result.log_gradient_parts.values(), leaves, strict=True):
+            part = np.log(np.linalg.norm(leaf[b], axis=-1))
+            np.testing.assert_allclose(log_part[b, : len(at)], part[at], atol=tolerance)
 
 
 @pytest.mark.parametrize(("gain", "power"), [(0.8, 0.011529215046), (1.2, 38.337599924)])
@@ -179,7 +199,7 @@ def test_values_before_the_beginning_are_nan():
     np.testing.assert_array_equal(np.isnan(result.log_expected), result.lags > 7)
     np.testing.assert_array_equal(np.isnan(result.log_worst), result.lags > 7)
     np.testing.assert_array_equal(result.log_expected[4:8], result.table[0, 0, 4:8])  # of equal sequences, lag by lag
-    assert result.times.tolist() == [7, 3]
+    assert result.times.tolist() == [[7, 3], [7, 3]]
     assert result.reliable
 
 
@@ -190,8 +210,8 @@ def test_the_horizon_is_where_the_expected_norm_stays_below_the_threshold():
     assert sj.analysis.gradient_by_lag(cell, params, xs, threshold=0.3).horizon == 2
     assert sj.analysis.gradient_by_lag(cell, params, xs, threshold=1e-20).horizon == np.inf
     assert sj.analysis.gradient_by_lag(cell, params, xs, times=[9], horizon=20).horizon == 7
-    mask = np.zeros((1, 30), bool)
-    assert sj.analysis.gradient_by_lag(cell, params, xs, mask=mask).horizon == np.inf
+    with raises(ValueError, "at least one valid step", "a mask that is False everywhere"):
+        sj.analysis.gradient_by_lag(cell, params, xs, mask=np.zeros((1, 30), bool))
     reset = np.ones((1, 30), bool)
     assert sj.analysis.gradient_by_lag(cell, params, xs, reset=reset).horizon == 1
     assert np.isnan(sj.analysis.memory_horizon([np.nan, 0.0], 0.5))
@@ -199,17 +219,19 @@ def test_the_horizon_is_where_the_expected_norm_stays_below_the_threshold():
         sj.analysis.memory_horizon([0.0], 0)
 
 
-def test_padding_preserves_a_gradient_and_a_reset_ends_it():
+def test_padding_is_no_time_and_a_reset_ends_a_gradient():
     cell, params = linear([[0.5]])
     mask, reset = np.ones((2, 10), bool), np.zeros((2, 10), bool)
     mask[0, 6:], reset[1, 3] = False, True
     xs = np.where(mask[..., None], 1.0, np.nan).astype(np.float32)
-    result = sj.analysis.gradient_by_lag(cell, params, xs, mask=mask, reset=reset, times=[10], horizon=10)
+    result = sj.analysis.gradient_by_lag(cell, params, xs, mask=mask, reset=reset, times=[6, 10], horizon=10)
     steps = np.arange(11)
-    np.testing.assert_allclose(result.table[0, 0], np.log(0.5) * np.maximum(steps - 4, 0), rtol=1e-6)
-    np.testing.assert_allclose(result.table[1, 0], np.where(steps > 6, -np.inf, np.log(0.5) * steps), rtol=1e-6)
-    np.testing.assert_allclose(result.log_gradient[0], result.table[0, 0, ::-1], rtol=1e-6)
-    np.testing.assert_allclose(result.log_gradient[1], result.table[1, 0, ::-1], rtol=1e-6)
+    np.testing.assert_allclose(result.table[0, 0], np.where(steps > 6, np.nan, np.log(0.5) * steps), rtol=1e-6)
+    assert np.isnan(result.table[0, 1, 1:]).all()
+    np.testing.assert_allclose(result.table[1, 1], np.where(steps > 6, -np.inf, np.log(0.5) * steps), rtol=1e-6)
+    np.testing.assert_allclose(result.log_gradient[0, :7], result.table[0, 0, 6::-1], rtol=1e-6)
+    assert np.isnan(result.log_gradient[0, 7:]).all()
+    np.testing.assert_allclose(result.log_gradient[1], result.table[1, 1, ::-1], rtol=1e-6)
     assert result.reliable
 
 
@@ -252,7 +274,7 @@ def test_the_reason_names_the_step_that_is_not_finite():
     state = sj.VanillaState(jnp.ones((2, 1)).at[0].set(0))
     result = sj.analysis.gradient_by_lag(cell, params, jnp.ones((2, 5, 1)), state=state)
     assert not result.reliable
-    assert result.reason == "sequence 1: the state is not finite from step 2 on"
+    assert result.reason == "sequence 1: the state is not finite from step 2 on: it exceeds the range of float32"
     xs = (
         jnp.ones((1, 6, 2)).at[0, 3].set(0)
     )  # the state is zero from the fourth step, and the root has no derivative there

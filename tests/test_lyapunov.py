@@ -285,20 +285,23 @@ def test_the_default_interval_loses_no_exponent(name):
     options = dict(burn_in=20, frame_burn_in=20)
     chosen, every = exponents_of(J, **options), exponents_of(J, qr_every=1, **options)
     np.testing.assert_allclose(chosen.exponents, every.exponents, atol=1e-4, rtol=1e-6)
-    assert chosen.reliable.all()
+    changes = name == "calm, then torn"  # then no interval from one half describes the other
+    assert chosen.reliable[0] == (not changes)
+    assert ("halves" in chosen.reason) == changes
     assert every.qr_every == 1
 
 
 def test_an_interval_that_is_too_long_is_reported():
-    for name in ("half an order a step", "vanishing", "exploding"):
-        result = exponents_of(SPREAD[name](), qr_every=60)
+    # In float64 the columns lose their digits after 30 orders of magnitude, and leave its range after 308.
+    for name, every in (("half an order a step", 60), ("vanishing", 120), ("exploding", 120)):
+        result = exponents_of(SPREAD[name](), qr_every=every)
         assert not result.reliable[0]
-        assert "qr_every=60" in result.reason
+        assert f"qr_every={every}" in result.reason
     calm, torn = SPREAD["calm, then torn"](), SPREAD["random"]()
     result = exponents_of(np.concatenate([constant(np.eye(4), 400), calm, torn]), qr_every=30)
     assert result.reliable.tolist() == [True, False, False]
     assert result.reason.startswith("sequence 1: qr_every=30")
-    assert exponents_of(calm, qr_every=1).reliable.all()
+    assert "qr_every" not in exponents_of(calm, qr_every=1).reason
 
 
 def test_fewer_exponents_are_the_first_of_all(x64):
@@ -345,7 +348,7 @@ def test_padding_does_not_change_the_exponents(x64):
 
 def test_a_sequence_that_ends_within_the_burn_in_has_no_exponents():
     J = np.random.default_rng(0).normal(size=(2, 50, 2, 2)).astype(np.float32)
-    result = exponents_of(J, mask=sj.length_mask([50, 15], 50))
+    result = exponents_of(J, mask=sj.length_mask([50, 15], 50), burn_in=10, frame_burn_in=10)
     assert result.reliable.tolist() == [True, False]
     assert result.reason == "sequence 1: no valid step is left after the burn-in"
     for values in (result.exponents, result.low, result.split_half, result.kaplan_yorke, result.entropy_rate):
@@ -383,11 +386,13 @@ def test_the_reason_names_the_step_that_is_not_finite():
     xs = np.ones((2, 80, 1), np.float32)
     xs[1, 49] = np.nan
     result = sj.analysis.lyapunov_exponents(cell, cell.init(jax.random.key(0)), xs)
-    assert result.reliable.tolist() == [True, False]
-    assert result.reason == "sequence 1: the state or its derivative is not finite from about step 50 on"
-    assert np.isfinite(result.exponents[0]).all()
-    for values in (result.exponents, result.low, result.high, result.kaplan_yorke, result.entropy_rate):
-        assert np.isnan(values[1]).all()
+    assert not result.reliable[1]
+    assert result.reason.endswith(
+        "sequence 1: the state is not finite from step 50 on: the input of this step is not finite"
+    )
+    before = sj.analysis.lyapunov_exponents(cell, cell.init(jax.random.key(0)), xs[1:, :49])  # the steps before it
+    np.testing.assert_allclose(result.exponents[1], before.exponents[0], atol=1e-9)
+    assert result.steps.tolist() == [48, 31]
     doubles = Map(lambda s: s**2, [1.5, 2.0])
     assert "not finite" in sj.analysis.lyapunov_exponents(doubles, {}, jnp.zeros((1, 40, 0)), qr_every=5).reason
 
@@ -434,7 +439,7 @@ def test_bad_arguments_raise_with_a_hint():
             exponents_of(J, k=k)
     with raises(ValueError, "longer than burn_in + frame_burn_in, 5 + 5 steps, got 10", "shorter burn-in"):
         exponents_of(J, burn_in=5, frame_burn_in=5)
-    with raises(ValueError, "got 0"):
+    with raises(ValueError, "at least one step", "got T = 0"):
         exponents_of(J[:, :0])
     with raises(ValueError, "whole steps of burn-in, got 1.5"):
         exponents_of(J, burn_in=1.5)

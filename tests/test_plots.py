@@ -72,7 +72,7 @@ def test_gradients_are_drawn_in_powers_of_ten_with_threshold_and_horizon():
     np.testing.assert_allclose(line(ax, "worst case")[1], (np.array([0, -1, -2, -3]) * TEN + 1) / TEN)
     np.testing.assert_allclose(line(ax, "threshold 0.01")[1], -2)
     np.testing.assert_allclose(line(ax, "horizon, 2 steps")[0], 2)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("lag k (steps)", "gradient norm (ratio)")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("lag (steps)", "gradient norm (factor)")
 
 
 def test_without_a_horizon_none_is_marked():
@@ -95,13 +95,22 @@ def test_runs_are_told_apart_by_colour_and_by_dashes():
 
 def test_the_heat_map_has_a_column_for_a_time_and_a_row_for_a_lag():
     table = np.array([[[0, -1], [0, -3]], [[0, NAN], [0, -5]]]) * TEN
-    (mesh,) = draw(plots.gradient_heat_map, DOWN._replace(table=table, lags=np.arange(2))).collections
+    both = DOWN._replace(table=table, lags=np.arange(2), times=np.array([[4, 8]] * 2))
+    (mesh,) = draw(plots.gradient_heat_map, both).collections
     np.testing.assert_allclose(mesh.get_array(), [[0, 0], [-1, -4]])
     np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [2, 6, 10])  # around the times 4 and 8
 
 
+def test_the_heat_map_has_only_the_sequences_with_the_times_of_the_longest():
+    table = np.array([[[0, -1], [0, -3]], [[0, NAN], [0, -5]], [[0, -7], [0, -5]]]) * TEN
+    times = np.array([[4, 8], [0, 3], [4, 8]])
+    mixed = DOWN._replace(table=table, lags=np.arange(2), times=times)
+    (mesh,) = draw(plots.gradient_heat_map, mixed).collections
+    np.testing.assert_allclose(mesh.get_array(), [[0, 0], [-4, -4]])
+
+
 def test_the_heat_map_of_a_single_time_is_one_column():
-    one = DOWN._replace(table=DOWN.table[:, :1], times=np.array([7]))
+    one = DOWN._replace(table=DOWN.table[:, :1], times=np.array([[7]]))
     (mesh,) = draw(plots.gradient_heat_map, one).collections
     np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [6.5, 7.5])
 
@@ -117,8 +126,8 @@ def test_the_cell_path_draws_truth_and_forget_gates():
     xs = jax.random.normal(jax.random.key(1), (2, 6, 2))
     result = cell_path(cell, cell.init(jax.random.key(0)), xs)
     ax = draw(plots.cell_path, result)
-    np.testing.assert_allclose(line(ax, "true dc_t/dc_(t-k)")[1], np.mean(result.log_true, 0) / TEN, rtol=1e-6)
-    np.testing.assert_allclose(line(ax, "product of forget gates")[1], np.mean(result.log_forget, 0) / TEN, rtol=1e-6)
+    np.testing.assert_allclose(line(ax, "all paths")[1], np.mean(result.log_true, 0) / TEN, rtol=1e-6)
+    np.testing.assert_allclose(line(ax, "forget gates only")[1], np.mean(result.log_forget, 0) / TEN, rtol=1e-6)
 
 
 def test_singular_values_are_drawn_by_time_or_those_of_one_time_in_order():
@@ -127,7 +136,7 @@ def test_singular_values_are_drawn_by_time_or_those_of_one_time_in_order():
     for name, expected in (("largest", [0, -1]), ("middle", [-1, -2]), ("smallest", [-2, -3])):
         np.testing.assert_allclose(line(ax, name), [[3, 9], expected], atol=1e-12)
     ax = draw(plots.singular_values, spectrum(matrix(values[:, :1]), [3]))
-    np.testing.assert_allclose(line(ax, "t = 3"), [[1, 2, 3], [0, -1, -2]], atol=1e-12)
+    np.testing.assert_allclose(line(ax, "time step 3"), [[1, 2, 3], [0, -1, -2]], atol=1e-12)
 
 
 def test_products_are_drawn_by_their_length():
@@ -164,7 +173,7 @@ def test_gates_are_drawn_unit_by_unit():
     ax = draw(plots.gate_histogram, GATES)
     values, edges, _ = ax.patches[1].get_data()
     np.testing.assert_allclose(values, np.linspace(0, 0.1, 20))
-    np.testing.assert_allclose(edges, np.linspace(0, 1, 21))  # a candidate's range too is drawn from shut to open
+    np.testing.assert_allclose(edges, np.linspace(-1, 1, 21))  # a candidate is a value from -1 to 1, and not a gate
 
 
 def test_paths_and_fixed_points_are_seen_in_the_plane_of_largest_variance():

@@ -86,3 +86,34 @@ def test_every_figure_can_be_seen_and_read_and_nothing_sticks_out(size, scheme, 
             assert inside, text
     for left, _, right, _ in seen["tables"]:
         assert 0 <= left < right <= width
+
+
+def test_the_page_is_short_until_the_reader_opens_it_and_the_verdict_is_on_the_first_screen(page_of, chromium):
+    chromium.open(page_of("made"), *SIZES["desk"], "light")
+    height, card, figure = chromium.run("""
+        const bottom = name => document.querySelector(name).getBoundingClientRect().bottom;
+        return [document.documentElement.scrollHeight, bottom('.card'), bottom('figure')];
+    """)
+    assert height <= 6 * SIZES["desk"][1]
+    assert max(card, figure) <= SIZES["desk"][1]
+
+
+def test_the_contents_open_the_section_that_they_lead_to(page_of, chromium):
+    chromium.open(page_of("made"), *SIZES["desk"], "light")
+    before, after = chromium.run("""
+        const section = document.querySelector('#gates details');
+        const before = section.open;
+        document.querySelector('nav a[href="#gates-inside"]').click();
+        return [before, section.open];
+    """)
+    assert (before, after) == (False, True)
+
+
+def test_on_paper_all_sections_are_open_and_the_colours_are_light(page_of, chromium):
+    chromium.open(page_of("made"), *SIZES["desk"], "dark")
+    count = "return [...document.querySelectorAll('.inside')].filter(part => !part.checkVisibility()).length"
+    assert chromium.run(count) > 3
+    chromium.print_media()
+    assert chromium.run(count) == 0
+    assert chromium.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not chromium.run("return document.querySelector('nav').checkVisibility()")

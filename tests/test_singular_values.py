@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import EVERY, OURS
+from cells import EVERY, OURS, ZOO, Sized
 from errors import raises
 from oracles import MASK, TIME, drawn, drawn_states
 
@@ -152,7 +153,8 @@ def test_a_singular_product_has_a_logarithm_of_minus_infinity(dtype):
     assert np.isneginf(nothing.log_values).all()
     assert nothing.converged.all()
     random = np.random.default_rng(0)
-    low_rank = random.normal(size=(1, 4, 30, 2)) @ random.normal(size=(1, 4, 2, 30))
+    # Whole numbers, because rounded to float32 a product of other factors would not be singular.
+    low_rank = random.integers(-9, 10, (1, 4, 30, 2)) @ random.integers(-9, 10, (1, 4, 2, 30))
     result = values_of(low_rank.astype(dtype), k=4)
     np.testing.assert_allclose(result.log_values[0, :2], by_numpy(low_rank[0])[:2], rtol=1e-4)
     assert np.isneginf(result.log_values[0, 2:]).all()
@@ -281,18 +283,69 @@ def test_the_bound_is_none_for_other_cells():
         assert (result.bound, result.bound_holds) == (None, None)
 
 
-def test_recurrent_matrices_are_named_by_gate_and_layer():
-    def names(cell):
-        return list(sj.analysis.recurrent_matrices(cell.init(jax.random.key(0))))
+def matrices(cell):
+    return sj.analysis.recurrent_matrices(cell, cell.init(jax.random.key(0)))
 
-    assert names(sj.VanillaRNN(2, 3)) == ["W_hh"]
-    assert names(sj.LSTM(2, 3)) == ["W_hh.i", "W_hh.f", "W_hh.c~", "W_hh.o"]
-    assert names(sj.GRU(2, 3)) == ["W_hh.r", "W_hh.z", "W_hh.h~"]
-    assert names(OURS["stack"])[0] == "0.W_hh.i"
-    assert names(OURS["stack"])[-1] == "1.W_hh.h~"
-    assert names(EVERY["linen-lstm"]) == []
-    params = sj.LSTM(2, 3).init(jax.random.key(0))
-    np.testing.assert_array_equal(sj.analysis.recurrent_matrices(params)["W_hh.f"], params.W_hh[3:6])
+
+def test_recurrent_matrices_are_named_by_parameter_gate_and_layer():
+    gates = {"lstm": ["input", "forget", "candidate", "output"], "gru": ["reset", "update", "candidate"]}
+    assert list(matrices(sj.VanillaRNN(2, 3))) == ["W_hh"]
+    for cell in (sj.LSTM(2, 3), sj.GRU(2, 3), sj.GRU(2, 3, reset="before")):
+        named, params = matrices(cell), cell.init(jax.random.key(0))
+        assert list(named) == [f"W_hh.{gate}" for gate in gates[type(cell).__name__.lower()]]
+        for k, W in enumerate(named.values()):
+            np.testing.assert_array_equal(W, params.W_hh[3 * k : 3 * k + 3])
+    expected = [f"0.W_hh.{gate}" for gate in gates["lstm"]] + [f"1.W_hh.{gate}" for gate in gates["gru"]]
+    assert list(matrices(OURS["stack"])) == expected
+    assert list(matrices(ZOO["lstm-subclass"])) == [f"W_hh.{gate}" for gate in gates["lstm"]]
+
+
+def test_recurrent_matrices_of_any_cell_come_from_its_step():
+    """W of h' = tanh(W h + U x) however it is written, as it multiplies the state."""
+    kernels = EVERY["linen-lstm"].init(jax.random.key(0))["params"]
+    for name in ("linen-lstm", "linen-optimized-lstm"):  # separate products, and one product of concatenated kernels
+        named = matrices(ZOO[name])
+        assert list(named) == [f"params.h{gate}.kernel" for gate in "ifgo"]
+    np.testing.assert_array_equal(matrices(ZOO["linen-lstm"])["params.hf.kernel"], kernels["hf"]["kernel"].T)
+    weights = EVERY["equinox-gru"].init(jax.random.key(0)).weight_hh
+    np.testing.assert_array_equal(matrices(EVERY["equinox-gru"])["weight_hh[4:8]"], weights[4:8])
+    # The input and the state are one vector, so the first rows of its matrix are those of the input.
+    w = ZOO["haiku-lstm"].init(jax.random.key(0))["lstm/linear"]["w"]
+    np.testing.assert_array_equal(matrices(ZOO["haiku-lstm"])["lstm/linear.w[3:7, 8:12]"], w[3:7, 8:12].T)
+    assert list(matrices(ZOO["readout"])) == ["W"]  # and not the product that only outputs read
+    assert list(matrices(ZOO["layer-norm-lstm"])) == ["W"]
+    params = ZOO["squared"].init(jax.random.key(0))
+    np.testing.assert_allclose(matrices(ZOO["squared"])["product 1"], params["W"] @ params["W"], rtol=1e-6)
+    assert matrices(ZOO["conditional"]) == matrices(ZOO["min-gru"]) == {}
+    with raises(TypeError, "expected an example input, because TimeGap has no input_shape"):
+        matrices(ZOO["time-gap"])
+    cell = ZOO["time-gap"]
+    assert list(sj.analysis.recurrent_matrices(cell, cell.init(jax.random.key(0)), cell.example_input())) == ["W"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected(Sized):
+    """An LSTM whose hidden state is a projection to two numbers (Sak, Senior and Beaufays 2014)."""
+
+    def shapes(self, d, n):
+        return {"W": (4 * n, 2), "U": (4 * n, d), "P": (2, n)}
+
+    def initial_state(self, params):
+        return {"c": jnp.zeros(self.hidden_size), "h": jnp.zeros(2)}
+
+    def step(self, params, state, x):
+        i, f, g, o = jnp.split(params["W"] @ state["h"] + params["U"] @ x, 4)
+        c = jax.nn.sigmoid(f) * state["c"] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = params["P"] @ (jax.nn.sigmoid(o) * jnp.tanh(c))
+        return {"c": c, "h": h}, h
+
+
+def test_matrices_that_are_not_square_have_no_spectrum():
+    cell = Projected(3, 4)
+    shapes = {name: W.shape for name, W in matrices(cell).items()}
+    assert shapes == {f"W[{4 * k}:{4 * k + 4}]": (4, 2) for k in range(4)} | {"P": (2, 4)}
+    result = sj.analysis.spectrum(cell, cell.init(jax.random.key(0)), jnp.ones((1, 3, 3)), gamma=1.0)
+    assert (result.recurrent, result.bound) == ({}, None)
 
 
 @pytest.mark.parametrize("name", ["lstm", "stack", "user", "equinox-gru"])

@@ -233,16 +233,16 @@ def test_a_product_over_a_reset_is_zero():
 
 
 class Counter:
-    """Its state has an integer field."""
+    """Its state is only a whole number."""
 
     def init(self, key):
         return {}
 
     def initial_state(self, params):
-        return {"h": jnp.zeros(2), "t": jnp.zeros((), jnp.int32)}
+        return jnp.zeros((), jnp.int32)
 
     def step(self, params, s, x):
-        return {"h": 0.5 * s["h"] + x, "t": s["t"] + 1}, s["h"]
+        return s + 1, x
 
 
 class Outside:
@@ -282,7 +282,7 @@ class Dynamic(Outside):
 
 def test_a_step_without_a_derivative_raises_with_the_cause():
     xs = jnp.ones((1, 3, 2))
-    with raises(TypeError, "expected a floating-point state", "got int32", "['t']", "carry it as an input"):
+    with raises(TypeError, "expected a floating-point state", "got only int32", "Counter's state"):
         sj.analysis.step_jacobians(Counter(), {}, xs)
     with raises(TypeError, "a step that JAX can differentiate", "Outside.step", "custom_jvp"):
         sj.analysis.step_jacobians(Outside(), {}, xs)
@@ -290,9 +290,6 @@ def test_a_step_without_a_derivative_raises_with_the_cause():
         sj.analysis.step_jacobians(StraightThrough(), {}, xs)
     with raises(TypeError, "a step that JAX can differentiate", "Dynamic.step", "Reverse-mode"):
         sj.analysis.gradient_by_lag(Dynamic(), {}, xs)
-    coarse = sj.VanillaRNN(2, 2, dtype="bfloat16")
-    with raises(TypeError, "float32 or float64", "got bfloat16", "p.astype('float32')"):
-        sj.analysis.step_jacobians(coarse, coarse.init(jax.random.key(0)), xs)
     with raises(TypeError, "a cell with a state", "got Embedding"):
         sj.analysis.step_jacobians(sj.Embedding(4, 2), sj.EmbeddingParams(jnp.ones((4, 2))), xs[..., 0].astype(int))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from errors import raises
 from jax.flatten_util import ravel_pytree
 
 import seqjax as sj
+from seqjax.training._validated import validated
 
 TOKENS = np.random.default_rng(0).integers(0, 5, 23)
 READER = sj.Model(sj.stack([sj.Embedding(5, D), sj.VanillaRNN(D, N)]), sj.Categorical(N, 5))
@@ -178,6 +180,19 @@ def test_the_history_is_what_was_seen_before_each_update_and_the_validation_afte
     expected = [sj.evaluate(model, states[n], batches[:2]) for n in (2, 4, 5)]
     np.testing.assert_allclose(history["validation"], expected, rtol=1e-5)
     assert fitted.reason == "steps"
+
+
+def test_a_loop_validates_when_it_is_due_and_reads_no_update_after_the_last(monkeypatch):
+    clock = itertools.count(100.0, 10.0)  # each update takes ten seconds
+    monkeypatch.setattr("seqjax.training._validated.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run = ((sj.training.TrainState(n, f"params {n}", None, None), f"metrics {n}") for n in range(4, 20))
+    options = dict(validate=lambda params: f"loss of {params}", validate_every=3, done=3, seconds=30.0)
+    seen = list(validated(run, is_last=lambda number, seconds: seconds >= 80, **options))
+    assert [(u.number, u.state.step, u.metrics) for u in seen] == [(n, n, f"metrics {n}") for n in range(4, 9)]
+    assert [u.seconds for u in seen] == [40.0, 50.0, 60.0, 70.0, 80.0]
+    assert [u.last for u in seen] == [False, False, False, False, True]
+    assert [u.validation for u in seen] == [None, None, "loss of params 6", None, "loss of params 8"]
+    assert next(run)[0].step == 9
 
 
 def test_training_in_two_parts_is_training_in_one_bit_for_bit(key):

@@ -15,10 +15,10 @@ from benchmarks.peers.tables import BUSY, table
 NOTES = f"""
 Each cell runs twice with the same parameters and inputs in float32: with `sj.unroll`, and with the unroll of its own
 library. Both must agree before they are timed: outputs within 2e-5, every gradient within 1e-4 of its norm. Forward is
-the outputs. With backward is the value of sum(outputs * fixed weights) and its gradients by the parameters and the
-inputs. Times are the minimum (median) over calls in turns within one run, and every ratio is within one run. A bar is
-judged by the minimum, over the nine sizes. The figure in brackets is by the median. At a row with †, other processes
-kept more than {BUSY} of a processor busy.
+the outputs. With backward is the value of sum(outputs * fixed weights) and its gradients with respect to the parameters
+and the inputs. Times are the minimum (median) over calls in turns within one run, and every ratio is within one run. A
+bar is judged by the minimum, over the nine sizes. The figure in brackets is by the median. At a row with †, other
+processes kept more than {BUSY} of a processor busy.
 
 "{XLA}" is seqjax without its C++ kernel. "{KERNEL}" is seqjax as it runs by default if the kernel is
 built. If the compiled program does not call the kernel, both are one program, which is timed once: such a time has the
@@ -26,8 +26,8 @@ mark =.
 
 Temporaries are `memory_analysis().temp_size_in_bytes` of the compiled call. Compile time is tracing, lowering and
 compiling, after JAX's caches are cleared. Products per step are the matrix products in each innermost loop of the
-compiled program: one number for each loop in the tables of the cells, the largest over all sizes in the summary. Inside
-the kernel no product can be seen.
+compiled program: one number for each loop in the tables of the cells, the largest over all sizes in the summary. The
+products inside the kernel are not counted.
 """
 
 

@@ -18,17 +18,18 @@ CURVES = {"T": "Growth with T: LSTM, B = 4, D = 6, H = 32", "H": "Growth with H:
 TO_FLAX_AND_TORCH = ("seqjax", "flax RNN", "torch")
 BUSY = 0.1
 NOTES = """
-The same weights and inputs in float32, agreement checked before anything is timed (outputs within 2e-5, the gradient of
-W_hh within 1e-4 of its norm). Forward is the outputs from parameters and inputs; with backward, the value of
-sum(outputs * fixed weights) and its gradient by the parameters, not by the inputs. Everybody takes and gives (batch,
-time, feature). Times are the minimum (median) over calls in turns within one run; torch runs in a process of its own,
-with as many threads as there are cores, never at the same time as JAX. Bars are judged by the minimum; the figure in
-brackets is by the median. A row with * holds times of several runs; at a row with † other processes kept more than 0.1
-of a processor busy, which harms torch's threads most: they wait for each other at every step.
+All libraries run with the same weights and inputs in float32. They must agree before they are timed: outputs within
+2e-5, the gradient of W_hh within 1e-4 of its norm. Forward is the outputs from parameters and inputs. With backward is
+the value of sum(outputs * fixed weights) and its gradient with respect to the parameters, but not to the inputs. All
+inputs and outputs have the axes (batch, time, feature). Times are the minimum (median) over calls in turns within one
+run. Torch runs in a separate process, with one thread per core, and never at the same time as JAX. A bar is judged by
+the minimum. The figure in brackets is by the median. A row with * contains times of several runs. At a row with †,
+other processes kept more than 0.1 of a processor busy. This slows torch down most, because its threads wait for each
+other at every step.
 
-Temporaries are `memory_analysis().temp_size_in_bytes` of the compiled call. Peak resident is how far the resident
-memory of a process of its own rose in three calls above what it held after importing, building the inputs and
-compiling. Compile time is tracing, lowering and compiling, with JAX's caches emptied before.
+Temporaries are `memory_analysis().temp_size_in_bytes` of the compiled call. Peak resident is the increase of the
+resident memory of a separate process during three calls, measured from the end of imports, inputs and compilation.
+Compile time is tracing, lowering and compiling, after JAX's caches are cleared.
 """
 
 
@@ -41,7 +42,7 @@ def document(found: dict) -> str:
         if rows:
             lines += [f"## {TITLES[kind]}", "", *time_tables(rows), *memory_table(rows), *compile_table(rows)]
     failed = [of["disagreement"] for of in found["rows"].values() if "disagreement" in of]
-    lines += ["## Left out, since two libraries disagreed", "", *(f"- {line}" for line in failed), ""] if failed else []
+    lines += ["## Left out because two libraries disagree", "", *(f"- {line}" for line in failed), ""] if failed else []
     return "\n".join(lines + curve_tables(found)).rstrip() + "\n"
 
 
@@ -121,7 +122,7 @@ def curve_tables(found: dict) -> list[str]:
         head = [axis, *(f"{way}, {direction}" for direction in WITH.values() for way in TO_FLAX_AND_TORCH)]
         head += ["seqjax, MB", "flax RNN, MB"]
         body = [[str(row.time if axis == "T" else row.hidden), *_curve_line(row, of)] for row, of in points]
-        note = "Microseconds a step (minimum), and temporaries of forward with backward."
+        note = "Microseconds per step (minimum), and temporaries of forward with backward."
         lines += [f"## {title}", "", note, "", *table(head, body), ""] if body else []
     return lines
 

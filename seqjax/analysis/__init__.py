@@ -1,6 +1,9 @@
 """Analyses of any recurrent cell: the propagation of information and gradients through time."""
 
 from ._flow import state_parts as state_parts
+from ._memory import Memory as Memory
+from ._memory import memory_horizon as memory_horizon
+from ._row_verdicts import RowVerdict as RowVerdict
 from .by_length import ScoreByLength as ScoreByLength
 from .by_length import score_by_length as score_by_length
 from .cell_gradient_path import CellPath as CellPath
@@ -19,7 +22,9 @@ from .gates import GateStatistics as GateStatistics
 from .gates import gate_statistics as gate_statistics
 from .gradient_flow import GradientByLag as GradientByLag
 from .gradient_flow import gradient_by_lag as gradient_by_lag
-from .gradient_flow import memory_horizon as memory_horizon
+from .growth import FrameGrowth as FrameGrowth
+from .growth import frame_growth as frame_growth
+from .growth import lag_growth as lag_growth
 from .jacobians import JacobianProduct as JacobianProduct
 from .jacobians import StepJacobians as StepJacobians
 from .jacobians import jacobian_product as jacobian_product

@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, PyTree
 
+from seqjax.analysis._floating_state import with_floating_state
 from seqjax.cell import Cell, Params, State, is_value
-from seqjax.sequence._checks import batch_of_states, check_floating_state, check_sequences
+from seqjax.sequence._checks import batch_of_states, check_sequences
 from seqjax.sequence._flat_cell import FlatCell, flat_cell
 from seqjax.sequence._masked_step import Inputs
+from seqjax.sequence._parameter_checks import check_params
 
 
 class Sequences(NamedTuple):
@@ -66,12 +70,19 @@ def check_arguments(
     reset: Bool[Any, "batch time"] | None,
     *,
     backward: bool = False,
-) -> Sequences:
+) -> tuple[Cell, Sequences]:
     """Checks the arguments of an analysis, before anything compiles.
+
+    Floating-point values narrower than float32 are widened, because products of Jacobians need more digits. Leaves of
+    the state that are not floating-point, such as a counter or a random key, have no derivative: they become inputs.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
         backward: whether the analysis pulls gradients back through the step; otherwise it pushes perturbations forward.
+
+    Returns:
+        The cell whose state is analysed, which is `cell` if all leaves of its state are floating-point, and the
+        sequences.
 
     Raises:
         ValueError: a shape does not match, or there is no sequence.
@@ -84,19 +95,38 @@ def check_arguments(
     leaves = jax.tree.leaves(states)
     if not leaves:
         raise TypeError(f"expected a cell with a state, got {type(cell).__name__}, which carries none: nothing recurs")
-    check_floating_state(cell, states)
-    for leaf in leaves:
-        # `FlatCell` would widen the vector, but the step itself still rounds to the narrow dtype.
-        if leaf.dtype.itemsize < 4:
-            raise TypeError(
-                f"expected a state in float32 or float64, got {leaf.dtype}, too coarse for derivatives: analyse "
-                f"jax.tree.map(lambda p: p.astype('float32'), params)"
-            )
+    floating = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    if not any(floating):
+        raise TypeError(
+            f"expected a floating-point state to differentiate, got only {leaves[0].dtype} in {type(cell).__name__}'s "
+            f"state: nothing has a derivative"
+        )
+    if not all(floating):
+        cell, states, inputs = with_floating_state(cell, params, states, inputs)
+    if any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(states)):
+        params, states, inputs = cast_floats((params, states, inputs), jnp.float32)
     # From here on all states are vectors, so that no analysis depends on the structure of the state.
     sequences = Sequences(params, jax.vmap(flat_map(cell, params).ravel)(states), inputs)
     if inputs.time:
         _check_differentiable(cell, sequences, backward)
-    return sequences
+    return cell, sequences
+
+
+def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """Casts real floating-point leaves to `dtype`, and complex ones to the complex dtype of its precision."""
+    # Not by `jnp.result_type`, because float64 and complex64 have no common dtype under strict promotion.
+    complex_dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+
+    def cast(leaf: ArrayLike) -> ArrayLike:
+        kind = jnp.result_type(leaf)
+        if not jnp.issubdtype(kind, jnp.inexact):
+            return leaf
+        wide = complex_dtype if jnp.issubdtype(kind, jnp.complexfloating) else dtype
+        if isinstance(leaf, Tracer):
+            return leaf.astype(wide)
+        return jnp.asarray(np.asarray(leaf).astype(wide))  # numpy compiles nothing
+
+    return jax.tree.map(cast, tree)
 
 
 def _check_differentiable(cell: Cell, sequences: Sequences, backward: bool) -> None:
@@ -167,6 +197,7 @@ def state_parts(cell: Cell, params: Params) -> dict[str, slice]:
         >>> sj.analysis.state_parts(cell, cell.init(jax.random.key(0)))
         {'h': slice(0, 3, None), 'c': slice(3, 6, None)}
     """
+    check_params(cell, params)
     return flat_map(cell, params).parts
 
 
@@ -191,12 +222,11 @@ def pad_with_masked_steps(sequences: Sequences, time: int) -> Sequences:
         inputs = inputs._replace(mask=jnp.ones((sequences.batch, sequences.time), bool))
     if time == sequences.time:
         return sequences
-
-    def longer(leaf: Array) -> Array:
-        # Zeros are False in the mask, and a masked step never reads its input.
-        return jnp.pad(leaf, [(0, 0), (0, time - sequences.time), *[(0, 0)] * (leaf.ndim - 2)])
-
-    return sequences._replace(inputs=jax.tree.map(longer, inputs))
+    # The last step is repeated, because a random key has no zero; a masked step does not read its input.
+    steps = jnp.arange(time)
+    x, mask, reset, noise = jax.tree.map(lambda leaf: leaf[:, jnp.minimum(steps, sequences.time - 1)], inputs)
+    inside = (steps < sequences.time)[None]
+    return sequences._replace(inputs=Inputs(x, mask & inside, None if reset is None else reset & inside, noise))
 
 
 def orthonormal(frame: Array) -> tuple[Array, Array]:
@@ -216,4 +246,15 @@ def orthonormal(frame: Array) -> tuple[Array, Array]:
 
 def random_frame(key: Array, rows: int, size: int, dtype: DTypeLike) -> Array:
     """`rows` random orthonormal rows of length `size`."""
-    return orthonormal(jax.random.normal(key, (rows, size), dtype))[0]
+    if isinstance(key, Tracer):
+        return orthonormal(jax.random.normal(key, (rows, size), dtype))[0]
+    # numpy, because to compile the drawing and the QR takes longer than many an analysis.
+    Q, R = np.linalg.qr(normal_numbers(key, (size, rows)))
+    return jnp.asarray((Q * np.sign(np.diagonal(R))).T, dtype)
+
+
+def normal_numbers(key: Array, shape: tuple[int, ...]) -> np.ndarray:
+    """Independent numbers from N(0, 1) in float64, drawn by numpy with the key as the seed."""
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    # The first number keeps the stream apart from that of a user who seeds numpy with 0.
+    return np.random.default_rng([2013, *np.asarray(data).ravel().tolist()]).normal(size=shape)

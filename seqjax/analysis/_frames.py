@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from seqjax.analysis._flow import Sequences, flat_map, orthonormal
+from seqjax.analysis._flow import Sequences, flat_map, flat_trajectory, orthonormal, pad_with_masked_steps
 from seqjax.cell import Cell
 from seqjax.cells.whole_numbers import whole_number
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._masked_step import Inputs
 
 LONGEST = 100  # steps between two QRs; longer intervals save no more time, because a QR is then cheap
@@ -96,28 +98,91 @@ def sweep(
     return jax.vmap(one_sequence)(states, frames, sequences.inputs)
 
 
-def sweep_all(
-    cell: Cell, summarize: Callable[[Array], Array], every: int, sequences: Sequences, states: Array, frames: Array
-) -> Array:
-    """The summaries of `sweep` for any number of steps, (batch, blocks, ...); the last block may be shorter."""
-    whole = sequences.time - sequences.time % every
-    summaries = []
-    for start, stop, length in ((0, whole, every), (whole, sequences.time, sequences.time - whole)):
-        if start < stop:
-            part = sequences.between(start, stop)
-            states, frames, of_part = sweep(cell, length, summarize, part, states, frames)
-            summaries.append(of_part)
-    return jnp.concatenate(summaries, axis=1)
+def divided(sequences: Sequences, every: int) -> PyTree:
+    """The inputs in chunks of about sqrt(time * every) steps, (chunks, batch, steps, ...), padded with masked steps.
+
+    A backward pass stores only the states before each chunk, so its memory grows with the square root of the time.
+    """
+    blocks = math.isqrt(math.ceil(sequences.time / every) - 1) + 1 if sequences.time > every else 1
+    steps = every * blocks
+    count = math.ceil(sequences.time / steps)
+    inputs = pad_with_masked_steps(sequences, count * steps).inputs
+
+    def split(leaf: Array) -> Array:
+        return jnp.swapaxes(leaf.reshape(sequences.batch, count, steps, *leaf.shape[2:]), 0, 1)
+
+    return jax.tree.map(split, inputs)
 
 
-def count_valid_steps(sequences: Sequences, every: int) -> np.ndarray:
-    """The number of valid steps in each block of `sweep_all`, (batch, blocks)."""
-    mask = sequences.inputs.mask
-    valid = np.ones((sequences.batch, sequences.time), bool) if mask is None else np.asarray(mask)
-    ends = [*range(every, sequences.time + 1, every)]
-    if sequences.time % every:
-        ends.append(sequences.time)
-    return np.diff(np.cumsum(valid, axis=1)[:, np.array(ends) - 1], axis=1, prepend=0)
+class Pushed(NamedTuple):
+    """M V^T = Q R_m ... R_1, by chunks.
+
+    Attributes:
+        starts: the states before each chunk, (chunks, batch, n).
+        frames: the frames before each chunk, rows (chunks, batch, k, n).
+        last: the frames after the last chunk, (batch, k, n).
+        factors: R of every block, (batch, blocks, k, k).
+    """
+
+    starts: Array
+    frames: Array
+    last: Array
+    factors: Array
+
+
+def push_frames(cell: Cell, every: int, sequences: Sequences, frames: Array) -> Pushed:
+    """Pushes frames through all steps, with a QR after every block of `every` steps."""
+
+    def chunk(carry: tuple[Array, Array], inputs: PyTree) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+        states, frames = carry
+        part = sequences._replace(inputs=inputs)
+        after, pushed, factors = sweep(cell, every, triangular_factor, part, states, frames)
+        return (after, pushed), (states, frames, factors)
+
+    (_, last), (starts, before, factors) = jax.lax.scan(chunk, (sequences.first, frames), divided(sequences, every))
+    chunks, batch, blocks, k, _ = factors.shape
+    return Pushed(starts, before, last, jnp.swapaxes(factors, 0, 1).reshape(batch, chunks * blocks, k, k))
+
+
+def pull_frames(cell: Cell, every: int, sequences: Sequences, starts: Array, frames: Array) -> Array:
+    """Pulls frames back through all steps, Q_0 = qr(M^T Q); each chunk's states are recomputed from its start.
+
+    As in `sweep`, a reset sets the state but does not change the frame.
+
+    Returns:
+        The frames before each chunk, rows (chunks, batch, k, n).
+    """
+    flat, params = flat_map(cell, sequences.params), sequences.params
+    initial = flat.start(params)
+
+    def one_sequence(frame: Array, before: Array, inputs: PyTree) -> Array:
+        def one_step(frame: Array, at: tuple[Array, Inputs]) -> tuple[Array, None]:
+            v, inputs = at
+            if inputs.reset is not None:
+                v = jnp.where(inputs.reset, initial, v)
+            return flat.pull(params, v, frame, inputs._replace(reset=None)), None
+
+        def one_block(frame: Array, at: PyTree) -> tuple[Array, None]:
+            return orthonormal(jax.lax.scan(one_step, frame, at, reverse=True)[0])[0], None
+
+        blocks = jax.tree.map(lambda leaf: leaf.reshape(len(leaf) // every, every, *leaf.shape[1:]), (before, inputs))
+        return jax.lax.scan(one_block, frame, blocks, reverse=True)[0]
+
+    def chunk(frames: Array, at: tuple[Array, PyTree]) -> tuple[Array, Array]:
+        first, inputs = at
+        before = flat_trajectory(cell, Sequences(params, first, inputs))[:, :-1]
+        frames = jax.vmap(one_sequence)(frames, before, inputs)
+        return frames, frames
+
+    return jax.lax.scan(chunk, frames, (starts, divided(sequences, every)), reverse=True)[1]
+
+
+def probed_interval(cell: Cell, sequences: Sequences, frames: Array) -> int:
+    """The safe number of steps between two QRs, from the growth rates of the first 32 steps."""
+    _, _, logs = cached_jit(sweep, cell, 1, log_diagonal)(
+        sequences.until(min(sequences.time, 32)), sequences.first, frames
+    )
+    return safe_interval(np.asarray(logs, np.float64), sequences.first.dtype)
 
 
 def safe_interval(logs: np.ndarray, dtype: DTypeLike) -> int:
@@ -139,6 +204,11 @@ def safe_interval(logs: np.ndarray, dtype: DTypeLike) -> int:
     per_step = np.max(np.ptp(rates, axis=1)) / (0.25 * _log_precision(dtype))
     per_step += np.max(np.abs(rates)) / (0.4 * _log_range(dtype))
     return int(np.clip(1 / max(per_step, 1e-6), 1, LONGEST))
+
+
+def power_of_two(steps: int) -> int:
+    """The largest power of two that is not above `steps`, so that similar networks share compiled programs."""
+    return 1 << (steps.bit_length() - 1)
 
 
 def strain(logs: np.ndarray, dtype: DTypeLike) -> np.ndarray:

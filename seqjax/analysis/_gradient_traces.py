@@ -6,9 +6,11 @@ A gradient is stored as 2^exponent times numbers near one, and its norm is retur
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
@@ -56,21 +58,47 @@ def log_loss_gradients(cell: Cell, sequences: Sequences, states: Array, arriving
     return log_norms[..., 0], [log_norms[..., i + 1] for i in range(len(parts))]
 
 
+class Pulled(NamedTuple):
+    """Gradients at s_t that were pulled back to s_{t-k}, for every sequence and every time t.
+
+    Attributes:
+        rows: (batch, times, rows, n), scaled.
+        exponent: (batch, times), of the power of two that scales them.
+        best: (batch, times, columns, rows), approximate left singular vectors of `rows`.
+    """
+
+    rows: Array
+    exponent: Array
+    best: Array
+
+
+def pulled_by_zero(frame: Array, batch: int, times: int) -> Pulled:
+    """The rows of a frame (rows, n) as the gradients at every time."""
+    best = random_frame(jax.random.key(0), min(RITZ, len(frame)), len(frame), frame.dtype)
+
+    def for_all(leaf: ArrayLike) -> Array:
+        return jnp.asarray(np.broadcast_to(np.asarray(leaf), (batch, times, *np.shape(leaf))))
+
+    return Pulled(for_all(frame), for_all(np.zeros((), np.int32)), for_all(best))
+
+
 def norms_by_lag(
-    cell: Cell, K: int, sequences: Sequences, states: Array, ends: Array, frame: Array
-) -> tuple[Array, Array, Array]:
-    """ln of the expected and of the worst norm of ds_t/ds_{t-k}, (batch, times, K + 1), and the expected one by field.
+    cell: Cell, count: int, sequences: Sequences, states: Array, ends: Array, first_lag: Array, pulled: Pulled
+) -> tuple[Pulled, tuple[Array, Array, Array]]:
+    """ln of the expected and of the worst norm of ds_t/ds_{t-k} at `count` lags, and the expected one by field.
 
     Args:
         cell: any cell.
-        K: the largest lag.
+        count: the number of lags k.
         sequences: parameters and inputs.
         states: s_0..s_T, (batch, T + 1, n).
-        ends: the times t, (times,).
-        frame: gradients at s_t as rows, (rows, n), which are pulled back K times.
+        ends: the times t, (batch, times).
+        first_lag: the smallest of the lags.
+        pulled: the gradients at s_{t-k} for the first lag.
 
     Returns:
-        The three arrays; values before the beginning of the sequence are NaN.
+        The gradients for the next lag, and three arrays (batch, times, count), the last one (batch, times, fields,
+        count); values before the beginning of the sequence are NaN.
     """
     flat, params = flat_map(cell, sequences.params), sequences.params
     parts = flat.parts.values()
@@ -88,23 +116,22 @@ def norms_by_lag(
         by_part = jnp.stack([jnp.log(_norm(rows[:, part]) / root) for part in parts])
         return (jnp.log(_norm(rows) / root) + scale, jnp.log(largest) + scale, by_part + scale), best
 
-    def one_time(states: Array, inputs: PyTree, end: Array) -> tuple[Array, Array, Array]:
-        def back(carry: tuple[Array, Array, Array], lag: Array) -> tuple[tuple[Array, Array, Array], PyTree]:
-            rows, exponent, best = carry
+    def one_time(states: Array, inputs: PyTree, end: Array, pulled: Pulled) -> tuple[Pulled, PyTree]:
+        def back(pulled: Pulled, lag: Array) -> tuple[Pulled, PyTree]:
+            rows, exponent, best = pulled
             t = end - lag  # rows are gradients at s_t
             at_lag, best = norms(rows, exponent, best)
             before = jnp.maximum(t - 1, 0)  # negative indices would wrap around; these lags become NaN below
             x = jax.tree.map(lambda leaf: leaf[before], inputs)
             rows, shift = rescale(flat.pull(params, states[before], rows, x))
-            return (rows, exponent + shift, best), jax.tree.map(lambda leaf: jnp.where(t >= 0, leaf, jnp.nan), at_lag)
+            at_lag = jax.tree.map(lambda leaf: jnp.where(t >= 0, leaf, jnp.nan), at_lag)
+            return Pulled(rows, exponent + shift, best), at_lag
 
-        columns = min(RITZ, len(frame))
-        start = (frame, jnp.zeros((), jnp.int32), random_frame(jax.random.key(0), columns, len(frame), frame.dtype))
-        return jax.lax.scan(back, start, jnp.arange(K + 1))[1]
+        return jax.lax.scan(back, pulled, first_lag + jnp.arange(count))
 
-    over_times = jax.vmap(one_time, in_axes=(None, None, 0))
-    expected, worst, by_part = jax.vmap(over_times, in_axes=(0, 0, None))(states, sequences.inputs, ends)
-    return expected, worst, jnp.moveaxis(by_part, -1, 2)
+    over_times = jax.vmap(one_time, in_axes=(None, None, 0, 0))
+    pulled, (expected, worst, by_part) = jax.vmap(over_times)(states, sequences.inputs, ends, pulled)
+    return pulled, (expected, worst, jnp.moveaxis(by_part, -1, 2))
 
 
 def _norm(values: Array) -> Array:

@@ -12,6 +12,49 @@ RESAMPLES = 400
 MIN_STEPS = 8  # a shorter series has fewer than three independent runs, so an interval would be a guess
 
 
+def mean_interval(
+    sums: Float[np.ndarray, "time k"], weights: Shaped[np.ndarray, " time"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A 95 % interval by `bootstrap_interval`, widened if correlations are longer than its runs.
+
+    The variance of the mean of m neighbours times m grows with m until m exceeds the correlation time. Its largest
+    value, relative to that for single terms, is the number of terms that are worth one independent value.
+
+    Args:
+        sums, weights: as for `bootstrap_interval`.
+
+    Returns:
+        The lower and the upper end, (k,) each; NaN if the series is too short or not finite.
+
+    Source: Flyvbjerg and Petersen 1989, "Error estimates on averages of correlated data".
+
+    Example:
+        >>> import numpy as np
+        >>> from seqjax.analysis._statistics import mean_interval
+        >>> noise = np.random.default_rng(0).normal(size=(4000, 1))
+        >>> slow = np.convolve(noise[:, 0], np.ones(10) / 10, "valid")[:, None]  # ten neighbours are worth one value
+        >>> low, high = mean_interval(slow, np.ones(len(slow)))
+        >>> round(float(high[0] - low[0]), 2)  # that of the noise itself is 2 * 1.96 / sqrt(4000) = 0.06
+        0.07
+    """
+    low, high = bootstrap_interval(sums, weights)
+    used = np.asarray(weights) > 0
+    rates = sums[used] / np.asarray(weights, float)[used, None]
+    count = len(rates)
+    if np.isnan(low).all():
+        return low, high
+    ratio, variance = np.ones(rates.shape[1]), None
+    for size in 2 ** np.arange(int(math.log2(max(count // MIN_STEPS, 1))) + 1):
+        batches = rates[: count - count % size].reshape(-1, size, rates.shape[1]).mean(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            spread = batches.var(axis=0, ddof=1)
+            variance = spread if variance is None else variance
+            ratio = np.fmax(ratio, np.where(variance > 0, size * spread / variance, 1.0))
+    middle, runs = (low + high) / 2, math.isqrt(count)
+    factor = np.sqrt(np.maximum(ratio / np.minimum(runs, ratio), 1.0))
+    return middle + factor * (low - middle), middle + factor * (high - middle)
+
+
 def bootstrap_interval(
     sums: Float[np.ndarray, "time k"], weights: Shaped[np.ndarray, " time"], *, level: float = 0.95, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

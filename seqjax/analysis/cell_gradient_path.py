@@ -6,6 +6,7 @@ of later steps through h, and these paths can increase the derivative or dominat
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis._flow import Sequences, check_arguments, flat_map, flat_trajectory, state_parts
+from seqjax.analysis._flow import Sequences, cast_floats, check_arguments, flat_map, flat_trajectory, state_parts
+from seqjax.analysis._padding import valid_steps_last
 from seqjax.analysis._scaled import log_power, rescale
 from seqjax.analysis._spans import check_horizon
 from seqjax.cell import Cell, Params, State, optional
 from seqjax.cells.learned_state import LearnedState
 from seqjax.cells.stack import Stack
 from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._declared import declared
 from seqjax.sequence.unroll import gates
 
 
@@ -27,11 +30,14 @@ class CellPath(NamedTuple):
     """Natural logarithms of norms over the m numbers of c, by lag k from the end of the sequence.
 
     Attributes:
-        lags: (K + 1,), in steps.
-        log_true: (batch, K + 1), ln |dc_T/dc_{T-k}|_F / sqrt(m), through every path.
+        lags: (K + 1,), in valid steps.
+        log_true: (batch, K + 1), ln |dc_T/dc_{T-k}|_F / sqrt(m), through every path. NaN before the sequence begins.
         log_forget: (batch, K + 1), the same for the diagonal matrix of prod f over the k steps.
-        log_true_units: (batch, m), ln |dc_{T,i}/dc_{T-K,i}| for each unit at the largest lag.
-        log_forget_units: (batch, m), ln prod f_i for each unit at the largest lag.
+        log_true_units: (batch, m), ln |dc_{T,i}/dc_{T-k,i}| for each unit at the largest lag k, which is K or, in a
+            shorter sequence, the number of its valid steps.
+        log_forget_units: (batch, m), ln prod f_i for each unit at the same lag.
+        reliable: whether no number is infinite in the wrong direction or, after the beginning of the sequence, NaN.
+        reason: which sequences have such numbers, or empty.
     """
 
     lags: Int[np.ndarray, " lags"]
@@ -39,6 +45,25 @@ class CellPath(NamedTuple):
     log_forget: Float[np.ndarray, "batch lags"]
     log_true_units: Float[np.ndarray, "batch m"]
     log_forget_units: Float[np.ndarray, "batch m"]
+    reliable: bool
+    reason: str
+
+    def __str__(self) -> str:
+        K = int(self.lags[-1])
+        true, forget = (_mean_at_end(log) / math.log(10) for log in (self.log_true, self.log_forget))
+        lines = [
+            f"derivative of the memory after {K} steps, dc_T/dc_(T-{K}), as log10 of its norm",
+            f"  through every path:                 {true:.4g}",
+            f"  through only the forget gates:      {forget:.4g}",
+            "reliable" if self.reliable else f"not reliable: {self.reason}",
+        ]
+        return "\n".join(lines)
+
+
+def _mean_at_end(log: Float[np.ndarray, "batch lags"]) -> float:
+    """The mean at the largest lag over the sequences that are long enough; NaN if none is."""
+    known = log[:, -1][~np.isnan(log[:, -1])]
+    return float(known.mean()) if known.size else math.nan
 
 
 def cell_path(
@@ -58,7 +83,8 @@ def cell_path(
         cell: an `LSTM`, a stack with one, or a cell with `gates` whose state has a memory besides the hidden state. The
             gate f is the one with the role "keeps" in the cell's `gate_roles`, and c is the field named by its
             `memory`. For a cell without these two, f is the gate named "forget" and c the field named "c".
-        params, xs, state, mask, reset: as for `unroll`.
+        params, xs, state, mask, reset: as for `unroll`. Steps whose mask is False are left out, so the result is that
+            of the sequences without them. A reset at such a step acts before the next valid one.
         horizon: K, the largest lag, in steps; by default the length of `xs`.
         layer: the layer of a stack, such as "1"; by default the first that has such a gate.
 
@@ -80,35 +106,45 @@ def cell_path(
         >>> path.log_true[0, -1].round(3), path.log_forget[0, -1].round(3)  # 10 ln sigma(1), since nothing reads h
         (np.float64(-3.133), np.float64(-3.133))
     """
-    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    analysed, sequences = check_arguments(cell, params, xs, state, mask, reset)
     K = check_horizon(horizon, sequences.time, sequences.time)
-    parts = state_parts(cell, params)
+    parts = state_parts(analysed, sequences.params)
     gate, field = _additive_path(cell, list(parts), layer) or ("", "")
     has_gates = field and optional(cell, "gates") is not None
-    activations = gates(cell, params, xs, state=state, mask=mask, reset=reset) if has_gates else {}
+    if sequences.params is not params:  # they were widened
+        state = cast_floats(state, jnp.float32)
+    activations = gates(cell, sequences.params, xs, state=state, mask=mask, reset=reset) if has_gates else {}
     if gate not in activations:
         raise TypeError(
             f"expected a cell with a state field c and a gate named forget, got {type(cell).__name__} with the fields "
             f"{', '.join(parts)}: declare gate_roles and memory if they have other names, or look at gradient_by_lag"
         )
-    norms, units = cached_jit(_true_path, cell, K, parts[field].start, parts[field].stop)(sequences)
-    f = np.asarray(activations[gate], np.float64)
-    # `gates` returns zero at masked steps, where c does not change; and a reset removes all of c.
-    if mask is not None:
-        f = np.where(np.asarray(mask)[..., None], f, 1.0)
-    if reset is not None:
-        f = np.where(np.asarray(reset)[..., None], 0.0, f)
+    sequences, order = valid_steps_last(sequences)
+    count = np.full(sequences.batch, sequences.time) if mask is None else np.asarray(mask).sum(axis=1)
+    norms, units = cached_jit(_true_path, analysed, K, parts[field].start, parts[field].stop)(sequences)
+    f = np.take_along_axis(np.asarray(activations[gate], np.float64), order[..., None], axis=1)
+    # A step that is not valid does not change c, and a reset removes all of it.
+    f = np.where(np.arange(sequences.time)[:, None] < sequences.time - count[:, None, None], 1.0, f)
+    if sequences.inputs.reset is not None:
+        f = np.where(np.asarray(sequences.inputs.reset)[..., None], 0.0, f)
     with np.errstate(divide="ignore"):
         log_f = np.log(f[:, sequences.time - K :][:, ::-1])
         products = np.concatenate([np.zeros_like(f[:, :1]), np.cumsum(log_f, axis=1)], axis=1)
         # ln of the root mean square of exp(products), which may underflow.
         log_forget = 0.5 * (np.logaddexp.reduce(2 * products, axis=-1) - np.log(f.shape[-1]))
+    inside = np.arange(K + 1) <= count[:, None]
+    log_true = np.where(inside, np.asarray(norms, np.float64), np.nan)
+    log_true_units = np.asarray(units, np.float64)
+    bad = ~((log_true < np.inf) | ~inside).all(axis=1) | ~(log_true_units < np.inf).all(axis=1)
+    rows = ", ".join(map(str, np.flatnonzero(bad)))
     return CellPath(
         lags=np.arange(K + 1),
-        log_true=np.asarray(norms, np.float64),
-        log_forget=log_forget,
-        log_true_units=np.asarray(units, np.float64),
+        log_true=log_true,
+        log_forget=np.where(inside, log_forget, np.nan),
+        log_true_units=log_true_units,
         log_forget_units=products[:, -1],
+        reliable=not bad.any(),
+        reason=f"the derivative is not finite in sequence {rows}" if bad.any() else "",
     )
 
 
@@ -120,14 +156,14 @@ def _additive_path(cell: Cell, fields: list[str], layer: str | None) -> tuple[st
         fields: all fields of the state, such as "1.c".
         layer: the only layer to look at, if it is not None.
     """
-    declared = _declared_gates(cell)
+    named = _declared_gates(cell)
     prefixes = dict.fromkeys(field.rpartition(".")[0] for field in fields)
     for prefix in prefixes if layer is None else (layer,):
-        roles, memory = declared.get(prefix, ({"forget": "keeps"}, "c"))
+        roles, memory = named.get(prefix, ({"forget": "keeps"}, "c"))
         in_layer = [field for field in fields if field.rpartition(".")[0] == prefix]
         keeping = [gate for gate, role in roles.items() if role == "keeps"]
         # In a GRU the gate keeps the hidden state itself, so no path exists besides the one through h.
-        if prefix in declared and len(in_layer) < 2:
+        if prefix in named and len(in_layer) < 2:
             continue
         field = f"{prefix}.{memory}".lstrip(".")
         if keeping and field in in_layer:
@@ -142,7 +178,7 @@ def _declared_gates(cell: Cell, prefix: str = "") -> dict[str, tuple[dict[str, s
         return {path: gates for layer in layers for path, gates in layer.items()}
     if isinstance(cell, LearnedState):
         return _declared_gates(cell.cell, prefix)
-    roles, memory = optional(cell, "gate_roles"), optional(cell, "memory") or "c"
+    roles, memory = declared(cell, "gate_roles"), declared(cell, "memory") or "c"
     return {} if roles is None else {prefix: (roles, memory)}
 
 

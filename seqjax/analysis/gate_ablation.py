@@ -23,7 +23,7 @@ from seqjax.analysis.gates import GateStatistics, gate_statistics
 from seqjax.analysis.gradient_flow import GradientByLag
 from seqjax.analysis.lyapunov import LyapunovExponents
 from seqjax.analysis.verdicts import Verdict, verdict
-from seqjax.cell import Cell, optional
+from seqjax.cell import Cell
 from seqjax.cells.gru import GRU
 from seqjax.cells.lstm import LSTM
 from seqjax.cells.vanilla import VanillaRNN
@@ -32,6 +32,7 @@ from seqjax.data.batch import Batch
 from seqjax.models.heads import Head
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
+from seqjax.sequence._declared import declared
 from seqjax.sequence._masked_step import Inputs
 from seqjax.training.fit import Fitted, evaluate, fit
 
@@ -175,7 +176,7 @@ def _row(
         verdict=after,
         exponents=None if after is None else after.exponents,
         by_lag=None if after is None else after.by_lag,
-        gates=gate_statistics(cell, params.cell, inputs.x, **flags) if optional(cell, "gates") is not None else {},
+        gates=gate_statistics(cell, params.cell, inputs.x, **flags) if declared(cell, "gates") is not None else {},
         clipping=clipping_statistics(fitted.history, options["clip_norm"]) if fitted.history["loss"].size else None,
         lengths=None if lengths is None else score_by_length(model, params, test(), score=lengths, loss=loss),
     )

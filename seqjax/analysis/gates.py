@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from seqjax.cell import Cell, Params, State, optional
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._declared import declared
 from seqjax.sequence.unroll import gates
 
 BINS = 20
@@ -43,6 +44,19 @@ class GateStatistics(NamedTuple):
     saturated_low: float
     saturated_high: float
     time_constant: Float[np.ndarray, "*n"]
+
+    def __str__(self) -> str:
+        low = 0.1 if self.edges[0] == 0 else -0.9
+        tau = self.time_constant[~np.isnan(self.time_constant)]
+        memory = f"; if it keeps the old value, for {np.median(tau):.4g} steps (median)" if tau.size else ""
+        return (
+            f"mean {self.mean:.3f}, below {low:.1f} at {self.saturated_low:.1%} and above 0.9 at "
+            f"{self.saturated_high:.1%} of the steps{memory}"
+        )
+
+    def __repr__(self) -> str:
+        # One line, because `gate_statistics` returns a dictionary, which prints its values by `repr`.
+        return f"GateStatistics({self})"
 
 
 def gate_statistics(
@@ -85,7 +99,7 @@ def gate_statistics(
         (1.0, 148.9)
     """
     activations = gates(cell, params, xs, state=state, mask=mask, reset=reset)
-    statistics, roles = {}, optional(cell, "gate_roles") or {}
+    statistics, roles = {}, declared(cell, "gate_roles") or {}
     for name, gate in activations.items():
         valid = np.ones(gate.shape[:2], bool) if mask is None else np.asarray(mask)
         if not valid.any():

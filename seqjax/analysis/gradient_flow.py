@@ -15,33 +15,42 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis._flow import check_arguments, flat_trajectory, random_frame, state_parts, unflatten
-from seqjax.analysis._gradient_traces import is_nonlinear, log_loss_gradients, norms_by_lag
+from seqjax.analysis._flow import flat_map, flat_trajectory, random_frame, unflatten
+from seqjax.analysis._gradient_traces import is_nonlinear, log_loss_gradients, norms_by_lag, pulled_by_zero
+from seqjax.analysis._memory import Memory, memory_of
+from seqjax.analysis._recording import Recording, recording
 from seqjax.analysis._spans import check_horizon, check_times
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import cached_jit
 
 EXACT = 256  # the largest state, in numbers, for which every column is pulled back by default
 PROBES = 64  # random columns for larger states
+TIMES = 12  # steps t in the last three quarters of each sequence
+FIRST_LAGS = 100  # lags of one compiled program, and of the first one whatever the norms are
+LARGEST_COST = 3e11  # multiplications; about a minute
 
 
 class GradientByLag(NamedTuple):
-    """Gradient norms as natural logarithms.
+    """Gradient norms as natural logarithms. Times and lags count valid steps; T is the number of the longest sequence.
 
     Attributes:
-        log_gradient: (batch, T + 1), ln |dL/ds_t| for t = 0..T.
+        log_gradient: (batch, T + 1), ln |dL/ds_t| for t = 0..T; NaN after the end of a shorter sequence.
         log_gradient_parts: the same for each field of the state, by name. Minus infinity if the field underflows at the
             scale of the whole state.
         lags: (K + 1,), k = 0..K, in steps.
-        times: the steps t for which ds_t/ds_{t-k} was computed.
-        table: (batch, len(times), K + 1), ln of the expected norm |ds_t/ds_{t-k}|_F / sqrt(n), the root mean square of
+        times: (batch, times), the steps t for which ds_t/ds_{t-k} was computed; 0 fills rows with fewer of them.
+        table: (batch, times, K + 1), ln of the expected norm |ds_t/ds_{t-k}|_F / sqrt(n), the root mean square of
             a random unit gradient at s_t after it was pulled back to s_{t-k}. NaN before the sequence begins.
         log_expected: (K + 1,), ln of its root mean square over times and sequences.
         log_worst: (K + 1,), ln of the largest spectral norm |ds_t/ds_{t-k}|_2 over times and sequences.
         log_parts: by field of the state, (K + 1,): ln of the expected norm of this field of the gradient at s_{t-k}.
+        rows_expected, rows_worst: (batch, K + 1), the same two for each sequence.
+        rows_parts: by field of the state, (batch, K + 1).
         horizon: the memory horizon, the first lag from which the expected norm stays below `threshold`; inf if there is
             no such lag in the table.
         threshold: of the horizon.
+        memory: the horizon with what is known beyond the table; it prints as text.
+        best_memory: the same for the worst norm, the direction that is preserved best.
         exact: whether all n columns were pulled back. If not, `log_expected` is an estimate from random columns, and
             `log_worst` is a lower bound.
         reliable: whether all numbers are valid.
@@ -51,16 +60,29 @@ class GradientByLag(NamedTuple):
     log_gradient: Float[np.ndarray, "batch time1"]
     log_gradient_parts: dict[str, Float[np.ndarray, "batch time1"]]
     lags: Int[np.ndarray, " lags"]
-    times: Int[np.ndarray, " times"]
+    times: Int[np.ndarray, "batch times"]
     table: Float[np.ndarray, "batch times lags"]
     log_expected: Float[np.ndarray, " lags"]
     log_worst: Float[np.ndarray, " lags"]
     log_parts: dict[str, Float[np.ndarray, " lags"]]
+    rows_expected: Float[np.ndarray, "batch lags"]
+    rows_worst: Float[np.ndarray, "batch lags"]
+    rows_parts: dict[str, Float[np.ndarray, "batch lags"]]
     horizon: float
     threshold: float
+    memory: Memory
+    best_memory: Memory
     exact: bool
     reliable: bool
     reason: str
+
+    def __str__(self) -> str:
+        how = "" if self.exact else f" (an estimate from {PROBES} random gradients)"
+        return (
+            f"a gradient is below {self.threshold:.3g} of what it was, on average over directions: {self.memory}{how}; "
+            f"in the direction that is preserved best: {self.best_memory}; "
+            + ("reliable" if self.reliable else f"not reliable: {self.reason}")
+        )
 
 
 def gradient_by_lag(
@@ -86,9 +108,9 @@ def gradient_by_lag(
         cell, params, xs, state, mask, reset: as for `unroll`.
         loss: maps the states s_1..s_T, leaves (batch, time, ...), to one number, as for `state_gradients`; by default
             its gradient is a random unit vector at s_T and zero at all other steps.
-        horizon: K, the largest lag to compute, in steps; not the memory horizon that the result holds. By default T, at
-            most 100.
-        times: the steps t; by default 8 steps in the second half of the sequence, including the last one.
+        horizon: K, the largest lag to compute, in valid steps; not the memory horizon that the result holds. By default
+            at least 100 lags, and then more until the gradient is lost or has grown by 1/eps, or the sequence ends.
+        times: the steps t; by default 12 steps in the last three quarters of each sequence, with its last one.
         threshold: memory counts as lost if the norm is below this value.
         exact: whether to pull back all n columns instead of 64 random ones; by default True up to n = 256.
         key: for drawing the random gradients.
@@ -97,7 +119,7 @@ def gradient_by_lag(
         `GradientByLag`.
 
     Raises:
-        ValueError: the horizon or a time is outside the sequence, or a shape does not match.
+        ValueError: the horizon or a time is outside the sequences, no step is valid, or a shape does not match.
         TypeError: the state cannot be differentiated.
 
     Source: Hochreiter 1991; Pascanu, Mikolov and Bengio 2013.
@@ -110,100 +132,156 @@ def gradient_by_lag(
         >>> round(float(jnp.exp(result.log_expected[20])), 4), result.horizon  # 0.8^20; 0.8^21 is below 0.01
         (0.0115, 21.0)
     """
-    sequences = check_arguments(cell, params, xs, state, mask, reset, backward=True)
-    T, n = sequences.time, sequences.size
-    if T == 0:
-        raise ValueError("expected at least one step to pull a gradient back through, got T = 0")
-    K = check_horizon(horizon, min(T, 100), T)
-    chosen = check_times(times, max(T // 2, K), T)
+    with recording(cell, params, xs, state, mask, reset, backward=True) as record:
+        return gradients_of(record, horizon, threshold, exact=exact, key=key, times=times, loss=loss)
+
+
+def gradients_of(
+    record: Recording,
+    horizon: int | None,
+    threshold: float,
+    *,
+    exact: bool | None = None,
+    key: Array | None = None,
+    times: Sequence[int] | Int[Any, " times"] | None = None,
+    loss: Callable[[State], Array] | None = None,
+) -> GradientByLag:
+    """`gradient_by_lag` of a recording."""
+    K = check_horizon(horizon, record.time, record.time)
+    chosen = _times(times, record)
     key_loss, key_frame = jax.random.split(jax.random.key(0) if key is None else key)
-    dtype, exact = sequences.first.dtype, n <= EXACT if exact is None else exact
-
-    states = cached_jit(flat_trajectory, cell)(sequences)
-    if loss is None:
-        arriving = jnp.zeros_like(states[:, 1:]).at[:, -1].set(random_frame(key_loss, 1, n, dtype)[0])
-    else:
-        arriving = jax.grad(lambda s: loss(unflatten(cell, params, s)))(states[:, 1:])
-    parts = state_parts(cell, params)
-    log_gradient, log_gradient_parts = cached_jit(log_loss_gradients, cell)(sequences, states, arriving)
-
-    frame = jnp.eye(n, dtype=dtype) if exact else random_frame(key_frame, min(PROBES, n), n, dtype)
-    ends = jnp.asarray(chosen)
-    norms = cached_jit(norms_by_lag, cell, K)(sequences, states, ends, frame)
-    table, worst, by_part = (np.asarray(values, np.float64) for values in norms)
-    log_gradient = np.asarray(log_gradient, np.float64)
-    log_expected = _root_mean_square(table)
+    states = cached_jit(flat_trajectory, record.cell)(record.sequences)
+    log_gradient, log_gradient_parts = _loss_gradients(record, states, loss, key_loss)
+    n, dtype = record.sequences.size, record.sequences.first.dtype
+    exact = n <= EXACT if exact is None else exact
+    frame = jnp.asarray(np.eye(n, dtype=dtype)) if exact else random_frame(key_frame, min(PROBES, n), n, dtype)
+    until = math.log(threshold) if horizon is None and threshold > 0 else None
+    table, worst, by_part = _by_lag(record, states, chosen, frame, K, until)
+    reasons = _reasons(record, np.asarray(states), log_gradient, table, chosen)
     log_worst = _largest(worst)
-    # Lags before the beginning of the sequence are NaN by definition, and not an error.
-    inside = np.where(np.arange(K + 1) <= chosen[:, None], table, 0.0)
-    reasons = [
-        f"sequence {b}: {problem}"
-        for b, rows in enumerate(zip(np.asarray(states), log_gradient, inside, strict=True))
-        if (problem := _not_finite(*rows))
-    ]
     # A rounding error of the state grows by the worst norm. From 1/eps on it is as large as the state.
-    lost = np.flatnonzero(log_worst > -math.log(float(jnp.finfo(dtype).eps)))
-    if not reasons and lost.size and cached_jit(is_nonlinear, cell)(sequences, states):
+    lost = np.flatnonzero(log_worst > -math.log(float(jnp.finfo(record.dtype).eps)))
+    if not reasons and lost.size and cached_jit(is_nonlinear, record.cell)(record.sequences, states):
         reasons = [
-            f"within {lost[0]} steps rounding errors of {dtype} grow as large as the state, so gradients over more "
-            f"steps than that belong to no trajectory"
+            f"within {lost[0]} steps rounding errors of {record.dtype} grow as large as the state, so gradients "
+            f"over more steps than that belong to no trajectory"
         ]
-    reason = "; ".join(reasons)
+    parts = list(flat_map(record.cell, record.sequences.params).parts)
+    reason, log_expected = "; ".join(reasons), _root_mean_square(table)
+    # Larger lags than any t have no value.
+    memory, best = (memory_of(curve[: chosen.max() + 1], threshold) for curve in (log_expected, log_worst))
+    rows = np.stack([_root_mean_square(row[None]) for row in table])
     return GradientByLag(
         log_gradient=log_gradient,
-        log_gradient_parts={name: np.asarray(log_gradient_parts[i], np.float64) for i, name in enumerate(parts)},
-        lags=np.arange(K + 1),
+        log_gradient_parts=dict(zip(parts, log_gradient_parts, strict=True)),
+        lags=np.arange(table.shape[2]),
         times=chosen,
         table=table,
         log_expected=log_expected,
         log_worst=log_worst,
         log_parts={name: _root_mean_square(by_part[:, :, i]) for i, name in enumerate(parts)},
-        # Larger lags than any t have no value, and NaN would make the horizon NaN.
-        horizon=memory_horizon(log_expected[: chosen.max() + 1], threshold),
+        rows_expected=rows,
+        rows_worst=np.stack([_largest(row[None]) for row in worst]),
+        rows_parts={
+            name: np.stack([_root_mean_square(row[None, :, i]) for row in by_part]) for i, name in enumerate(parts)
+        },
+        horizon=memory.lag,
         threshold=threshold,
+        memory=memory,
+        best_memory=best,
         exact=exact,
         reliable=not reason,
         reason=reason,
     )
 
 
-def _not_finite(states: np.ndarray, log_gradient: np.ndarray, table: np.ndarray) -> str:
-    """Describes what is not finite in one sequence; minus infinity is valid, the logarithm of a zero gradient."""
-    finite = np.isfinite(states).all(axis=1)
-    if not finite.all():
-        return f"the state is not finite from step {int(np.argmin(finite))} on"
-    bad = np.flatnonzero(~(log_gradient < np.inf))
-    if bad.size:
-        return f"the gradient is not finite by the state after step {bad[-1]} and before"
-    return "" if (table < np.inf).all() else "the derivative of a step is not finite"
+def _times(times: Sequence[int] | Int[Any, " times"] | None, record: Recording) -> np.ndarray:
+    """The times t of each row; 0 for a time that the row does not have, or has twice."""
+    if times is not None:
+        chosen = np.tile(check_times(times, 1, record.time), (len(record.lengths), 1))
+        return np.where(chosen <= record.lengths[:, None], chosen, 0)
+    rows = [np.unique(np.linspace(min(max(T // 4, 1), T), T, TIMES).round()).astype(int) for T in record.lengths]
+    width = max(map(len, rows))
+    return np.array([np.pad(row, (width - len(row), 0)) for row in rows])
 
 
-def memory_horizon(log_norms: Float[Any, " lags"] | Sequence[float], threshold: float) -> float:
-    """The first lag from which a norm stays below a threshold.
+def _loss_gradients(
+    record: Recording, states: Array, loss: Callable[[State], Array] | None, key: Array
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """ln |dL/ds_t| for the whole state and for each field, NaN after the end of a row."""
+    cell, sequences, rows = record.cell, record.sequences, np.arange(len(record.lengths))
+    if loss is None:
+        arriving = np.zeros(states.shape, states.dtype)
+        arriving[rows, record.lengths] = random_frame(key, 1, sequences.size, states.dtype)[0]
+    else:
+        position = np.minimum(record.position[:, 1:], record.lengths[:, None])
+
+        def of_states(states: Array) -> Array:  # the loss reads the user's steps, in the user's dtype
+            return loss(unflatten(cell, sequences.params, states[rows[:, None], position].astype(record.dtype)))
+
+        arriving = jax.grad(of_states)(states)
+    log_norm, by_field = cached_jit(log_loss_gradients, cell)(sequences, states, jnp.asarray(arriving[:, 1:]))
+    after = np.arange(sequences.time + 1) > record.lengths[:, None]
+    return (
+        np.where(after, np.nan, np.asarray(log_norm, np.float64)),
+        [np.where(after, np.nan, np.asarray(each, np.float64)) for each in by_field],
+    )
+
+
+def _by_lag(
+    record: Recording, states: Array, times: np.ndarray, frame: Array, K: int, until: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The norms at lags 0..K, from chunks of lags by one compiled program.
 
     Args:
-        log_norms: ln of a norm at lags 0..K.
-        threshold: a positive number.
+        record, states: the sequences and s_0..s_T.
+        times: t, (batch, times).
+        frame: gradients at s_t, as rows.
+        K: the largest lag.
+        until: ln of a norm; if it is given, the lags end as soon as every row is decided: both norms are below it, or
+            the expected one has grown so far that float32 gradients have no correct digit.
 
     Returns:
-        The lag in steps; inf if the last norm is not below the threshold, and NaN if a norm is NaN.
-
-    Raises:
-        ValueError: the threshold is not positive.
-
-    Example:
-        >>> import jax.numpy as jnp, seqjax as sj
-        >>> sj.analysis.memory_horizon(jnp.log(jnp.array([1.0, 0.001, 0.5, 0.009, 0.001])), 0.01)
-        3.0
+        `norms_by_lag` for all lags.
     """
-    if not threshold > 0:
-        raise ValueError(f"expected a positive threshold, got {threshold}: 0.01 is a hundredth of the gradient")
-    log_norms = np.asarray(log_norms, np.float64)
-    if np.isnan(log_norms).any():
-        return math.nan
-    above = np.flatnonzero(log_norms >= math.log(threshold))
-    lag = int(above[-1]) + 1 if above.size else 0
-    return float(lag) if lag < len(log_norms) else math.inf
+    batch, n = len(times), frame.shape[1]
+    count = min(K, FIRST_LAGS) + 1
+    # One product of all gradients with a Jacobian costs about this much per lag.
+    cost = batch * times.shape[1] * frame.shape[0] * n * n
+    pulled, ends, chunks, lag = pulled_by_zero(frame, batch, times.shape[1]), jnp.asarray(times), [], 0
+    while lag <= K:
+        of_chunk = cached_jit(norms_by_lag, record.cell, count)
+        pulled, norms = of_chunk(record.sequences, states, ends, jnp.asarray(lag), pulled)
+        chunks.append([np.asarray(values, np.float64) for values in norms])
+        lag += count
+        if until is not None and (_decided(chunks[-1], until) or cost * (lag + count) > LARGEST_COST):
+            break
+    table, worst, by_part = (np.concatenate(values, axis=-1)[..., : K + 1] for values in zip(*chunks, strict=True))
+    return table, worst, by_part
+
+
+def _decided(norms: list[np.ndarray], until: float) -> bool:
+    """Whether no row needs further lags, from the norms of the last chunk."""
+    expected, worst = norms[0][..., -1], norms[1][..., -1]
+    with np.errstate(invalid="ignore"):
+        lost, grown = np.maximum(expected, worst) < until, expected > -math.log(float(jnp.finfo(jnp.float32).eps))
+    return bool((lost | grown | np.isnan(expected)).all())
+
+
+def _reasons(
+    record: Recording, states: np.ndarray, log_gradient: np.ndarray, table: np.ndarray, times: np.ndarray
+) -> list[str]:
+    """What is not finite in each sequence; minus infinity is valid, the logarithm of a zero gradient."""
+    reasons = record.reasons()
+    # Lags before the beginning of the sequence are NaN by definition, and not an error.
+    inside = np.where(np.arange(table.shape[2]) <= times[..., None], table, 0.0)
+    for b, length in enumerate(record.lengths):
+        bad = np.flatnonzero(~(log_gradient[b, : length + 1] < np.inf))
+        if bad.size:
+            reasons.setdefault(b, f"the gradient is not finite by the state after step {bad[-1]} and before")
+        elif not (inside[b] < np.inf).all():
+            reasons.setdefault(b, "the derivative of a step is not finite")
+    return [f"sequence {b}: {text}" for b, text in sorted(reasons.items())]
 
 
 def _root_mean_square(log_norms: np.ndarray) -> np.ndarray:

@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.analysis._flow import Sequences, check_arguments, flat_map, flat_trajectory, state_parts
+from seqjax.analysis._frames import final_states
+from seqjax.analysis._leaves import floating_leaves, with_leaves
+from seqjax.analysis._recording import in_float64
 from seqjax.analysis._scaled import log_power, rescale
 from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
@@ -31,6 +35,18 @@ class StepJacobians(NamedTuple):
     by_state: Float[Array, "batch time n n"]
     by_input: Float[Array, "batch time n m"] | None
     parts: dict[str, slice]
+
+    def __str__(self) -> str:
+        batch, time, n, _ = self.by_state.shape
+        parts = ", ".join(f"{name} {part.start}..{part.stop - 1}" for name, part in self.parts.items())
+        norm = jnp.linalg.norm(self.by_state, axis=(-2, -1)) / n**0.5
+        lines = [
+            f"Jacobians of {time} steps of {batch} sequences, {n} x {n}, over {parts}",
+            f"  |J_t|_F / sqrt({n}), the growth of a random perturbation: {norm.min():.4g} to {norm.max():.4g}",
+        ]
+        if self.by_input is not None:
+            lines.append(f"  and ds_t/dx_t, {n} x {self.by_input.shape[-1]}")
+        return "\n".join(lines)
 
     def block(self, of: str, by: str) -> Float[Array, "batch time a b"]:
         """One block of `by_state`, such as dh_t/dc_{t-1} = block("h", "c").
@@ -82,11 +98,12 @@ def step_jacobians(
         >>> J[0, :, 0, 0].tolist()  # at h = 0, 2 tanh'(0)
         [2.0, 2.0, 2.0]
     """
-    sequences = check_arguments(cell, params, xs, state, mask, reset)
-    if inputs and not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(sequences.inputs.x)):
+    cell, sequences = check_arguments(cell, params, xs, state, mask, reset)
+    fixed = [kind for leaf in jax.tree.leaves(xs) if not jnp.issubdtype(kind := jnp.result_type(leaf), jnp.floating)]
+    if inputs and fixed:
         raise TypeError(
-            f"expected floating-point xs for ds_t/dx_t, got {jax.tree.leaves(sequences.inputs.x)[0].dtype}: "
-            f"leave inputs=False for tokens, or analyse the layers above the embedding"
+            f"expected floating-point xs for ds_t/dx_t, got {fixed[0]}: leave inputs=False for tokens, or analyse the "
+            f"layers above the embedding"
         )
     by_state, by_input = cached_jit(jacobians_at, cell, inputs)(sequences, jnp.arange(sequences.time))
     return StepJacobians(by_state, by_input, state_parts(cell, params))
@@ -99,8 +116,9 @@ def jacobians_at(cell: Cell, inputs: bool, sequences: Sequences, times: Array) -
     by_state = flat.jacobian(params, shapes_of_one((before, inputs_at), 2))
 
     def by_input(v: Array, at: Inputs) -> Array:
-        x, unravel = ravel_pytree(at.x)  # inputs are no state, so `FlatCell` does not flatten them
-        return jax.jacfwd(lambda x: flat.step(params, v, at._replace(x=unravel(x))))(x)
+        # Inputs are no state, so `FlatCell` does not flatten them. A counter or a key among them has no derivative.
+        x, unravel = ravel_pytree(list(floating_leaves(at.x).values()))
+        return jax.jacfwd(lambda x: flat.step(params, v, at._replace(x=with_leaves(at.x, unravel(x)))))(x)
 
     def at_all_steps(derivative: Callable[[Array, Inputs], Array]) -> Array:
         return jax.vmap(jax.vmap(derivative))(before, inputs_at)
@@ -116,8 +134,8 @@ class JacobianProduct(NamedTuple):
         log_scale: (batch,), in nats; minus infinity if the product is zero.
     """
 
-    matrix: Float[Array, "batch n n"]
-    log_scale: Float[Array, " batch"]
+    matrix: Float[np.ndarray, "batch n n"]
+    log_scale: Float[np.ndarray, " batch"]
 
 
 def jacobian_product(
@@ -133,8 +151,9 @@ def jacobian_product(
 ) -> JacobianProduct:
     """ds_stop/ds_start = J_stop ... J_{start+1}, with its scale as a separate logarithm.
 
-    So the product neither overflows nor underflows at any lag. But like every explicit product of many matrices, it
-    loses the *small* singular values; `product_singular_values` and `lyapunov_exponents` compute them.
+    So the product neither overflows nor underflows at any lag. It is computed in float64, because rounding errors of
+    float32 grow as fast as perturbations. But like every explicit product of many matrices, it loses the *small*
+    singular values; `product_singular_values` and `lyapunov_exponents` compute them.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
@@ -156,16 +175,20 @@ def jacobian_product(
         >>> round(float(product.log_scale[0]))  # 100 000 ln 0.8, far below the smallest float
         -22314
     """
-    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    cell, sequences = check_arguments(cell, params, xs, state, mask, reset)
     start, stop = check_span(start, stop, sequences.time)
-    return cached_jit(_jacobian_product, cell, start, stop)(sequences)
+    if start:
+        sequences = sequences._replace(first=cached_jit(final_states, cell)(sequences.until(start)))
+    with in_float64(cell, sequences.between(start, stop)) as sequences:
+        product = cached_jit(_jacobian_product, cell)(sequences)
+        return JacobianProduct(*(np.asarray(each, np.float64) for each in product))
 
 
-def _jacobian_product(cell: Cell, start: int, stop: int, sequences: Sequences) -> JacobianProduct:
-    states = flat_trajectory(cell, sequences.until(stop))
+def _jacobian_product(cell: Cell, sequences: Sequences) -> tuple[Array, Array]:
+    """The matrix and its scale, over all steps."""
     flat, params = flat_map(cell, sequences.params), sequences.params
 
-    def one_sequence(v: Array, inputs: PyTree) -> JacobianProduct:
+    def one_sequence(v: Array, inputs: PyTree) -> tuple[Array, Array]:
         def advance(carry: tuple[Array, Array, Array], at: PyTree) -> tuple[tuple[Array, Array, Array], None]:
             v, columns, exponent = carry
             v, columns = flat.push(params, v, columns, at)
@@ -174,6 +197,6 @@ def _jacobian_product(cell: Cell, start: int, stop: int, sequences: Sequences) -
 
         first = (v, jnp.eye(v.size, dtype=v.dtype), jnp.zeros((), jnp.int32))
         (_, columns, exponent), _ = jax.lax.scan(advance, first, inputs)
-        return JacobianProduct(columns.T, log_power(columns, exponent))  # `push` stores columns as rows
+        return columns.T, log_power(columns, exponent)  # `push` stores columns as rows
 
-    return jax.vmap(one_sequence)(states[:, start], sequences.between(start, stop).inputs)
+    return jax.vmap(one_sequence)(sequences.first, sequences.inputs)

@@ -21,27 +21,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis._flow import Sequences, check_arguments, random_frame
+from seqjax.analysis._flow import random_frame
 from seqjax.analysis._frames import (
     check_count,
-    count_valid_steps,
-    final_states,
     log_diagonal,
     lost_directions,
+    power_of_two,
+    probed_interval,
+    pull_frames,
+    push_frames,
     safe_interval,
     strain,
     sweep,
-    sweep_all,
 )
-from seqjax.analysis._statistics import bootstrap_interval
+from seqjax.analysis._recording import Recording, recording, spans
+from seqjax.analysis._statistics import MIN_STEPS, mean_interval
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
 
 MIN_BLOCKS = 32  # if the run is long enough, because the confidence intervals resample the blocks
+PROBED = 32  # steps of the burn-in from which the interval between two QRs is chosen
+TREND = 0.8  # a correlation of the size of the state with time above which the state has not settled
 
 
 class LyapunovExponents(NamedTuple):
@@ -133,99 +136,179 @@ def lyapunov_exponents(
         >>> round(float(result.exponents[0, 0]), 2)  # ln 2
         0.69
     """
-    sequences = check_arguments(cell, params, xs, state, mask, reset)
-    k = check_count(k, sequences.size)
-    burn_in, frame_burn_in = _check_burn_in(sequences, burn_in, frame_burn_in)
+    for name, steps in (("burn_in", burn_in), ("frame_burn_in", frame_burn_in)):
+        if steps is not None:
+            whole_number(name, steps, 0, expected="whole steps of burn-in")
     if qr_every is not None:
         hint, expected = "None chooses a safe interval", "qr_every of at least 1 whole step"
         qr_every = whole_number("qr_every", qr_every, hint=hint, expected=expected)
+    with recording(cell, params, xs, state, mask, reset) as record:
+        return exponents_of(record, k, (burn_in, frame_burn_in), qr_every, key)
+
+
+def exponents_of(
+    record: Recording,
+    k: int | None = None,
+    burn_in: tuple[int | None, int | None] = (None, None),
+    qr_every: int | None = None,
+    key: Array | None = None,
+) -> LyapunovExponents:
+    """`lyapunov_exponents` of a recording; `burn_in` is that of the state and that of the frame."""
     key = jax.random.key(0) if key is None else key
-    start = burn_in + frame_burn_in
-
-    states, frames, warm_logs = cached_jit(_warm_up, cell, k, burn_in, frame_burn_in)(sequences, key)
-    dtype, chosen = frames.dtype, qr_every is None
-    longest = max(1, (sequences.time - start) // MIN_BLOCKS)
-    every = qr_every or min(safe_interval(np.asarray(warm_logs, np.float64), dtype), longest)
-    while True:
-        logs = np.asarray(cached_jit(_block_logs, cell, start, every)(sequences, states, frames), np.float64)
-        strains = strain(logs, dtype)
-        if not chosen or every == 1 or strains.max() <= 1:
-            break
-        every //= 2  # growth in a later block was faster than in the steps that the interval was chosen from
-    steps = count_valid_steps(sequences.between(start, sequences.time), every)
-    result = _result(logs, steps, start, every, chosen, strains, dtype)
-    if k < sequences.size:
-        return result
-    return result._replace(kaplan_yorke=np.where(result.exponents.sum(axis=1) >= 0, float(k), result.kaplan_yorke))
+    k = check_count(k, record.sequences.size)
+    starts = _first_counted(*burn_in, record.lengths)
+    growth = _sweep(record, k, starts, qr_every, key)
+    if None in burn_in:
+        later = _settled(growth, starts)
+        if (later > starts).any():
+            starts = later
+            growth = _sweep(record, k, starts, qr_every, key)
+    return _result(record, growth, starts)
 
 
-def _warm_up(
-    cell: Cell, k: int, burn_in: int, frame_burn_in: int, sequences: Sequences, key: Array
-) -> tuple[Array, Array, Array]:
-    """The states and the frames after their burn-in, and ln R_ii of single steps, from which the interval is chosen."""
-    states = final_states(cell, sequences.until(burn_in))
-    frame = random_frame(key, k, sequences.size, sequences.first.dtype)
-    frames = jnp.broadcast_to(frame, (sequences.batch, *frame.shape))
-    start = burn_in + frame_burn_in
-    # Without a burn-in of the frame, the first steps of the run are measured, but the run itself starts from the frame.
-    probe = sequences.between(burn_in, start if frame_burn_in else min(start + 32, sequences.time))
-    warm_states, warm_frames, logs = sweep(cell, 1, log_diagonal, probe, states, frames)
-    return (warm_states, warm_frames, logs) if frame_burn_in else (states, frames, logs)
-
-
-def _block_logs(cell: Cell, start: int, every: int, sequences: Sequences, states: Array, frames: Array) -> Array:
-    """ln R_ii of every block after the burn-in."""
-    return sweep_all(cell, log_diagonal, every, sequences.between(start, sequences.time), states, frames)
-
-
-def _check_burn_in(sequences: Sequences, burn_in: int | None, frame_burn_in: int | None) -> tuple[int, int]:
-    default = min(100, sequences.time // 5)
-    burn_in = default if burn_in is None else burn_in
-    frame_burn_in = default if frame_burn_in is None else frame_burn_in
-    expected = "whole steps of burn-in"
-    burn_in = whole_number("burn_in", burn_in, 0, expected=expected)
-    frame_burn_in = whole_number("frame_burn_in", frame_burn_in, 0, expected=expected)
-    if burn_in + frame_burn_in >= sequences.time:
+def _first_counted(burn_in: int | None, frame_burn_in: int | None, lengths: np.ndarray) -> np.ndarray:
+    """The number of steps of each sequence that are not in the mean."""
+    default = np.minimum(100, lengths // 5)
+    starts = (default if burn_in is None else burn_in) + (default if frame_burn_in is None else frame_burn_in)
+    starts = np.broadcast_to(starts, lengths.shape)
+    if (starts >= lengths).all():
         raise ValueError(
             f"expected sequences longer than burn_in + frame_burn_in, {burn_in} + {frame_burn_in} steps, "
-            f"got {sequences.time}: use longer ones, or a shorter burn-in"
+            f"got {int(lengths.max())}: use longer ones, or a shorter burn-in"
         )
-    return burn_in, frame_burn_in
+    return starts
 
 
-def _result(
-    logs: np.ndarray, steps: np.ndarray, first: int, every: int, chosen: bool, strains: np.ndarray, dtype: DTypeLike
-) -> LyapunovExponents:
+class _Sweep(NamedTuple):
+    """The growth of all frames after the burn-in.
+
+    Attributes:
+        logs: ln R_ii of every block, (batch, blocks, k).
+        steps: the number of valid steps of each block, (batch, blocks).
+        every: the number of steps in a block.
+        chosen: whether `every` was chosen from measured rates.
+        misaligned: (batch, k), how much more the first i directions together would have grown from the best frame at
+            the beginning of the mean than from the frame that was there, in nats; NaN if it is not known.
+    """
+
+    logs: np.ndarray
+    steps: np.ndarray
+    every: int
+    chosen: bool
+    misaligned: np.ndarray
+
+
+def _sweep(record: Recording, k: int, starts: np.ndarray, qr_every: int | None, key: Array) -> _Sweep:
+    cell, sequences = record.cell, record.sequences
+    dtype, counted = sequences.first.dtype, np.maximum(record.lengths - starts, 0)
+    frame = np.asarray(random_frame(key, k, sequences.size, dtype))
+    frames = jnp.asarray(np.broadcast_to(frame, (sequences.batch, *frame.shape)))
+    states, logs = sequences.first, np.zeros((sequences.batch, 0, k))
+    if starts.any():
+        burn_in = spans(sequences, np.zeros_like(starts), np.minimum(starts, record.lengths))
+        states, frames, logs = cached_jit(sweep, cell, 1, log_diagonal)(burn_in, states, frames)
+    sequences = spans(sequences, np.minimum(starts, record.lengths), record.lengths)._replace(first=states)
+    if starts.any():
+        rated = safe_interval(np.asarray(logs, np.float64)[:, -PROBED:], dtype)
+    else:
+        rated = probed_interval(cell, sequences, frames)
+    every = qr_every or power_of_two(min(rated, max(1, int(counted.max()) // MIN_BLOCKS)))
+    while True:
+        pushed = cached_jit(push_frames, cell, every)(sequences, frames)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log(np.diagonal(np.asarray(pushed.factors, np.float64), axis1=-2, axis2=-1))
+        if qr_every or every == 1 or strain(logs, dtype).max() <= 1:
+            break
+        every //= 2  # growth in a later block was faster than in the steps that the interval was chosen from
+    pulled = cached_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)
+    steps = np.clip(counted[:, None] - every * np.arange(logs.shape[1]), 0, every)
+    used = np.flatnonzero(steps.any(axis=0))
+    misaligned = np.array(
+        [_misalignment(*pair) for pair in zip(np.asarray(pulled[0]), np.asarray(frames), strict=True)]
+    )
+    return _Sweep(logs[:, used], steps[:, used], every, qr_every is None, misaligned)
+
+
+def _misalignment(P: np.ndarray, Q: np.ndarray) -> np.ndarray:
+    """-ln |det| of the leading blocks of P Q^T, (k,).
+
+    Q is the frame at the beginning of the mean. P is the final frame, pulled back to there: it spans the directions
+    that grow most until the end. An aligned frame has a determinant near one.
+    """
+    C = P @ Q.T
+    return -np.cumsum(_log_pivots(C)) if np.isfinite(C).all() else np.full(len(C), np.nan)
+
+
+def _log_pivots(C: np.ndarray) -> np.ndarray:
+    """ln |pivots| of an elimination without row exchanges: sums of the first i are ln |det| of the leading blocks."""
+    C, pivots = C.copy(), np.zeros(len(C))
+    tiny = np.finfo(C.dtype).tiny
+    for i in range(len(C)):
+        pivots[i] = C[i, i] if abs(C[i, i]) > tiny else tiny
+        C[i + 1 :, i:] -= np.outer(C[i + 1 :, i] / pivots[i], C[i, i:])
+    return np.log(np.abs(pivots))
+
+
+def _settled(sweep: _Sweep, starts: np.ndarray) -> np.ndarray:
+    """Later first steps for rows whose largest exponent still drifts, from the standard error of what remains.
+
+    Source: White 1997, "An effective truncation heuristic for bias reduction in simulation output".
+    """
+    later = starts.copy()
+    for b, (logs, steps) in enumerate(zip(sweep.logs[..., :1], sweep.steps, strict=True)):
+        logs, steps = logs[steps > 0], steps[steps > 0]
+        if len(steps) < 2 * MIN_STEPS or not np.isfinite(logs).all():
+            continue
+        low, high = mean_interval(logs, steps)
+        if abs(_drift(logs, steps)[0]) <= high[0] - low[0]:
+            continue
+        rates, remaining = logs[:, 0] / steps, np.arange(len(steps), 0, -1)
+        sums, squares = (np.cumsum(values[::-1])[::-1] for values in (rates, rates**2))
+        variance = np.maximum(squares / remaining - (sums / remaining) ** 2, 0) / remaining
+        later[b] += sweep.every * int(np.argmin(variance[: len(steps) // 2]))
+    return later
+
+
+def _result(record: Recording, sweep: _Sweep, starts: np.ndarray) -> LyapunovExponents:
+    lengths, dtype = record.lengths, record.sequences.first.dtype
+    logs, steps, every = sweep.logs, sweep.steps, sweep.every
     total = steps.sum(axis=1)
     # Within a longer block a direction may shrink that far without a single singular step.
     lost = lost_directions(logs, dtype) if every == 1 else np.isneginf(logs)
-    singular = np.asarray(lost.any(axis=1))
-    finite = np.isfinite(np.where(lost, 0.0, logs)).all(axis=(1, 2))
+    singular = np.asarray((lost & (steps > 0)[..., None]).any(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(lost, -np.inf, logs)
+        logs = np.where(steps[..., None] > 0, np.where(lost, -np.inf, logs), 0.0)
         history = np.cumsum(logs, axis=1) / np.cumsum(steps, axis=1)[..., None]
     exponents = history[:, -1]
+    low, high = np.moveaxis(np.array([mean_interval(*row) for row in zip(logs, steps, strict=True)]), 1, 0)
     split_half = np.array([_drift(*row) for row in zip(logs, steps, strict=True)])
-    intervals = np.array([bootstrap_interval(*row) for row in zip(logs, steps, strict=True)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        bias = np.diff(sweep.misaligned, axis=1, prepend=0) / total[:, None]
+        # A frame that still turns towards faster directions has growth rates that change.
+        bias[high - low <= _rounding(exponents)] = 0.0
+        low, high = low - np.maximum(-bias, 0), high + np.maximum(bias, 0)
     # QR orders the directions only in the limit of a long run, and NaN must come last.
     order = np.argsort(-np.where(np.isnan(exponents), -np.inf, exponents), axis=1, kind="stable")
 
     def ordered(values: np.ndarray) -> np.ndarray:
         return np.take_along_axis(values, order, axis=1)
 
-    reasons = {}
-    for b in np.flatnonzero(~finite):
-        block = int(np.argmin(np.isfinite(np.where(lost[b], 0.0, logs[b])).all(axis=1)))
-        subject = "the state or its derivative" + (f", over qr_every={every} steps," if every > 1 else "")
-        reasons[b] = f"{subject} is not finite from about step {first + block * every + 1} on"
-    for b in np.flatnonzero(total == 0):
-        reasons[b] = "no valid step is left after the burn-in"
-    for b in np.flatnonzero(strains > 1) if every > 1 and not chosen else ():
-        reasons.setdefault(
-            b,
-            f"qr_every={every} is too long: in the worst block the columns lost more of their digits than is safe, "
-            f"{strains[b]:.1f} times; leave qr_every out",
+    reasons = record.reasons()
+    strains = strain(sweep.logs, dtype)
+    for b in range(len(lengths)):
+        text = _doubt(
+            int(total[b]),
+            bool(np.isfinite(np.where(lost[b], 0.0, logs[b])).all()),
+            (ordered(low)[b, 0], ordered(high)[b, 0], ordered(split_half)[b, 0], abs(bias[b, 0])),
+            _has_trend(record.rms[b, starts[b] + 1 : lengths[b] + 1], record.rms[b, : lengths[b] + 1].max(axis=0)),
         )
+        if every > 1 and not sweep.chosen and strains[b] > 1:
+            text = (
+                f"qr_every={every} is too long: in the worst block the columns lost more of their digits than is safe, "
+                f"{strains[b]:.1f} times; leave qr_every out"
+            )
+        if text:
+            reasons.setdefault(b, text)
     remarks = {
         b: f"{count} of {logs.shape[2]} exponents are minus infinity: in some step these directions shrink below the "
         f"rounding error of {np.dtype(dtype).name}"
@@ -233,19 +316,20 @@ def _result(
         if count and b not in reasons
     }
     exponents = ordered(exponents)
-    # Equal values have no spread, also if they are minus infinity, for which numpy computes NaN.
-    with np.errstate(invalid="ignore"):
-        spread = np.where((exponents == exponents[0]).all(axis=0), 0.0, exponents.std(axis=0))
+    k = logs.shape[2]
+    dimension = np.array([kaplan_yorke_dimension(row) for row in exponents])
+    if k == record.sequences.size:
+        dimension = np.where(exponents.sum(axis=1) >= 0, float(k), dimension)
     return LyapunovExponents(
         exponents=exponents,
-        mean=exponents.mean(axis=0),
-        spread=spread,
-        low=ordered(intervals[:, 0]),
-        high=ordered(intervals[:, 1]),
+        mean=_mean(exponents),
+        spread=_spread(exponents),
+        low=ordered(low),
+        high=ordered(high),
         split_half=ordered(split_half),
         history=np.take_along_axis(history, order[:, None], axis=2),
         history_steps=np.cumsum(steps[0]),
-        kaplan_yorke=np.array([kaplan_yorke_dimension(row) for row in exponents]),
+        kaplan_yorke=dimension,
         entropy_rate=np.where(exponents <= 0, 0.0, exponents).sum(axis=1),
         singular=ordered(singular),
         qr_every=every,
@@ -253,6 +337,74 @@ def _result(
         reliable=np.array([b not in reasons for b in range(len(logs))]),
         reason="; ".join(f"sequence {b}: {text}" for b, text in sorted((reasons | remarks).items())),
     )
+
+
+def _doubt(steps: int, finite: bool, largest: tuple[float, float, float, float], trend: bool) -> str:
+    """Why the interval of the largest exponent should not be trusted; empty if it should.
+
+    Args:
+        steps: in the mean.
+        finite: whether all growth rates are finite.
+        largest: the ends of the interval of the largest exponent, the difference between the halves of the run, and
+            the part of the interval that comes from the alignment of the frame.
+        trend: whether the state has not settled.
+    """
+    if not steps:
+        return "no valid step is left after the burn-in"
+    if not finite:
+        return "the derivative of a step is not finite"
+    low, high, drift, bias = largest
+    if np.isneginf(low):
+        return ""
+    width = high - low
+    if not math.isfinite(width) or math.isnan(drift):
+        return f"{steps} steps after the burn-in are too few for an interval: use at least {8 * MIN_STEPS} more"
+    rounding = _rounding(low)
+    if abs(drift) > width + rounding:
+        need = steps * max(2, math.ceil(abs(drift) / max(width, rounding)))
+        return f"the halves of the {steps} steps differ by more than the interval: use {min(need, 10**9)} steps or more"
+    if 2 * bias > width and bias > rounding:
+        need = math.ceil(2 * steps * bias / max(width - bias, bias / 2))
+        return f"the frame is not aligned after the burn-in: use at least {need} steps"
+    if trend and width > rounding:
+        return (
+            f"the size of the state still changes in one direction over the {steps} steps after the burn-in, so it has "
+            f"not settled: use at least {5 * steps} steps"
+        )
+    return ""
+
+
+def _rounding(exponent: Any) -> Any:
+    """A width of an interval that is only rounding."""
+    return 1e-9 + 1e-6 * np.abs(exponent)
+
+
+def _has_trend(rms: np.ndarray, largest: np.ndarray) -> bool:
+    """Whether a field's size over time (time, fields) rises or falls steadily, by more than 1 % of its largest size."""
+    if len(rms) < MIN_STEPS:
+        return False
+    time = np.arange(len(rms)) - (len(rms) - 1) / 2
+    rms = rms - rms.mean(axis=0)
+    spread = np.sqrt((rms**2).mean(axis=0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = (time[:, None] * rms).mean(axis=0) / (spread * time.std())
+    return bool(((np.abs(correlation) > TREND) & (spread > 0.01 * largest)).any())
+
+
+def _mean(exponents: np.ndarray) -> np.ndarray:
+    """The mean over the sequences with a finite value; minus infinity if there is none, and NaN if one is NaN."""
+    infinite = np.isneginf(exponents)
+    with np.errstate(invalid="ignore"):
+        mean = np.where(infinite, 0.0, exponents).sum(axis=0) / (~infinite).sum(axis=0)
+    return np.where(infinite.all(axis=0), -np.inf, mean)
+
+
+def _spread(exponents: np.ndarray) -> np.ndarray:
+    """The standard deviation over the same sequences."""
+    infinite = np.isneginf(exponents)
+    with np.errstate(invalid="ignore"):
+        squares = np.where(infinite, 0.0, (exponents - _mean(exponents)) ** 2).sum(axis=0) / (~infinite).sum(axis=0)
+    return np.where(infinite.all(axis=0), 0.0, np.sqrt(squares))
 
 
 def _drift(logs: np.ndarray, steps: np.ndarray) -> np.ndarray:

@@ -56,6 +56,16 @@ class ParameterSensitivity(NamedTuple):
     reliable: bool
     reason: str
 
+    def __str__(self) -> str:
+        time = next(iter(self.log_norm.values())).shape[1]
+        how = "every column" if self.exact else f"{self.probes} random combinations of the columns"
+        lines = [f"log10 |ds_t/dtheta| after 1 and after {time} steps, means over the batch, from {how}"]
+        for name, log in self.log_norm.items():
+            first, last = log[:, [0, -1]].mean(axis=0) / math.log(10)
+            lines.append(f"  {name}: {first:.4g}, {last:.4g}")
+        lines.append("reliable" if self.reliable else f"not reliable: {self.reason}")
+        return "\n".join(lines)
+
 
 def parameter_sensitivity(
     cell: Cell,
@@ -106,7 +116,7 @@ def parameter_sensitivity(
         probes = whole_number("probes", probes, hint="None chooses", expected="a positive number of probes")
     # Twice, because S_t needs a forward-mode derivative of the step, and dF/dtheta a reverse-mode one.
     check_arguments(cell, params, xs, state, mask, reset)
-    sequences = check_arguments(cell, params, xs, state, mask, reset, backward=True)
+    analysed, sequences = check_arguments(cell, params, xs, state, mask, reset, backward=True)
     names = list(floating_leaves(params))
     if not sequences.time or not names:
         missing = "parameter" if sequences.time else "step"
@@ -118,14 +128,14 @@ def parameter_sensitivity(
     if probes is None and sequences.size * size > EXACT:
         probes = PROBES
     key = jax.random.key(0) if key is None else key
-    mean_square, exponent = cached_jit(_squared_norms, cell, probes or 0)(sequences, key)
+    mean_square, exponent = cached_jit(_squared_norms, analysed, probes or 0)(sequences, key)
     with np.errstate(divide="ignore"):
         # ln sqrt(m 4^e) = ln(m) / 2 + e ln 2
         log_norm = np.log(np.asarray(mean_square, np.float64)) / 2 + np.asarray(exponent) * math.log(2)
     share = None
     if loss is not None:
         outputs = unroll(cell, params, xs, state=state, mask=mask, reset=reset)[1]
-        share = dict(zip(names, gradient_shares(cell, sequences, jax.grad(loss)(outputs)), strict=True))
+        share = dict(zip(names, gradient_shares(analysed, sequences, jax.grad(loss)(outputs)), strict=True))
     log_norm = {name: log_norm[..., i] for i, name in enumerate(names)}
     bad = [f"|ds/d{name}| is not finite" for name, values in log_norm.items() if not (values < np.inf).all()]
     bad += [f"the gradient by {name} is not finite" for name, values in (share or {}).items() if np.isnan(values).any()]

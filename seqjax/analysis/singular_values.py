@@ -10,7 +10,6 @@ with the logarithms of the diagonal D and a U with unit diagonal, which loses no
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,25 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from seqjax.analysis._flow import (
-    Sequences,
-    check_arguments,
-    flat_map,
-    flat_trajectory,
-    orthonormal,
-    pad_with_masked_steps,
-    random_frame,
-)
+from seqjax.analysis._flow import Sequences, check_arguments, random_frame
 from seqjax.analysis._frames import (
     check_count,
     final_states,
-    log_diagonal,
     lost_directions,
-    safe_interval,
+    probed_interval,
+    pull_frames,
+    push_frames,
     strain,
-    sweep,
-    triangular_factor,
 )
+from seqjax.analysis._recording import in_float64
 from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import cached_jit
@@ -110,10 +101,9 @@ def product_singular_values(
         >>> result.log_values.round(1).tolist()  # 1000 ln 0.9 and 1000 ln 0.5: a ratio of 10^255
         [[-105.4, -693.1]]
     """
-    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    cell, sequences = check_arguments(cell, params, xs, state, mask, reset)
     start, stop = check_span(start, stop, sequences.time)
     k = check_count(k, sequences.size)
-    dtype = sequences.first.dtype
     if start == stop:
         zeros = np.zeros((sequences.batch, k))
         return ProductSingularValues(zeros, zeros, zeros == 0, 0, 1)
@@ -121,27 +111,29 @@ def product_singular_values(
         sequences = sequences._replace(first=cached_jit(final_states, cell)(sequences.until(start)))
     sequences = sequences.between(start, stop)
     if tolerance is None:
+        dtype = sequences.first.dtype
         tolerance = max(1e-4 if dtype == jnp.float32 else 1e-9, sequences.time * float(jnp.finfo(dtype).eps))
-    columns = min(sequences.size, k + OVERSAMPLED)
-    frame = random_frame(jax.random.key(0) if key is None else key, columns, sequences.size, dtype)
+    with in_float64(cell, sequences) as sequences:
+        return _converge(cell, sequences, k, tolerance, jax.random.key(0) if key is None else key)
+
+
+def _converge(cell: Cell, sequences: Sequences, k: int, tolerance: float, key: Array) -> ProductSingularValues:
+    """Forward and backward sweeps until the values change by less than the tolerance."""
+    dtype, columns = sequences.first.dtype, min(sequences.size, k + OVERSAMPLED)
+    frame = random_frame(key, columns, sequences.size, dtype)
     frames = jnp.broadcast_to(frame, (sequences.batch, columns, sequences.size))
-    _, _, logs = cached_jit(sweep, cell, 1, log_diagonal)(
-        sequences.until(min(stop - start, 32)), sequences.first, frames
-    )
-    every = safe_interval(np.asarray(logs, np.float64), dtype)
+    every = probed_interval(cell, sequences, frames)
     has_reset = np.zeros(sequences.batch, bool)
-    if reset is not None:
+    if sequences.inputs.reset is not None:
         has_reset |= np.asarray(sequences.inputs.reset).any(axis=1)
     log_values, sweeps = np.full((sequences.batch, columns), np.inf), 0
-    forward, backward = cached_jit(_forward, cell, every), cached_jit(_backward, cell, every)
     while True:
-        starts, ends, factors = forward(sequences, frames)
-        factors = np.array(factors, np.float64)
+        pushed = cached_jit(push_frames, cell, every)(sequences, frames)
+        factors = np.array(pushed.factors, np.float64)
         with np.errstate(divide="ignore"):
             logs = np.log(np.diagonal(factors, axis1=-2, axis2=-1))
         if every > 1 and strain(logs, dtype).max() > 1:
             every //= 2
-            forward, backward = cached_jit(_forward, cell, every), cached_jit(_backward, cell, every)
             continue
         if every == 1:  # the value of a direction that one step lost is a rounding error, and zero is correct
             factors[lost_directions(logs, dtype)] = 0
@@ -153,7 +145,7 @@ def product_singular_values(
         converged = ((change <= tolerance) & (_remaining_change(change, log_values) <= tolerance))[:, :k]
         if sweeps == MOST_SWEEPS or (converged | np.isnan(change[:, :k])).all():
             break
-        frames = backward(sequences, starts, ends)
+        frames = cached_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)[0]
     return ProductSingularValues(log_values[:, :k], change[:, :k], converged, sweeps, every)
 
 
@@ -172,55 +164,6 @@ def _remaining_change(change: np.ndarray, log_values: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         apart = log_values - log_values[:, -1:]
         return np.where(np.isneginf(log_values), 0.0, np.fmin(change / np.expm1(2 * apart), apart))
-
-
-def _chunks(sequences: Sequences, every: int) -> PyTree:
-    """The inputs in chunks of about sqrt(time * every) steps, (chunks, batch, steps, ...), padded with masked steps."""
-    blocks = math.isqrt(math.ceil(sequences.time / every) - 1) + 1 if sequences.time > every else 1
-    steps = every * blocks
-    count = math.ceil(sequences.time / steps)
-    inputs = pad_with_masked_steps(sequences, count * steps).inputs
-
-    def split(leaf: Array) -> Array:
-        return jnp.swapaxes(leaf.reshape(sequences.batch, count, steps, *leaf.shape[2:]), 0, 1)
-
-    return jax.tree.map(split, inputs)
-
-
-def _forward(cell: Cell, every: int, sequences: Sequences, frames: Array) -> tuple[Array, Array, Array]:
-    """M V^T = Q R_m ... R_1: returns the states before each chunk, (chunks, batch, n), Q as rows, and all R."""
-
-    def chunk(carry: tuple[Array, Array], inputs: PyTree) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        states, frames = carry
-        part = sequences._replace(inputs=inputs)
-        after, frames, factors = sweep(cell, every, triangular_factor, part, states, frames)
-        return (after, frames), (states, factors)
-
-    (_, frames), (starts, factors) = jax.lax.scan(chunk, (sequences.first, frames), _chunks(sequences, every))
-    chunks, batch, blocks, k, _ = factors.shape
-    return starts, frames, jnp.swapaxes(factors, 0, 1).reshape(batch, chunks * blocks, k, k)
-
-
-def _backward(cell: Cell, every: int, sequences: Sequences, starts: Array, frames: Array) -> Array:
-    """An orthonormal frame of M^T Q, rows (batch, k, n); each chunk's states are recomputed from its start."""
-    flat, params = flat_map(cell, sequences.params), sequences.params
-
-    def one_sequence(frame: Array, before: Array, inputs: PyTree) -> Array:
-        def one_step(frame: Array, at: tuple[Array, PyTree]) -> tuple[Array, None]:
-            return flat.pull(params, at[0], frame, at[1]), None
-
-        def one_block(frame: Array, at: PyTree) -> tuple[Array, None]:
-            return orthonormal(jax.lax.scan(one_step, frame, at, reverse=True)[0])[0], None
-
-        blocks = jax.tree.map(lambda leaf: leaf.reshape(len(leaf) // every, every, *leaf.shape[1:]), (before, inputs))
-        return jax.lax.scan(one_block, frame, blocks, reverse=True)[0]
-
-    def chunk(frames: Array, at: tuple[Array, PyTree]) -> tuple[Array, None]:
-        first, inputs = at
-        before = flat_trajectory(cell, Sequences(params, first, inputs))[:, :-1]
-        return jax.vmap(one_sequence)(frames, before, inputs), None
-
-    return jax.lax.scan(chunk, frames, (starts, _chunks(sequences, every)), reverse=True)[0]
 
 
 def product_of_factors(factors: np.ndarray) -> np.ndarray:

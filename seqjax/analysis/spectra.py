@@ -17,13 +17,16 @@ import numpy as np
 from jaxtyping import Bool, Complex, Float, Int, PyTree
 
 from seqjax.analysis._flow import check_arguments
+from seqjax.analysis._recurrent_products import recurrent_products
 from seqjax.analysis._spans import check_times
 from seqjax.analysis.jacobians import jacobians_at
-from seqjax.cell import Cell, Params, State
+from seqjax.cell import Cell, Params, State, optional
 from seqjax.cells.vanilla import VanillaRNN
 from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._checks import check_methods
+from seqjax.sequence._parameter_checks import check_params
+from seqjax.sequence._partition.tracing import shapes_of_one
 
-BLOCKS = {1: ("",), 3: ("r", "z", "h~"), 4: ("i", "f", "c~", "o")}  # the gates in the rows of W_hh of seqjax's cells
 ANGLES = 32  # the first grid over half a circle; golden-section search then refines around its maximum
 
 
@@ -48,6 +51,26 @@ class MatrixSpectrum(NamedTuple):
     condition: Float[np.ndarray, "*batch"]
     departure: Float[np.ndarray, "*batch"]
     numerical_radius: Float[np.ndarray, "*batch"] | None
+
+    def __str__(self) -> str:
+        n, count = self.eigenvalues.shape[-1], int(np.prod(self.eigenvalues.shape[:-1]))
+        lines = [f"{count} {'matrix' if count == 1 else 'matrices'} of {n} x {n}"]
+        lines += [
+            f"  {name}: {_range_of(values)}"
+            for name, values in (
+                ("spectral radius, the growth per step in the long run", self.spectral_radius),
+                ("largest singular value, the largest growth in one step", self.norm),
+                ("condition", self.condition),
+                ("departure from normality", self.departure),
+            )
+        ]
+        return "\n".join(lines)
+
+
+def _range_of(values: Float[Any, "*batch"]) -> str:
+    """The range of some numbers in words; of a single one, the number."""
+    low, high = float(np.min(values)), float(np.max(values))
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
 def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = True) -> MatrixSpectrum:
@@ -120,7 +143,8 @@ class Spectrum(NamedTuple):
     Attributes:
         steps: the spectra of J_t, with leading axes (batch, len(times)).
         times: the steps t, from 1 to T.
-        recurrent: the spectrum of each matrix of `recurrent_matrices`, by name, such as "W_hh" or an LSTM's "W_hh.f".
+        recurrent: the spectrum of each square matrix of `recurrent_matrices`, by name, such as "W_hh" or an LSTM's
+            "W_hh.forget".
         bound: gamma * norm(W_hh), the largest factor of a gradient in one step of a vanilla network; None for others.
         bound_holds: whether the bound is below one, so that gradients vanish for all inputs.
         largest_step_norm: (batch,), the largest norm of J_t among `times`; if it is below one, every gradient shrinks
@@ -133,6 +157,19 @@ class Spectrum(NamedTuple):
     bound: float | None
     bound_holds: bool | None
     largest_step_norm: Float[np.ndarray, " batch"]
+
+    def __str__(self) -> str:
+        lines = [f"J_t at {len(self.times)} steps of {len(self.largest_step_norm)} sequences: {self.steps}"]
+        lines += [
+            f"{name}: spectral radius {float(matrix.spectral_radius):.4g}, largest singular value {matrix.norm:.4g}"
+            for name, matrix in self.recurrent.items()
+        ]
+        if self.bound is not None:
+            meaning = (
+                "below 1, so gradients vanish for all inputs" if self.bound_holds else "not below 1, so it says nothing"
+            )
+            lines.append(f"bound on the growth of a gradient in one step: {self.bound:.4g}, {meaning}")
+        return "\n".join(lines)
 
 
 def spectrum(
@@ -176,44 +213,57 @@ def spectrum(
         >>> round(result.bound, 4), result.bound_holds
         (0.8, True)
     """
-    sequences = check_arguments(cell, params, xs, state, mask, reset)
+    analysed, sequences = check_arguments(cell, params, xs, state, mask, reset)
     T = sequences.time
     chosen = check_times(times, 1, T)
-    jacobians, _ = cached_jit(jacobians_at, cell, False)(sequences, jnp.asarray(chosen - 1))
+    jacobians, _ = cached_jit(jacobians_at, analysed, False)(sequences, jnp.asarray(chosen - 1))
     steps = matrix_spectrum(np.asarray(jacobians), numerical_radius=False)
-    matrices = recurrent_matrices(params)
-    recurrent = {name: matrix_spectrum(W, numerical_radius=numerical_radius) for name, W in matrices.items()}
+    matrices = recurrent_products(cell, params, shapes_of_one(jax.tree.map(jnp.asarray, xs), 2))
+    square = {name: W for name, W in matrices.items() if W.shape[0] == W.shape[1]}
+    recurrent = {name: matrix_spectrum(W, numerical_radius=numerical_radius) for name, W in square.items()}
     if gamma is None and type(cell) is VanillaRNN:
         gamma = 1.0  # the largest slope of tanh, relu and the identity
-    bound = None if gamma is None or len(recurrent) != 1 else gamma * float(next(iter(recurrent.values())).norm)
+    bound = (
+        None
+        if gamma is None or not len(recurrent) == len(matrices) == 1
+        else gamma * float(next(iter(recurrent.values())).norm)
+    )
     holds = None if bound is None else bound < 1
     return Spectrum(steps, chosen, recurrent, bound, holds, steps.norm.max(axis=1))
 
 
-def recurrent_matrices(params: Params) -> dict[str, np.ndarray]:
-    """The recurrent matrices among the parameters, split by gate, by their path.
+def recurrent_matrices(cell: Cell, params: Params, x: PyTree | None = None) -> dict[str, Float[np.ndarray, "out in"]]:
+    """The matrices that multiply the state in a step, found in its program, by name.
 
-    The selection is by name: a recurrent matrix is a leaf named W_hh with n columns and a multiple of n rows. Of a cell
-    with other names, such as an adapter of another library, none is returned.
+    The names are those of the parameters. If only slices of a product are read, as by the gates of an LSTM, each slice
+    is a matrix. So this works for any cell, without names that it must follow.
 
     Args:
-        params: of a cell, of a stack, or any tree that contains them.
+        cell, params: any cell and its parameters.
+        x: one input of one example; needed only if the cell has no `input_shape`.
 
     Returns:
-        Matrices (n, n) by name.
+        Matrices (out, in) by name: "W_hh" for a leaf of the parameters, "W_hh.forget" for the part of it that feeds a
+        gate, if the cell declares its gates, "W_hh[0:8]" for another part, "product 1" for a matrix that the step
+        computes from several leaves. A matrix that is not square, such as a projection, is one of them.
+
+    Raises:
+        TypeError: `x` is None and the cell has no `input_shape`.
 
     Example:
         >>> import jax, seqjax as sj
-        >>> list(sj.analysis.recurrent_matrices(sj.GRU(2, 3).init(jax.random.key(0))))
-        ['W_hh.r', 'W_hh.z', 'W_hh.h~']
+        >>> cell = sj.GRU(2, 3)
+        >>> list(sj.analysis.recurrent_matrices(cell, cell.init(jax.random.key(0))))
+        ['W_hh.reset', 'W_hh.update', 'W_hh.candidate']
     """
-    matrices = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if name.split(".")[-1] != "W_hh" or leaf.ndim != 2 or leaf.shape[0] % leaf.shape[1]:
-            continue
-        count = leaf.shape[0] // leaf.shape[1]
-        names = BLOCKS.get(count, tuple(map(str, range(count))))
-        for block, W in zip(names, np.split(np.asarray(leaf), count), strict=True):
-            matrices[f"{name}.{block}" if block else name] = W
-    return matrices
+    check_methods(cell)
+    check_params(cell, params)
+    shape = optional(cell, "input_shape")
+    if x is None and shape is None:
+        raise TypeError(
+            f"expected an example input, because {type(cell).__name__} has no input_shape: "
+            f"recurrent_matrices(cell, params, x=jnp.ones(8))"
+        )
+    if x is None:
+        x = jnp.zeros(shape) if shape else jnp.zeros((), int)
+    return recurrent_products(cell, params, shapes_of_one(jax.tree.map(jnp.asarray, x), 0))

@@ -1,8 +1,9 @@
-"""A verdict in words on the gradients of a recurrence, with the evidence and with advice."""
+"""A verdict in words on the gradients of a recurrence, sequence by sequence, with the evidence and with advice."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,57 +11,46 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from seqjax.analysis._flow import Sequences, check_arguments, flat_trajectory, random_frame
-from seqjax.analysis._frames import log_diagonal, sweep
-from seqjax.analysis.gradient_flow import GradientByLag, gradient_by_lag, memory_horizon
-from seqjax.analysis.lyapunov import LyapunovExponents, lyapunov_exponents
+from seqjax.analysis._advice import advice
+from seqjax.analysis._flow import flat_trajectory, random_frame
+from seqjax.analysis._probes import probe
+from seqjax.analysis._recording import Recording, recording
+from seqjax.analysis._row_verdicts import Measurements, Regime, RowVerdict, row_verdict
+from seqjax.analysis.gradient_flow import GradientByLag, gradients_of
+from seqjax.analysis.lyapunov import LyapunovExponents, exponents_of
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._masked_step import Inputs
 
-Regime = Literal["vanishing", "stable", "exploding", "chaotic", "unknown"]
-EXPLODED = math.log(10)  # a gradient that grew tenfold over the horizon explodes
-DISTINCT = math.log(100)  # the smallest growth over a sequence that distinguishes chaos from slow growth
-
-ADVICE: dict[str, tuple[str, ...]] = {
-    "vanishing": (
-        "for a memory of N steps start an LSTM with a forget bias of about ln N, or with chrono=N",
-        "start the recurrent matrices orthogonal, and prefer a gated cell to a vanilla one",
-        "bring distant information nearer: shorter sequences, or inputs that repeat it",
-    ),
-    "exploding": (
-        "clip the gradient's norm (clip_norm=1.0) and look at how often clipping acts",
-        "scale the recurrent matrix down: sj.SpectralRadius(0.9), or sj.Orthogonal()",
-        "truncate the gradient to a shorter window",
-    ),
-    "chaotic": (
-        "scale the recurrent matrix down until the largest exponent is near zero",
-        "truncate the gradient to a window well below 1 / lambda_1 steps, and clip it",
-        "give the network more informative inputs: strong drive suppresses chaos",
-    ),
-    "stable": ("nothing is needed at this horizon; ask again with a longer one if the task needs longer memory",),
-    "unknown": ("look at the trajectory: find the first step that is not finite, and lower the scale that made it so",),
-}
+AWAY = 0.1  # the first distance of the trajectory whose exponents are measured too, relative to the size of the states
 
 
 class Verdict(NamedTuple):
     """The result in words, with the measurements behind it.
 
     Attributes:
-        regime: "vanishing", "stable", "exploding", "chaotic", or "unknown" if the trajectory is not finite.
-        contracting: whether the largest exponent is below zero, so that the recurrence forgets its initial state and
-            can be evaluated in parallel over time; None if its confidence interval contains zero.
-        lag: the lag, in steps, from which a gradient is lost or has grown tenfold; inf if there is none.
-        block: the field of the state that loses its gradient first if the regime is vanishing; otherwise the field with
-            the largest gradient at the longest lag.
+        regime: "vanishing", "stable", "transient growth", "exploding", "chaotic", "unstable fixed point", "multistable"
+            or "unknown"; "mixed" if the sequences differ.
+        rows: the verdict on each sequence.
+        counts: the number of sequences by regime.
+        contracting: whether perturbations shrink along all trajectories, or grow along all of them; None if the
+            sequences differ or it cannot be told.
+        forgets: whether trajectories from other initial states met, for all sequences alike; None otherwise.
+        lag: the median lag of the most frequent regime, in steps; inf if it has none.
+        block: the field of the state that decides in the most sequences.
         summary: one paragraph with the result.
         evidence: the measurements, one sentence each.
-        advice: what usually helps, one sentence each.
-        reliable: whether all measurements are reliable; if not, the evidence contains the reason.
+        advice: what usually helps this cell in this regime, one sentence each; empty if nothing is known to help.
+        reliable: whether the regime of every sequence and all gradients by lag are reliable.
         exponents, by_lag: the measurements.
     """
 
-    regime: Regime
+    regime: Regime | Literal["mixed"]
+    rows: tuple[RowVerdict, ...]
+    counts: dict[Regime, int]
     contracting: bool | None
+    forgets: bool | None
     lag: float
     block: str
     summary: str
@@ -88,20 +78,28 @@ def verdict(
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
 ) -> Verdict:
-    """Describes whether gradients vanish, stay stable, explode or are chaotic, from which lag, and what helps.
+    """Describes for each sequence whether gradients vanish, stay stable, explode or are chaotic, and from which lag.
 
-    - vanishing: at some lag up to K (the argument `horizon`) the expected norm of ds_t/ds_{t-k} falls below `threshold`
-      and stays there.
-    - exploding: the expected norm grows tenfold, or the largest exponent is positive and finite perturbations grow too.
-    - chaotic: the largest exponent is positive, but finite perturbations stop growing, because the state is bounded.
-    - stable: none of these, or the largest exponent is positive but the sequences are too short to tell chaos from slow
-      growth.
+    The norm at lag k is the expected norm of ds_t/ds_{t-k}, and lambda_1 the largest Lyapunov exponent.
+
+    - vanishing: the norm falls below `threshold` at some lag and stays below. "Stable" instead, if the best-kept
+      direction is not lost.
+    - transient growth: the norm grows tenfold and falls again.
+    - exploding: lambda_1 is positive and the state grows too, or the step is linear; or the state overflows.
+    - chaotic: lambda_1 is positive along this trajectory and along another one that left it, and the state is bounded.
+    - unstable fixed point: lambda_1 is positive, but the state does not move, or a nearby trajectory leaves it for one
+      with an exponent that is not positive.
+    - multistable: perturbations shrink, but trajectories from other initial states with the same inputs end elsewhere.
+    - unknown: the sequence has fewer than two valid steps, its state is not finite, or it is too short to tell.
+    - stable: none of these.
+
+    A masked step is as if it were not there. A sequence with resets is judged by its longest segment.
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
         horizon, threshold, exact: as for `gradient_by_lag`.
         k: the number of exponents, as for `lyapunov_exponents`.
-        key: for drawing the frames.
+        key: for drawing frames and initial states.
 
     Returns:
         `Verdict`, which prints as a paragraph and a list.
@@ -109,8 +107,9 @@ def verdict(
     Raises:
         ValueError, TypeError: as for `gradient_by_lag` and `lyapunov_exponents`.
 
-    Source: Pascanu, Mikolov and Bengio 2013; Engelken, Wolf and Abbott 2023; for parallel evaluation Gonzalez et al.
-        2025, "Predictability enables parallelization of nonlinear state space models".
+    Source: Pascanu, Mikolov and Bengio 2013; Engelken, Wolf and Abbott 2023; Jaeger 2001, "The echo state approach",
+        for the trajectories from other initial states; for parallel evaluation Gonzalez et al. 2025, "Predictability
+        enables parallelization of nonlinear state space models".
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -120,157 +119,107 @@ def verdict(
         >>> result.regime, result.contracting, result.lag < 21  # 0.8^21 < 0.01, and tanh' <= 1 reduces it further
         ('vanishing', True, True)
     """
-    options: dict[str, Any] = dict(state=state, mask=mask, reset=reset, key=key)
-    sequences = check_arguments(cell, params, xs, state, mask, reset)
-    by_lag = gradient_by_lag(cell, params, xs, horizon=horizon, threshold=threshold, exact=exact, **options)
-    exponents = lyapunov_exponents(cell, params, xs, k=k, **options)
-    largest, low, high = _largest_exponent(exponents)
-    # The rounding error of the exponent of a step that preserves all lengths, such as a rotation.
-    slack = 16 * float(jnp.finfo(sequences.first.dtype).eps)
-    contracting = True if high < -slack else False if low > slack else None
-    states = np.asarray(cached_jit(flat_trajectory, cell)(sequences), np.float64)
-    finite = bool(np.isfinite(states).all()) and not (math.isnan(largest) or np.isnan(by_lag.log_expected).any())
-    evidence = [_exponent_sentence(exponents, largest, low, high), *_lag_sentences(by_lag)]
-
-    growth = float(by_lag.log_expected[-1])
-    regime: Regime = "stable"
-    if not finite:
-        regime = "unknown"
-    elif contracting is False:  # a positive exponent: chaos if the nonlinearity bounds the state
-        bounded, sentence = _is_bounded(cell, sequences, states, jax.random.key(1) if key is None else key)
-        evidence.append(sentence)
-        if bounded is not None:
-            regime = "chaotic" if bounded else "exploding"
-        elif growth > EXPLODED:
-            regime = "exploding"
-    elif growth > EXPLODED:
-        regime = "exploding"
-    elif math.isfinite(by_lag.horizon):
-        regime = "vanishing"
-    lag, block = _lag_and_field(regime, by_lag)
-    reliable = finite and by_lag.reliable and bool(exponents.reliable.all())
-    evidence += [reason for reason in (exponents.reason, by_lag.reason) if reason]
-    summary = _summary(regime, contracting, lag, block, by_lag, largest)
-    return Verdict(
-        regime, contracting, lag, block, summary, tuple(evidence), ADVICE[regime], reliable, exponents, by_lag
-    )
+    key = jax.random.key(0) if key is None else key
+    state, mask, segments = _longest_segments(cell, params, Inputs(xs, mask, reset), state)
+    with recording(cell, params, xs, state, mask, None, backward=True) as record:
+        by_lag = gradients_of(record, horizon, threshold, exact=exact, key=key)
+        exponents = exponents_of(record, k, key=key)
+        states = cached_jit(flat_trajectory, record.cell)(record.sequences)
+        probes = probe(record, states, jax.random.fold_in(key, 1))
+        nearby = None
+        if probes.nonlinear and (exponents.exponents[:, 0] > 0).any():
+            nearby = exponents_of(_away(record, probes.size, jax.random.fold_in(key, 2)), k, key=key)
+    measured = Measurements(record, by_lag, exponents, probes, nearby, segments)
+    rows = tuple(row_verdict(measured, b) for b in range(len(record.lengths)))
+    return _of_batch(cell, params, rows, exponents, by_lag)
 
 
-def _largest_exponent(exponents: LyapunovExponents) -> tuple[float, float, float]:
-    """The mean over sequences and its interval, which comes from the drift if the run is too short for a bootstrap."""
-    largest = float(exponents.exponents[:, 0].mean())
-    if largest == -math.inf:
-        return largest, largest, largest
-    low, high = exponents.low[:, 0], exponents.high[:, 0]
-    if not np.isnan(low).any():
-        return largest, float(low.mean()), float(high.mean())
-    drift = float(np.abs(exponents.split_half[:, 0]).mean())
-    drift = drift if math.isfinite(drift) else math.inf  # one block has no drift, so nothing is known
-    return largest, largest - drift, largest + drift
+def _longest_segments(
+    cell: Cell, params: Params, inputs: Inputs, state: State | None
+) -> tuple[State | None, Any, np.ndarray]:
+    """The state and the mask of each row's longest segment between two resets, and its number of segments."""
+    if inputs.reset is None:
+        return state, inputs.mask, np.ones(len(jax.tree.leaves(inputs.x)[0]), int)
+    inputs = check_sequences(cell, inputs)
+    valid = np.ones((inputs.batch, inputs.time), bool) if inputs.mask is None else np.asarray(inputs.mask)
+    segment = np.cumsum(np.asarray(inputs.reset), axis=1)
+    counts = np.array([np.bincount(row[ok], minlength=inputs.time + 1) for row, ok in zip(segment, valid, strict=True)])
+    longest = counts.argmax(axis=1)
+    initial = batch_of_states(cell, params, None, inputs.batch)
+    given = batch_of_states(cell, params, state, inputs.batch)
+    began = jnp.asarray(longest > 0)
 
+    def at_start(new: Array, old: Array) -> Array:
+        return jnp.where(began.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-def _exponent_sentence(exponents: LyapunovExponents, largest: float, low: float, high: float) -> str:
-    if math.isinf(largest):
-        return "every direction of the state is lost within a step: the largest Lyapunov exponent is minus infinity"
-    steps, sequences = int(exponents.steps.sum()), len(exponents.steps)
     return (
-        f"the largest Lyapunov exponent is {largest:.4g} nats a step ({low:.4g} to {high:.4g}), a factor of "
-        f"{math.exp(largest):.4g} a step, over {steps} steps of {sequences} sequence{'s' * (sequences > 1)}"
+        jax.tree.map(at_start, initial, given),
+        jnp.asarray(valid & (segment == longest[:, None])),
+        (counts > 0).sum(axis=1),
     )
 
 
-def _lag_sentences(by_lag: GradientByLag) -> list[str]:
-    K = int(by_lag.lags[-1])
-    expected, worst = float(by_lag.log_expected[-1]), float(by_lag.log_worst[-1])
-    peak = int(np.nanargmax(by_lag.log_worst)) if not np.isnan(by_lag.log_worst).all() else 0
-    lines = [
-        f"over {K} steps a random gradient changes by a factor of {_power(expected)} and the most favourable one by "
-        f"{_power(worst)}"
-    ]
-    if by_lag.log_worst[peak] > math.log(2) and worst < by_lag.log_worst[peak] - math.log(2):
-        lines.append(
-            f"it can grow before it shrinks: the most favourable gradient is largest at lag {peak}, "
-            f"{_power(float(by_lag.log_worst[peak]))} times what it was"
-        )
-    return lines
+def _away(record: Recording, size: np.ndarray, key: Array) -> Recording:
+    """The recording with initial states that are moved by a tenth of the size of the states."""
+    sequences = record.sequences
+    u = np.asarray(random_frame(key, 1, sequences.size, sequences.first.dtype)[0])
+    first = np.asarray(sequences.first) + AWAY * size[:, None] * u
+    return record._replace(sequences=sequences._replace(first=jnp.asarray(first, sequences.first.dtype)))
 
 
-def _power(log_value: float) -> str:
-    """exp(log_value) in decimal, also if it is outside the range of floats."""
-    if not math.isfinite(log_value):
-        return "zero" if log_value < 0 else str(log_value)
-    if abs(log_value) < 300:
-        return f"{math.exp(log_value):.3g}"
-    return f"10^{log_value / math.log(10):.0f}"
-
-
-def _lag_and_field(regime: Regime, by_lag: GradientByLag) -> tuple[float, str]:
-    """The lag from which a regime is visible, and the field of the state with the strongest effect."""
-    last = {name: float(values[-1]) for name, values in by_lag.log_parts.items()}
-    if regime == "vanishing":
-        horizons = {name: memory_horizon(v, by_lag.threshold) for name, v in by_lag.log_parts.items()}
-        return by_lag.horizon, min(last, key=lambda name: (horizons[name], last[name]))
-    if regime in ("exploding", "chaotic"):
-        grown = np.flatnonzero(by_lag.log_expected > EXPLODED)
-        return float(grown[0]) if grown.size else math.inf, max(last, key=lambda name: last[name])
-    return math.inf, max(last, key=lambda name: last[name])
-
-
-def _is_bounded(cell: Cell, sequences: Sequences, states: np.ndarray, key: Array) -> tuple[bool | None, str]:
-    """Whether a finite perturbation stops growing, while an infinitesimal one in the same direction grows further.
-
-    Returns:
-        The answer and a sentence. None if the infinitesimal one grows too little over the sequence to decide.
-    """
-    frames = jnp.broadcast_to(
-        random_frame(key, 1, sequences.size, sequences.first.dtype), (sequences.batch, 1, sequences.size)
-    )
-    _, _, logs = cached_jit(sweep, cell, 1, log_diagonal)(sequences, sequences.first, frames)
-    growth = np.cumsum(np.asarray(logs, np.float64)[..., 0], axis=1)
-    # The span ends when the infinitesimal perturbation has grown by exp(6), about 400. The finite one is chosen so that
-    # without a bound it would end at ten times the size of the state. So it starts well above rounding errors.
-    span = np.where((growth > 6).any(axis=1), np.argmax(growth > 6, axis=1), np.argmax(growth, axis=1))
-    grown = growth[np.arange(sequences.batch), span]
-    if grown.max() < DISTINCT:
-        return None, (
-            f"over the whole sequence a perturbation grows by a factor of {math.exp(grown.max()):.3g} only, too little "
-            f"to tell chaos from slow growth: use longer sequences"
-        )
-    b = int(np.argmax(grown))
-    t, size = int(span[b]) + 1, max(float(np.sqrt((states[b] ** 2).sum(axis=-1).mean())), 1.0)
-    start = 10 * size / math.exp(grown[b])
-    perturbed = sequences.first + jnp.asarray(start, sequences.first.dtype) * frames[:, 0]
-    twin = np.asarray(cached_jit(flat_trajectory, cell)(sequences._replace(first=perturbed)), np.float64)
-    distance = float(np.linalg.norm(twin[b, t] - states[b, t]))
-    bounded = distance < 5 * size
-    return bounded, (
-        f"two trajectories that begin {start:.2g} apart are {distance:.2g} apart after {t} steps, where growth without "
-        f"bound would make {10 * size:.2g}: {'the nonlinearity bounds them' if bounded else 'nothing bounds them'}"
+def _of_batch(
+    cell: Cell, params: Params, rows: tuple[RowVerdict, ...], exponents: LyapunovExponents, by_lag: GradientByLag
+) -> Verdict:
+    measured = [row for row in rows if row.steps] or list(rows)
+    counts: Counter[Regime] = Counter(row.regime for row in measured)
+    main = counts.most_common(1)[0][0]
+    of_main = [row for row in measured if row.regime == main]
+    lags = sorted(row.lag for row in of_main if math.isfinite(row.lag))
+    lag = lags[(len(lags) - 1) // 2] if lags else math.inf
+    block = Counter(row.block for row in of_main).most_common(1)[0][0]
+    alike = len(counts) == 1
+    rates = [float(exponents.exponents[b, 0]) for b, row in enumerate(rows) if row.regime == main]
+    evidence = list(of_main[0].evidence)
+    if len(rows) > 1:
+        evidence = [f"sequence {b}: {line}" for b, line in _first_of_each(rows)]
+    evidence += [reason for reason in (exponents.reason, by_lag.reason) if reason]
+    return Verdict(
+        regime=main if alike else "mixed",
+        rows=rows,
+        counts=dict(Counter(row.regime for row in rows)),
+        contracting=_agreed([row.contracting for row in measured]),
+        forgets=_agreed([row.forgets for row in measured]),
+        lag=lag,
+        block=block,
+        summary=_summary(rows, counts, of_main, lag),
+        evidence=tuple(evidence),
+        advice=advice(main, cell, params, lag, float(np.mean(rates))),
+        reliable=all(row.reliable for row in measured) and by_lag.reliable,
+        exponents=exponents,
+        by_lag=by_lag,
     )
 
 
-def _summary(
-    regime: Regime, contracting: bool | None, lag: float, block: str, by_lag: GradientByLag, largest: float
-) -> str:
-    K, share = int(by_lag.lags[-1]), f"{by_lag.threshold:.3g}"
-    several = len(by_lag.log_parts) > 1
-    within = f", {'first' if regime == 'vanishing' else 'most'} in {block}" if several else ""
-    from_lag = f" from lag {lag:.0f} on" if math.isfinite(lag) else ""
-    sentence = {
-        "vanishing": f"Vanishing: from lag {lag:.0f} on a gradient is below {share} of what it was{within}.",
-        "stable": f"Stable: over {K} steps a gradient neither falls below {share} of what it was nor grows tenfold.",
-        "exploding": f"Exploding: a gradient grows without bound{f', tenfold{from_lag}' if from_lag else ''}{within}.",
-        "chaotic": (
-            f"Chaotic: nearby states part by a factor of {math.exp(min(largest, 700)):.4g} a step while the state "
-            f"stays bounded, and gradients grow{f', tenfold{from_lag}' if from_lag else ''}{within}."
-        ),
-        "unknown": "Unknown: the trajectory or its derivative is not finite, so nothing can be said of its gradients.",
-    }[regime]
-    if regime == "unknown":
-        return sentence
-    parallel = {
-        True: "The recurrence is contracting: it forgets its initial state and can be evaluated in parallel over time.",
-        False: "The recurrence is not contracting: it cannot be evaluated in parallel over time in few iterations.",
-        None: "Whether the recurrence is contracting cannot be told from this run: zero lies within the interval.",
-    }[contracting]
-    return f"{sentence} {parallel}"
+def _first_of_each(rows: tuple[RowVerdict, ...]) -> list[tuple[int, str]]:
+    """The evidence of the first sequence of each regime."""
+    seen: dict[str, int] = {}
+    for b, row in enumerate(rows):
+        seen.setdefault(row.regime, b)
+    return [(b, line) for b in seen.values() for line in (rows[b].evidence or (rows[b].reason,))]
+
+
+def _agreed(answers: list[bool | None]) -> bool | None:
+    return answers[0] if len(set(answers)) == 1 else None
+
+
+def _summary(rows: tuple[RowVerdict, ...], counts: Counter[Regime], of_main: list[RowVerdict], lag: float) -> str:
+    if len(counts) > 1:
+        shares = ", ".join(f"{count} {regime}" for regime, count in counts.most_common())
+        firsts = " ".join(next(row for row in rows if row.regime == regime).summary for regime in counts)
+        return f"The {sum(counts.values())} sequences differ: {shares}. {firsts}"
+    typical = min(of_main, key=lambda row: abs(row.lag - lag) if math.isfinite(lag) else 0.0)
+    if len(of_main) == 1:
+        return typical.summary
+    lags = [row.lag for row in of_main if math.isfinite(row.lag)]
+    spread = f" (lags {min(lags):.0f} to {max(lags):.0f})" if lags and min(lags) < max(lags) else ""
+    return f"All {len(of_main)} sequences{spread}: {typical.summary}"

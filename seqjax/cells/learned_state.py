@@ -68,6 +68,11 @@ class LearnedState:
         return self.cell.step(params.cell, state, x, *noise)
 
     @property
+    def state_names(self) -> PyTree:
+        """The names of the inner cell's state, if it declares them."""
+        return inherited(self.cell, "state_names")
+
+    @property
     def noise(self) -> Callable[[Array], PyTree]:
         """The noise of the inner cell, if it draws some."""
         return inherited(self.cell, "noise")

@@ -50,6 +50,16 @@ class Stack:
             new_state.append(same_state_type(cell, new_s, s))
         return tuple(new_state), x
 
+    @property
+    def state_names(self) -> tuple[PyTree, ...]:
+        """The names of the states of the layers that declare them, with the number of the layer, such as "0.h"."""
+        declared = [optional(cell, "state_names") for cell in self.cells]
+        if all(names is None for names in declared):
+            raise NotOffered("no layer of this stack names its state")
+        return tuple(
+            jax.tree.map(lambda name, layer=layer: f"{layer}.{name}", names) for layer, names in enumerate(declared)
+        )
+
     # A property that returns a method, because a stack of layers without noise must not have the attribute at all.
     @property
     def noise(self) -> Callable[[Array], tuple[PyTree, ...]]:

@@ -84,6 +84,11 @@ class Settings:
         """The number of updates, or None if only the minutes limit the training."""
         return 600 if self.steps is None and self.minutes is None else self.steps
 
+    def finished(self, step: int, seconds: float) -> bool:
+        """Whether the steps or the minutes are over after so many updates and seconds of training."""
+        out_of_time = self.minutes is not None and seconds >= 60 * self.minutes
+        return out_of_time or (self.last_step is not None and step >= self.last_step)
+
 
 def build(settings: Settings, vocabulary: str) -> Model:
     """Embedding, recurrent layers, and a softmax over the vocabulary."""

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from seqjax.command import character_model
 from seqjax.command.character_model import Settings
@@ -82,6 +82,8 @@ class Report:
     """The folder of a run."""
     out: Path | None = None
     """The file to write; by default report.html in that folder."""
+    full: bool = False
+    """Run the costly analyses too: Jacobians, singular values, fixed points."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +193,9 @@ def report(command: Report) -> int:
     """Writes the report on a run and prints its path."""
     from seqjax.command.run_report import report_run
 
-    print(report_run(command.run, command.out))
+    with _Stages(Console(stderr=True, highlight=False), 8 + 4 * command.full) as stages:
+        written = report_run(command.run, command.out, full=command.full, tell=stages.tell)
+    print(written)
     return 0
 
 
@@ -199,7 +203,9 @@ def compare(command: Compare) -> int:
     """Writes the page that compares several runs and prints its path."""
     from seqjax.command.run_report import compare_runs
 
-    print(compare_runs(command.runs, command.out))
+    with _Stages(Console(stderr=True, highlight=False), 3 * len(command.runs) + 1) as stages:
+        written = compare_runs(command.runs, command.out, tell=stages.tell)
+    print(written)
     return 0
 
 
@@ -237,6 +243,32 @@ class _Display:
             self.console.print(line)
 
 
+class _Stages:
+    """A bar on a terminal that names what is done; otherwise one plain line per stage."""
+
+    def __init__(self, console: Console, count: int) -> None:
+        """Expects `count` stages; the bar becomes longer if there are more."""
+        self.console, self.count, self.done = console, count, -1
+        columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.task = self.progress.add_task("reading the run", total=count)
+
+    def __enter__(self) -> _Stages:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def tell(self, stage: str) -> None:
+        """Begins a stage."""
+        self.done += 1
+        total = max(self.count, self.done + 1)
+        self.progress.update(self.task, completed=self.done, total=total, description=stage)
+        if not self.console.is_terminal:
+            self.console.print(stage, markup=False)
+
+
 def _describe(job: Job) -> str:
     settings, corpus = job.run.settings, job.run.corpus
     shape = f"{settings.cell}, {settings.layers} x {settings.hidden} hidden units, embedding {settings.embedding}"
@@ -263,9 +295,12 @@ def _conclude(job: Job, console: Console) -> None:
 
 def _add_report(path: Path, console: Console) -> None:
     from seqjax.command.run_report import report_run
+    from seqjax.reports.measure import silent
 
     try:
-        console.print(f"report: {report_run(path)}")
+        with _Stages(console, 8) as stages:
+            written = report_run(path, tell=stages.tell if console.is_terminal else silent)
+        console.print(f"report: {written}")
     except Exception as error:  # noqa: BLE001 - a report that fails must not hide that the training is saved
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         console.print(f"no report ({reason}); the run is kept: seqjax report {path}")

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from seqjax.command.character_model import Settings
 from seqjax.command.run_folder import MetricsTable, Run, RunError, restore
 from seqjax.data.text import Corpus, encode, split
 from seqjax.models.model import Model
+from seqjax.training._validated import Update, validated
 from seqjax.training.loop import Metrics, TrainState
 
 MAY_CHANGE = ("steps", "minutes", "learning_rate", "clip_norm", "validate_every", "checkpoint_every")
@@ -51,13 +51,25 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether the steps or the minutes of the settings are over."""
-        settings = self.run.settings
-        out_of_time = settings.minutes is not None and self.table.seconds >= 60 * settings.minutes
-        return out_of_time or (settings.last_step is not None and self.step >= settings.last_step)
+        return self.run.settings.finished(self.step, self.table.seconds)
 
     def mean_loss(self, tokens: np.ndarray) -> float:
         """The mean loss on a text, in nats per character."""
         return character_model.mean_loss(self.run.settings, self.model, self.state.params, tokens)
+
+    def updates(self) -> Iterator[Update]:
+        """The remaining updates, with their validations."""
+        settings = self.run.settings
+        if self.finished:
+            return iter(())
+        return validated(
+            character_model.train(settings, self.model, self.parts[0], self.state),
+            is_last=settings.finished,
+            validate=lambda params: character_model.mean_loss(settings, self.model, params, self.parts[1]),
+            validate_every=settings.validate_every,
+            done=self.step,
+            seconds=self.table.seconds,
+        )
 
 
 def begin(settings: Settings, corpus: Corpus, path: Path) -> Job:
@@ -118,22 +130,20 @@ def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:
     Raises:
         NotFinite: an update is not finite; the job holds the state before it.
     """
-    settings, earlier, began = job.run.settings, job.table.seconds, time.monotonic()
-    stop = job.finished
+    settings = job.run.settings
     with _interruptible() as interrupted, contextlib.closing(job.table):
-        updates = character_model.train(settings, job.model, job.parts[0], job.state)
-        while not stop:
-            job.state, metrics = next(updates)
-            job.table.seconds = earlier + time.monotonic() - began
-            stop = job.finished or bool(interrupted)
-            validate = job.finished or job.step % settings.validate_every == 0
-            if validate:
-                job.validation = job.mean_loss(job.parts[1])
-            characters = job.step * settings.batch * settings.window
-            job.table.add(job.step, metrics, job.validation if validate else None, characters)
-            show(job, metrics, validate)
-            if stop or job.step % settings.checkpoint_every == 0:
+        for update in job.updates():
+            job.state, job.table.seconds = update.state, update.seconds
+            stop = update.last or bool(interrupted)
+            if update.validation is not None:
+                job.validation = update.validation
+            characters = update.number * settings.batch * settings.window
+            job.table.add(update.number, update.metrics, update.validation, characters)
+            show(job, update.metrics, update.validation is not None)
+            if stop or update.number % settings.checkpoint_every == 0:
                 job.run.save(job.state)
+            if stop:
+                break
     return not job.finished
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from seqjax.cell import Params, State
+from seqjax.cell import NotOffered, Params, State
 
 Arguments = tuple[tuple[str, Any], ...]  # sorted keyword arguments, so that adapters hash and compare by value
 
@@ -35,6 +35,18 @@ def as_input(x: PyTree, params: Params) -> PyTree:
 def kind_of(value: object) -> str:
     """A short description of an object, for messages; the `repr` of a module has many lines."""
     return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
+def carry_names(kind: type, library: str) -> str | tuple[str, str]:
+    """The names of the carry of a cell of flax: (c, h) for an LSTM cell, and h for other cells of the library.
+
+    Raises:
+        NotOffered: the class is not one of the library, so its carry is unknown.
+    """
+    base = next((base for base in kind.__mro__ if base.__module__.startswith(f"{library}.")), object)
+    if not base.__name__.endswith("Cell"):  # such as the base class of all cells
+        raise NotOffered(f"{kind.__name__} is not a cell of {library}, so the names of its state are unknown")
+    return ("c", "h") if "LSTM" in base.__name__ else "h"
 
 
 def check_class(kind: object, module_type: type, adapter: str, example: str) -> None:

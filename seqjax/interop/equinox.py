@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from seqjax.cell import Output, Params, State, inherited, optional
+from seqjax.cell import NotOffered, Output, Params, State, inherited, optional
 from seqjax.interop.common import Arguments, as_input, cast_like, check_class, kind_of, like_parameters, same_shapes
 
 
@@ -54,6 +54,18 @@ class EquinoxCell:
     def input_shape(self) -> tuple[int, ...]:
         """(input_size,), if the module has this field."""
         return (inherited(self._skeleton(), "input_size"),)
+
+    @property
+    def state_names(self) -> str | tuple[str, str]:
+        """(h, c) for an LSTM cell, and h for a GRU cell."""
+        import equinox
+
+        module = self._skeleton()
+        if isinstance(module, equinox.nn.LSTMCell):
+            return "h", "c"
+        if isinstance(module, equinox.nn.GRUCell):
+            return "h"
+        raise NotOffered(f"{type(module).__name__} is not a cell of equinox, so the names of its state are unknown")
 
     def init(self, key: Array) -> Params:
         """The initialization of the module."""

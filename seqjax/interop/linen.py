@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqjax.cell import Output, Params, State
-from seqjax.interop.common import as_input, cast_like, kind_of, like_parameters
+from seqjax.interop.common import as_input, carry_names, cast_like, kind_of, like_parameters
 
 
 def from_linen(module: Any, input_size: int) -> LinenCell:
@@ -55,6 +55,11 @@ class LinenCell:
     def input_shape(self) -> tuple[int, ...]:
         """(input_size,)"""
         return (self.input_size,)
+
+    @property
+    def state_names(self) -> str | tuple[str, str]:
+        """(c, h) for an LSTM cell, and h for other cells of flax."""
+        return carry_names(type(self.module), "flax.linen")
 
     def init(self, key: Array) -> Params:
         """The initialization of the module."""

@@ -10,7 +10,16 @@ import jax
 from jaxtyping import Array
 
 from seqjax.cell import Output, Params, State, inherited
-from seqjax.interop.common import Arguments, as_input, cast_like, check_class, kind_of, like_parameters, same_shapes
+from seqjax.interop.common import (
+    Arguments,
+    as_input,
+    carry_names,
+    cast_like,
+    check_class,
+    kind_of,
+    like_parameters,
+    same_shapes,
+)
 
 
 def from_nnx(kind: Callable[..., Any], *arguments: Any, **keywords: Any) -> NnxCell:
@@ -53,6 +62,11 @@ class NnxCell:
     def input_shape(self) -> tuple[int, ...]:
         """(in_features,), if the module has this attribute."""
         return (inherited(self._skeleton(), "in_features"),)
+
+    @property
+    def state_names(self) -> str | tuple[str, str]:
+        """(c, h) for an LSTM cell, and h for other cells of flax."""
+        return carry_names(type(self._skeleton()), "flax.nnx")
 
     def init(self, key: Array) -> Params:
         """The initialization of the module."""

@@ -120,14 +120,11 @@ def _load(path: Path) -> bool:
     return True
 
 
-def run_forward(
-    gates: int, W_hh: Array, bias: Array | None, state: list[Array], drives: Array, reverse: bool
-) -> list[Array]:
+def run_forward(W_hh: Array, bias: Array | None, state: list[Array], drives: Array, reverse: bool) -> list[Array]:
     """Computes all states of a chunk.
 
     Args:
-        gates: 4 for an LSTM, 3 for a GRU, 1 for a vanilla network.
-        W_hh: the recurrent weights, (gates * n, n).
+        W_hh: the recurrent weights, (gates * n, n), with 4 gates for an LSTM, 3 for a GRU, and 1 for a vanilla network.
         bias: the bias of the recurrent product, (gates * n,), or None.
         state: the state before the chunk: h, and c for an LSTM, (batch, n) each.
         drives: the part of the gates that does not depend on the state, (time, batch, gates * n).
@@ -137,6 +134,7 @@ def run_forward(
         h, and c for an LSTM, (time, batch, n) each.
     """
     n = W_hh.shape[1]
+    gates = W_hh.shape[0] // n
     units = LANES * (2 if gates == 1 else 1)  # per panel, as in the source
     panels = _call("seqjax_pack_forward", [_like(W_hh, -(-n // units), n, gates * units)], W_hh, gates=gates)[0]
     h_0, c_0 = _pair(state)
@@ -148,7 +146,6 @@ def run_forward(
 
 
 def run_backward(
-    gates: int,
     W_hh: Array,
     drives: Array,
     recurrents: Array,
@@ -160,7 +157,7 @@ def run_backward(
     """Computes the cotangents of the state before a chunk, of its drives and of its recurrent products.
 
     Args:
-        gates, W_hh, drives, reverse: as for `run_forward`.
+        W_hh, drives, reverse: as for `run_forward`.
         recurrents: the recurrent products with their bias, (time, batch, gates * n).
         before: the states before each step, (time, batch, n) each.
         ct_after: the cotangents of the state after the chunk, (batch, n) each.
@@ -168,6 +165,7 @@ def run_backward(
             (time, batch, n).
     """
     rows, n = W_hh.shape
+    gates = rows // n
     panels = _call("seqjax_pack_backward", [_like(W_hh, -(-n // (2 * LANES)), rows, 2 * LANES)], W_hh)[0]
     ct_h, ct_c = _pair(ct_after)
     h, c = _pair(before)

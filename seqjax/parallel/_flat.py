@@ -11,15 +11,14 @@ from jaxtyping import Array
 from seqjax.cell import Cell, Params, State
 from seqjax.parallel._algebra import DENSE, Algebra
 from seqjax.parallel._layers import LoopCell
-from seqjax.sequence import _flat_cell
-from seqjax.sequence._flat_cell import At
+from seqjax.sequence._flat_cell import At, FlatCell
 from seqjax.sequence._partition.tracing import shapes_of_one
 
 AT_ONCE = 2**22  # numbers in the Jacobians that are in memory at once if only their diagonals are needed
 
 
 @dataclasses.dataclass(frozen=True)
-class FlatCell(_flat_cell.FlatCell):
+class NewtonCell(FlatCell):
     """The shared flat view of a cell, with the Jacobians of all steps."""
 
     @property
@@ -45,12 +44,12 @@ class FlatCell(_flat_cell.FlatCell):
         return jax.lax.map(diagonal, (before, inputs), batch_size=at_once)
 
 
-def flat_cell(cell: Cell, states: State) -> FlatCell:
+def newton_cell(cell: Cell, states: State) -> NewtonCell:
     """The flat view of a cell with states of the shapes of `states`, which are those of a batch."""
-    return FlatCell(cell, shapes_of_one(states, 1))
+    return NewtonCell(cell, shapes_of_one(states, 1))
 
 
-def check_differentiable(flat: FlatCell, method: str, params: Params, first: Array, inputs: At) -> None:
+def check_differentiable(flat: NewtonCell, method: str, params: Params, first: Array, inputs: At) -> None:
     """Raises an error if the step has no forward-mode derivative, which Newton's method needs.
 
     Raises:

@@ -17,13 +17,13 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params
 from seqjax.parallel._algebra import DENSE, Algebra
-from seqjax.parallel._flat import At, FlatCell
+from seqjax.parallel._flat import At, NewtonCell
 from seqjax.parallel._linear_scan import linear_scan, next_matrices, previous_states
 
 Arguments = tuple[Params, Array, At]  # theta, s_0 and the inputs of one sequence
 
 
-def implicit(flat: FlatCell, algebra: Algebra, arguments: Arguments, states: Array, sequential: Array) -> Array:
+def implicit(flat: NewtonCell, algebra: Algebra, arguments: Arguments, states: Array, sequential: Array) -> Array:
     """Returns `states` with the derivatives by `arguments` of the trajectory that solves the equation.
 
     Args:
@@ -53,7 +53,7 @@ def implicit(flat: FlatCell, algebra: Algebra, arguments: Arguments, states: Arr
     return attach(arguments, states, sequential)
 
 
-def _direct_changes(flat: FlatCell, arguments: Arguments, states: Array, tangents: PyTree) -> Array:
+def _direct_changes(flat: NewtonCell, arguments: Arguments, states: Array, tangents: PyTree) -> Array:
     """b_1..b_T: the change of each step by its own arguments, with the state before it fixed."""
     leaves, tree = jax.tree.flatten(arguments)
     # Whole numbers and keys have no tangents.
@@ -68,7 +68,9 @@ def _direct_changes(flat: FlatCell, arguments: Arguments, states: Array, tangent
     return jax.jvp(steps, ([leaves[i] for i in indices],), ([directions[i] for i in indices],))[1]
 
 
-def _solve(flat: FlatCell, algebra: Algebra, arguments: Arguments, states: Array, sequential: Array, b: Array) -> Array:
+def _solve(
+    flat: NewtonCell, algebra: Algebra, arguments: Arguments, states: Array, sequential: Array, b: Array
+) -> Array:
     """Solves d_t = J_t d_{t-1} + b_t, as a linear system that JAX can transpose and differentiate again."""
     params, first, inputs = arguments
     before, zero = previous_states(first, states), jnp.zeros_like(first)

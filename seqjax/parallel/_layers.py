@@ -15,7 +15,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._masked_step import last_output
+from seqjax.sequence._masked_step import emit_output
 from seqjax.sequence._partition.loops import Stage, stages
 from seqjax.sequence._partition.program import inline
 from seqjax.sequence._partition.tracing import traced_step
@@ -67,7 +67,7 @@ def split_loops(
         loops' `stage.inputs` refer to; and the tree structure of the output.
     """
     # Without mask and reset, because Newton's method applies them to each loop.
-    traced = traced_step(cell, last_output, params, state, (x, None, None, noise))
-    program, sizes = inline(traced.program), (traced.params, traced.state)
+    traced = traced_step(cell, emit_output, params, state, (x, None, None, noise))
+    program, sizes = inline(traced.program), (traced.n_params, traced.n_state)
     loops = [LoopCell(cell, stage) for stage in stages(program, *sizes)]
     return loops, list(program.jaxpr.invars[sum(sizes) :]), traced.trees[1]

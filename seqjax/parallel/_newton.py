@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqjax.cell import Params
-from seqjax.parallel._flat import At, FlatCell
+from seqjax.parallel._flat import At, NewtonCell
 from seqjax.parallel._linear_scan import previous_states
 from seqjax.parallel.methods import Method
 
@@ -48,7 +48,7 @@ class Iterate(NamedTuple):
 
 
 def newton(
-    flat: FlatCell, method: Method, params: Params, first: Array, inputs: At, tolerance: Array, max_iterations: Array
+    flat: NewtonCell, method: Method, params: Params, first: Array, inputs: At, tolerance: Array, max_iterations: Array
 ) -> tuple[Array, Array, Array]:
     """Iterates from s_t = s_0 until max_t |f(s_{t-1}) - s_t|, relative to the states, is within the tolerance.
 
@@ -89,7 +89,7 @@ def newton(
     return end.states, jnp.max(end.residuals), end.iterations
 
 
-def _iterate(flat: FlatCell, method: Method, params: Params, first: Array, inputs: At, at: Iterate) -> Iterate:
+def _iterate(flat: NewtonCell, method: Method, params: Params, first: Array, inputs: At, at: Iterate) -> Iterate:
     def step_all(states: Array) -> Array:
         return flat.steps(params, previous_states(first, states), inputs)
 
@@ -106,7 +106,7 @@ def _iterate(flat: FlatCell, method: Method, params: Params, first: Array, input
 
 
 def _candidates(
-    flat: FlatCell, method: Method, params: Params, first: Array, inputs: At, at: Iterate
+    flat: NewtonCell, method: Method, params: Params, first: Array, inputs: At, at: Iterate
 ) -> tuple[Array, Array]:
     """The next trajectory by the method, and one that only settles one more step, for use if the first is no better."""
     loose = at.residuals > ROUNDING * flat.epsilon

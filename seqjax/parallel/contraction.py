@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from seqjax.cell import Params
-from seqjax.parallel._flat import At, FlatCell
+from seqjax.parallel._flat import At, NewtonCell
 from seqjax.parallel.methods import Method
 
 CHUNK = 32  # steps; the depth of the computation is twice that
@@ -26,7 +26,7 @@ class NotContractingWarning(UserWarning):
     """Perturbations of the state grow, so parallel evaluation is hardly faster than `unroll`."""
 
 
-def largest_exponent(flat: FlatCell, params: Params, first: Array, states: Array, inputs: At) -> Array:
+def largest_exponent(flat: NewtonCell, params: Params, first: Array, states: Array, inputs: At) -> Array:
     """Estimates lambda_1 in nats per step, the mean of ln |J_t u| / |u| along the steps of the cell.
 
     Each chunk is preceded by one chunk of warm-up, in which u only turns towards the direction that grows fastest. A
@@ -80,7 +80,7 @@ def _divide(inputs: At, time: int, length: int) -> tuple[At, Array]:
     return (x, valid, None if restart is None else restart & inside, noise), valid
 
 
-def _push_chunk(flat: FlatCell, params: Params, v: Array, u: Array, inputs: At) -> tuple[Array, Array, Array]:
+def _push_chunk(flat: NewtonCell, params: Params, v: Array, u: Array, inputs: At) -> tuple[Array, Array, Array]:
     """The state and the unit perturbation after one chunk, and the logarithm of the perturbation's growth."""
 
     def advance(carry: tuple[Array, Array], at: At) -> tuple[tuple[Array, Array], Array]:

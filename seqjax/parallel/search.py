@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -10,14 +11,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqjax.cell import Params, State
-from seqjax.parallel._flat import At, FlatCell
+from seqjax.parallel._flat import At, NewtonCell
 from seqjax.parallel._newton import newton
 from seqjax.parallel.contraction import largest_exponent
 from seqjax.parallel.methods import Method
-from seqjax.sequence._masked_step import Inputs, masked_step, new_state
+from seqjax.sequence._masked_step import Inputs, emit_state, masked_step
 from seqjax.sequence.unroll import trajectory
 
 Limits = tuple[Array | float, Array | int]  # the tolerance, 0 for the default, and the largest number of iterations
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to unroll in parallel; it compiles once for equal options.
+
+    Attributes:
+        method: the Jacobians and the change per iteration.
+        reverse: from right to left.
+        fallback: whether a row that does not converge gets the states of the sequential scan.
+    """
+
+    method: Method
+    reverse: bool
+    fallback: bool
 
 
 class Convergence(NamedTuple):
@@ -51,7 +67,7 @@ def combine(layers: list[Convergence]) -> Convergence:
     )
 
 
-def empty_search(flat: FlatCell, batch: int, time: int) -> tuple[Array, Convergence]:
+def empty_search(flat: NewtonCell, batch: int, time: int) -> tuple[Array, Convergence]:
     """The states and the convergence if there is no sequence, no step or no state."""
     exponent = jnp.full(batch, 0.0 if flat.size else -jnp.inf, jnp.float32)
     converged, residual = jnp.ones(batch, bool), jnp.zeros(batch, jnp.float32)
@@ -60,14 +76,13 @@ def empty_search(flat: FlatCell, batch: int, time: int) -> tuple[Array, Converge
 
 
 def search(
-    flat: FlatCell, method: Method, fallback: bool, limits: Limits, params: Params, first: Array, inputs: At
+    flat: NewtonCell, options: Options, limits: Limits, params: Params, first: Array, inputs: At
 ) -> tuple[Array, Convergence]:
     """Searches for the states (batch, time, n) of a batch by Newton's method.
 
     Args:
         flat: the cell.
-        method: the Jacobians and the change per iteration.
-        fallback: whether a row that does not converge gets the states of the sequential scan.
+        options: the method, and whether a row that does not converge falls back to the sequential scan.
         limits: the tolerance, 0 for the default, and the largest number of iterations.
         params: the parameters of the cell.
         first: s_0 (batch, n).
@@ -78,12 +93,12 @@ def search(
     max_iterations = jnp.asarray(max_iterations, jnp.int32)
 
     def search_row(first: Array, inputs: At) -> tuple[Array, Array, Array]:
-        return newton(flat, method, params, first, inputs, tolerance, max_iterations)
+        return newton(flat, options.method, params, first, inputs, tolerance, max_iterations)
 
     states, residual, iterations = jax.vmap(search_row)(first, inputs)
     converged = residual <= tolerance
-    fell_back = ~converged if fallback else jnp.zeros_like(converged)
-    if fallback:
+    fell_back = ~converged if options.fallback else jnp.zeros_like(converged)
+    if options.fallback:
         # A `cond`, so that the scan runs only if a row needs it. Under an outer `vmap` it always runs.
         scanned = jax.lax.cond(
             jnp.any(fell_back), lambda states: _scanned(flat, params, first, inputs), lambda states: states, states
@@ -93,7 +108,7 @@ def search(
     return states, Convergence(converged, iterations, residual.astype(jnp.float32), exponent, fell_back)
 
 
-def _scanned(flat: FlatCell, params: Params, first: Array, inputs: At) -> Array:
+def _scanned(flat: NewtonCell, params: Params, first: Array, inputs: At) -> Array:
     """The states (batch, time, n) by a sequential scan."""
     # By the program of `unroll` if possible. In a chaotic recurrence the rounding errors of another program grow to the
     # size of the states. With noise another program is needed, because the noise is already drawn.
@@ -104,6 +119,6 @@ def _scanned(flat: FlatCell, params: Params, first: Array, inputs: At) -> Array:
         return jax.vmap(jax.vmap(flat.ravel))(states)[:, 1:]
 
     def one(state: State, inputs: At) -> State:
-        return jax.lax.scan(lambda s, at: masked_step(flat.cell, params, s, Inputs(*at), new_state), state, inputs)[1]
+        return jax.lax.scan(lambda s, at: masked_step(flat.cell, params, s, Inputs(*at), emit_state), state, inputs)[1]
 
     return jax.vmap(jax.vmap(flat.ravel))(jax.vmap(one)(start, inputs))

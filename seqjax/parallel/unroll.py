@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Cell, Output, Params, State
 from seqjax.cells.whole_numbers import whole_number
-from seqjax.parallel._flat import At, FlatCell, check_differentiable, flat_cell
-from seqjax.parallel._implicit import Arguments, implicit
+from seqjax.parallel._flat import check_differentiable, newton_cell
+from seqjax.parallel._implicit import implicit
 from seqjax.parallel._layers import split_loops
 from seqjax.parallel._linear_scan import previous_states
 from seqjax.parallel.contraction import warn_not_contracting
 from seqjax.parallel.methods import DEER, Method
-from seqjax.parallel.search import Convergence, Limits, combine, empty_search, search
+from seqjax.parallel.search import Convergence, Limits, Options, combine, empty_search, search
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_sequences
 from seqjax.sequence._masked_step import Inputs, draw_noise
@@ -88,32 +88,22 @@ def unroll_parallel(
     _check_options(method, tolerance, max_iterations)
     state = batch_of_states(cell, params, state, inputs.batch)
     _check_state(cell, method, state)
-    run = cached_jit(_run, cell, method, bool(reverse), bool(fallback))
+    run = cached_jit(_run, cell, Options(method, bool(reverse), bool(fallback)))
     limits = float(tolerance or 0), int(max_iterations)  # 0 for the default, so that no change of them compiles again
-    result, convergence = run(params, state, inputs[:3], key, limits)
+    result, convergence = run(params, state, inputs, key, limits)
     warn_not_contracting(method, convergence.exponent, convergence.converged, inputs.time)
     return result, convergence
 
 
 def _run(
-    cell: Cell,
-    method: Method,
-    reverse: bool,
-    fallback: bool,
-    params: Params,
-    state: State,
-    inputs: tuple[PyTree, Array | None, Array | None],
-    key: Array | None,
-    limits: Limits,
+    cell: Cell, options: Options, params: Params, state: State, inputs: Inputs, key: Array | None, limits: Limits
 ) -> tuple[tuple[State, Output], Convergence]:
-    xs, mask, reset = inputs
     # The noise too is reversed below, because `unroll` draws it for the time index and not for the order of the steps.
-    noise = draw_noise(cell, key, *jax.tree.leaves(xs)[0].shape[:2])
-    at = (xs, mask, reset, noise)
-    (state, outputs), convergence = _solve_loops(
-        cell, method, fallback, params, state, _reverse_time(at) if reverse else at, limits
-    )
-    return (state, _reverse_time(outputs) if reverse else outputs), convergence
+    inputs = inputs._replace(noise=draw_noise(cell, key, inputs.batch, inputs.time))
+    if options.reverse:
+        inputs = _reverse_time(inputs)
+    (state, outputs), convergence = _solve_loops(cell, options, params, state, inputs, limits)
+    return (state, _reverse_time(outputs) if options.reverse else outputs), convergence
 
 
 def _reverse_time(tree: PyTree) -> PyTree:
@@ -121,24 +111,23 @@ def _reverse_time(tree: PyTree) -> PyTree:
 
 
 def _solve_loops(
-    cell: Cell, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Limits
+    cell: Cell, options: Options, params: Params, state: State, inputs: Inputs, limits: Limits
 ) -> tuple[tuple[State, Output], Convergence]:
     """Solves a cell loop by loop, because separate loops have smaller Jacobians and separate numbers of iterations."""
-    xs, mask, reset, noise = inputs
-    batch, time = jax.tree.leaves(inputs)[0].shape[:2]
     leaves, tree = jax.tree.flatten(state)
-    if not (batch and time and len(leaves) > 1):
-        return _solve_batch(cell, method, fallback, params, state, inputs, limits)
-    loops, variables, output_tree = split_loops(cell, params, state, xs, noise)
+    if not (inputs.batch and inputs.time and len(leaves) > 1):
+        return _solve_batch(cell, options, params, state, inputs, limits)
+    loops, variables, output_tree = split_loops(cell, params, state, inputs.x, inputs.noise)
     if len(loops) <= 2 and not loops[-1].stage.program.jaxpr.eqns:  # one loop, and nothing outside it
-        return _solve_batch(cell, method, fallback, params, state, inputs, limits)
-    known, results, outputs = dict(zip(variables, jax.tree.leaves((xs, noise)), strict=True)), [], ()
+        return _solve_batch(cell, options, params, state, inputs, limits)
+    known = dict(zip(variables, jax.tree.leaves((inputs.x, inputs.noise)), strict=True))
+    results, outputs = [], ()
     for loop in loops:
         stage = loop.stage
         own, reads = tuple(leaves[i] for i in stage.leaves), tuple(known[v] for v in stage.inputs)
         # The noise is among the variables that the loop reads.
-        at = (reads, mask, reset, None)
-        (own, outputs), convergence = _solve_batch(loop, method, fallback, params, own, at, limits)
+        of_loop = inputs._replace(x=reads, noise=None)
+        (own, outputs), convergence = _solve_batch(loop, options, params, own, of_loop, limits)
         for i, leaf in zip(stage.leaves, own, strict=True):
             leaves[i] = leaf
         if stage.leaves:
@@ -148,19 +137,19 @@ def _solve_loops(
 
 
 def _solve_batch(
-    cell: Cell, method: Method, fallback: bool, params: Params, state: State, inputs: At, limits: Limits
+    cell: Cell, options: Options, params: Params, state: State, inputs: Inputs, limits: Limits
 ) -> tuple[tuple[State, Output], Convergence]:
     """Solves one loop for the states, attaches their derivatives, and runs all steps once more for the outputs."""
-    flat = flat_cell(cell, state)
+    flat = newton_cell(cell, state)
     batch, time = jax.tree.leaves(inputs)[0].shape[:2]
     first = jax.vmap(flat.ravel, axis_size=batch)(state)
     arguments = (params, first, inputs)
     if not (batch and time and flat.size):
         states, convergence = empty_search(flat, batch, time)
     else:
-        check_differentiable(flat, type(method).__name__, params, first, inputs)
-        states, convergence = search(flat, method, fallback, limits, *_without_gradient(arguments))
-        rows = jax.vmap(partial(_implicit_row, flat, method), ((None, 0, 0), 0, None))
+        check_differentiable(flat, type(options.method).__name__, params, first, inputs)
+        states, convergence = search(flat, options, limits, *_without_gradient(arguments))
+        rows = jax.vmap(partial(implicit, flat, options.method.algebra), ((None, 0, 0), 0, None))
         # After a fallback products of Jacobians may overflow, so the derivatives are computed step by step too.
         states = rows(arguments, states, jnp.any(convergence.fell_back))
     before = jax.vmap(previous_states)(first, states)
@@ -168,10 +157,6 @@ def _solve_batch(
     after, outputs = run_all(params, before, inputs)
     final = jax.tree.map(lambda leaf: leaf[:, -1], after) if time else state
     return (final, outputs), convergence
-
-
-def _implicit_row(flat: FlatCell, method: Method, arguments: Arguments, states: Array, sequential: Array) -> Array:
-    return implicit(flat, method.algebra, arguments, states, sequential)
 
 
 def _without_gradient(tree: PyTree) -> PyTree:

@@ -84,13 +84,32 @@ def set_power_ticks(axis: Axis) -> None:
 
     low, high = axis.get_view_interval()
     if high - low < 2.2:  # so few powers of ten that ticks between them are needed
-        fine = high - low < 0.6
-        digits = np.log10(np.arange(10, 100, 2) / 10 if fine else [1, 2, 5])
-        ticks = np.add.outer(np.arange(math.floor(low), math.ceil(high) + 1), digits).ravel()
-        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high], nbins=7))
+        axis.set_major_locator(FixedLocator(_ticks_between_powers(low, high).tolist()))
     else:
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
+
+
+def set_factor_ticks(axis: Axis) -> None:
+    """Labels an axis of natural logarithms with factors e^value. Call it after everything is drawn."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    low, high = to_log10(axis.get_view_interval())
+    powers = np.arange(math.ceil(low), math.floor(high) + 1, max(1, math.ceil((high - low) / 6)))
+    ticks = powers if high - low >= 2.2 else _ticks_between_powers(low, high)
+    axis.set_major_locator(FixedLocator((ticks * math.log(10)).tolist()))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value / math.log(10))))
+
+
+def _ticks_between_powers(low: float, high: float) -> np.ndarray:
+    """Logarithms of round numbers between two logarithms to the base ten."""
+    from matplotlib.ticker import MaxNLocator
+
+    if high - low < 0.6:
+        ticks = np.log10(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(10**low, 10**high))
+    else:
+        ticks = np.add.outer(np.arange(math.floor(low), math.ceil(high) + 1), np.log10([1, 2, 5])).ravel()
+    return ticks[(ticks >= low) & (ticks <= high)]
 
 
 def set_integer_ticks(axis: Axis) -> None:

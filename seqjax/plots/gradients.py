@@ -52,7 +52,7 @@ def gradient_by_lag(result: GradientByLag, *, ax: Axes | None = None) -> Axes:
         >>> result = sj.analysis.gradient_by_lag(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 9, 2)), horizon=8)
         >>> ax = sj.plots.gradient_by_lag(result, ax=Figure().subplots())
         >>> ax.get_xlabel(), len(ax.lines[0].get_xdata())
-        ('lag k (steps)', 9)
+        ('lag (steps)', 9)
     """
     ax = get_axes(ax)
     lags, expected, worst = result.lags, to_log10(result.log_expected), to_log10(result.log_worst)
@@ -93,7 +93,9 @@ def gradients_by_lag(results: Mapping[str, GradientByLag], *, ax: Axes | None = 
 
 
 def gradient_heat_map(result: GradientByLag, *, ax: Axes | None = None) -> Axes:
-    """The gradient norm by time and lag. The colour is the geometric mean of ||ds_t/ds_{t-k}|| over the batch.
+    """The gradient norm by time and lag. The colour is the geometric mean of ||ds_t/ds_{t-k}||.
+
+    The mean is over the sequences that have the same times as the longest one.
 
     Args:
         result: `GradientByLag`.
@@ -108,22 +110,25 @@ def gradient_heat_map(result: GradientByLag, *, ax: Axes | None = None) -> Axes:
         >>> cell = sj.GRU(2, 3)
         >>> result = sj.analysis.gradient_by_lag(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 9, 2)), horizon=8)
         >>> sj.plots.gradient_heat_map(result, ax=Figure().subplots()).get_xlabel()
-        'time t (steps)'
+        'time step'
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ax = get_axes(ax)
-    table = to_log10(finite_mean(result.table)).T  # (lags, times)
+    times = np.asarray(result.times)  # (batch, times); 0 means that there is none
+    longest = times[times.max(axis=1).argmax()]
+    of_these_times = np.asarray(result.table)[(times == longest).all(axis=1)]
+    table = to_log10(finite_mean(of_these_times[:, longest > 0])).T  # (lags, times)
     if np.isfinite(table).any():  # matplotlib warns if it has no value to scale the colours by
-        edges = _edges(np.asarray(result.times)), _edges(np.asarray(result.lags))
+        edges = _edges(longest[longest > 0]), _edges(np.asarray(result.lags))
         image = ax.pcolormesh(*edges, np.ma.masked_invalid(table), cmap="viridis", rasterized=True)
         bar = ax.figure.colorbar(image, ax=ax, ticks=MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
-        bar.set_label("gradient norm (ratio)")
+        bar.set_label("gradient norm (factor)")
         bar.outline.set_visible(False)
     else:
         note_missing(ax, table)
-    ax = set_labels(ax, "Gradient norm by time and lag", "time t (steps)", "lag k (steps)")
+    ax = set_labels(ax, "Gradient norm by time step and lag", "time step", "lag (steps)")
     ax.grid(False)
     return ax
 
@@ -157,7 +162,7 @@ def loss_gradient(result: GradientByLag, *, ax: Axes | None = None) -> Axes:
     note_missing(ax, lines["whole state"])
     set_power_ticks(ax.yaxis)
     add_legend(ax)
-    return set_labels(ax, "Gradient of the loss through time", "time t (steps)", "norm of dL/ds_t")
+    return set_labels(ax, "Gradient of the last step, carried back", "time step", "gradient norm (factor)")
 
 
 def cell_path(result: CellPath, *, ax: Axes | None = None) -> Axes:
@@ -176,14 +181,14 @@ def cell_path(result: CellPath, *, ax: Axes | None = None) -> Axes:
         >>> cell = sj.LSTM(2, 3)
         >>> result = sj.analysis.cell_path(cell, cell.init(jax.random.key(0)), jnp.zeros((1, 9, 2)))
         >>> [line.get_label() for line in sj.plots.cell_path(result, ax=Figure().subplots()).lines]
-        ['true dc_t/dc_(t-k)', 'product of forget gates']
+        ['all paths', 'forget gates only']
     """
     ax = get_axes(ax)
-    lines = {"true dc_t/dc_(t-k)": result.log_true, "product of forget gates": result.log_forget}
+    lines = {"all paths": result.log_true, "forget gates only": result.log_forget}
     for name, log, style in with_styles({name: finite_mean(log) for name, log in lines.items()}):
         ax.plot(result.lags, to_log10(log), label=name, **style)
     note_missing(ax, *lines.values())
-    return _by_lag(ax, "Memory of the cell state")
+    return _by_lag(ax, "Gradient norm of the cell state")
 
 
 def clipping(result: ClippingStatistics, *, ax: Axes | None = None) -> Axes:
@@ -247,7 +252,7 @@ def clipping_factor(result: ClippingStatistics, *, ax: Axes | None = None) -> Ax
 def _by_lag(ax: Axes, title: str) -> Axes:
     set_power_ticks(ax.yaxis)
     add_legend(ax)
-    return set_labels(ax, title, "lag k (steps)", "gradient norm (ratio)")
+    return set_labels(ax, title, "lag (steps)", "gradient norm (factor)")
 
 
 def _threshold(ax: Axes, threshold: float) -> None:

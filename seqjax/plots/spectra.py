@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .canvas import (
     get_axes,
     line_style,
     note_missing,
+    set_factor_ticks,
     set_integer_ticks,
     set_labels,
     set_power_ticks,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from seqjax.analysis.spectra import MatrixSpectrum, Spectrum
 else:  # at run time, figures do not import the analyses
     LyapunovExponents = ProductSingularValues = MatrixSpectrum = Spectrum = Any
+
+Unit = Literal["nats", "factor"]
 
 
 def singular_values(result: Spectrum, *, ax: Axes | None = None) -> Axes:
@@ -61,17 +64,17 @@ def singular_values(result: Spectrum, *, ax: Axes | None = None) -> Axes:
     ax.axhline(0, color=GREY, linewidth=1)
     if len(result.times) == 1:
         ranks = np.arange(1, logs.shape[-1] + 1)
-        ax.plot(ranks, finite_mean(logs[:, 0]), label=f"t = {result.times[0]}", **line_style(0))
-        drawn, x = [logs], "number"
+        ax.plot(ranks, finite_mean(logs[:, 0]), label=f"time step {np.ravel(result.times)[0]}", **line_style(0))
+        drawn, x = [logs], "rank (1 is the largest)"
     else:
-        drawn, x = [logs[..., i] for i in (0, logs.shape[-1] // 2, -1)], "time t (steps)"
+        drawn, x = [logs[..., i] for i in (0, logs.shape[-1] // 2, -1)], "time step"
         for number, (name, values) in enumerate(zip(("largest", "middle", "smallest"), drawn, strict=True)):
             style = {"marker": MARKERS[number], "markersize": 4, **line_style(number)}
             ax.plot(result.times, finite_mean(values), label=name, **style)
     note_missing(ax, *drawn)
     set_power_ticks(ax.yaxis)
     add_legend(ax)
-    return set_labels(ax, "Singular values of J_t", x, "singular value (ratio)")
+    return set_labels(ax, "Singular values of the step Jacobian", x, "singular value (factor)")
 
 
 def product_singular_values(results: Mapping[int, ProductSingularValues], *, ax: Axes | None = None) -> Axes:
@@ -104,7 +107,7 @@ def product_singular_values(results: Mapping[int, ProductSingularValues], *, ax:
     note_missing(ax, logs)
     set_power_ticks(ax.yaxis)
     add_legend(ax)
-    return set_labels(ax, "Singular values of Jacobian products", "steps T in the product", "singular value (ratio)")
+    return set_labels(ax, "Singular values of Jacobian products", "steps in the product", "singular value (factor)")
 
 
 def eigenvalues(result: MatrixSpectrum, *, ax: Axes | None = None, title: str = "Eigenvalues") -> Axes:
@@ -143,7 +146,7 @@ def eigenvalues(result: MatrixSpectrum, *, ax: Axes | None = None, title: str = 
     return set_labels(ax, title, "real part", "imaginary part")
 
 
-def lyapunov_spectrum(result: LyapunovExponents, *, ax: Axes | None = None) -> Axes:
+def lyapunov_spectrum(result: LyapunovExponents, *, ax: Axes | None = None, unit: Unit = "nats") -> Axes:
     """Lyapunov exponents in descending order, with their 95 % intervals.
 
     Perturbations grow if the exponent is positive, and shrink if it is negative.
@@ -151,6 +154,7 @@ def lyapunov_spectrum(result: LyapunovExponents, *, ax: Axes | None = None) -> A
     Args:
         result: `LyapunovExponents`.
         ax: the matplotlib axes to draw on; by default those of a new figure.
+        unit: "nats" labels an exponent in nats per step, and "factor" with the factor exp(exponent) of one step.
 
     Returns:
         The axes. The dots are single sequences, the line is their mean, and the bars are the mean of their intervals.
@@ -175,18 +179,19 @@ def lyapunov_spectrum(result: LyapunovExponents, *, ax: Axes | None = None) -> A
     note_missing(ax, result.mean)
     set_integer_ticks(ax.xaxis)
     add_legend(ax)
-    return set_labels(ax, "Lyapunov exponents", "number", "exponent (nats per step)")
+    return _label_rates(ax, "Lyapunov exponents", "rank (1 is the largest)", unit)
 
 
-def lyapunov_spectra(results: Mapping[str, LyapunovExponents], *, ax: Axes | None = None) -> Axes:
+def lyapunov_spectra(results: Mapping[str, LyapunovExponents], *, ax: Axes | None = None, unit: Unit = "nats") -> Axes:
     """The mean Lyapunov exponents of several cells on the same axes.
 
     Args:
         results: `LyapunovExponents` by name.
         ax: the matplotlib axes to draw on; by default those of a new figure.
+        unit: "nats" labels an exponent in nats per step, and "factor" with the factor exp(exponent) of one step.
 
     Returns:
-        The axes. The first line marks zero. Then comes one line per name, in the same order.
+        The axes. The first line marks zero nats. Then comes one line per name, in the same order.
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -204,16 +209,19 @@ def lyapunov_spectra(results: Mapping[str, LyapunovExponents], *, ax: Axes | Non
     note_missing(ax, *(result.mean for result in results.values()))
     set_integer_ticks(ax.xaxis)
     add_legend(ax)
-    return set_labels(ax, "Lyapunov exponents", "number", "exponent (nats per step)")
+    return _label_rates(ax, "Lyapunov exponents", "rank (1 is the largest)", unit)
 
 
-def lyapunov_convergence(result: LyapunovExponents, *, ax: Axes | None = None, most: int = 4) -> Axes:
+def lyapunov_convergence(
+    result: LyapunovExponents, *, ax: Axes | None = None, most: int = 4, unit: Unit = "nats"
+) -> Axes:
     """The running estimates of the largest exponents, with the final interval of the first one.
 
     Args:
         result: `LyapunovExponents`.
         ax: the matplotlib axes to draw on; by default those of a new figure.
         most: the largest number of exponents to draw.
+        unit: "nats" labels an exponent in nats per step, and "factor" with the factor exp(exponent) of one step.
 
     Returns:
         The axes. The lines are means over the batch.
@@ -235,4 +243,12 @@ def lyapunov_convergence(result: LyapunovExponents, *, ax: Axes | None = None, m
         ax.axhspan(low[0], high[0], color=COLOURS[0], alpha=0.15, linewidth=0, label="95 % interval of number 1")
     note_missing(ax, np.asarray(result.history)[..., :most])
     add_legend(ax)
-    return set_labels(ax, "Convergence of the Lyapunov exponents", "steps", "exponent (nats per step)")
+    return _label_rates(ax, "Convergence of the Lyapunov exponents", "steps", unit)
+
+
+def _label_rates(ax: Axes, title: str, x: str, unit: Unit) -> Axes:
+    """Sets the labels of a figure whose vertical axis has exponents."""
+    if unit == "nats":
+        return set_labels(ax, title, x, "exponent (nats per step)")
+    set_factor_ticks(ax.yaxis)
+    return set_labels(ax, title, x, "growth factor per step")

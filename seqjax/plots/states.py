@@ -81,6 +81,8 @@ def gate_saturation(results: Mapping[str, GateStatistics], *, ax: Axes | None = 
 def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Axes:
     """Histograms of the gate values over all units and steps.
 
+    A gate is between 0 and 1. A candidate, which is a new value and not a gate, is between -1 and 1.
+
     Args:
         results: `GateStatistics` by gate, from `gate_statistics`.
         ax: the matplotlib axes to draw on; by default those of a new figure.
@@ -98,14 +100,10 @@ def gate_histogram(results: Mapping[str, GateStatistics], *, ax: Axes | None = N
     """
     ax = get_axes(ax)
     for name, result, style in with_styles(results):
-        edges = np.asarray(result.edges, np.float64)
-        edges = (edges - edges[0]) / (edges[-1] - edges[0])  # signed gates range from -1 to 1, others from 0 to 1
-        ax.stairs(np.nan_to_num(finite_or_nan(result.histogram)), edges, label=name, **style)
+        ax.stairs(np.nan_to_num(finite_or_nan(result.histogram)), np.asarray(result.edges), label=name, **style)
     note_missing(ax, *(result.histogram for result in results.values()))
     add_legend(ax)
-    return set_labels(
-        ax, "Gate values", "position in the range of the gate (0 closed, 1 open)", "fraction of units and steps"
-    )
+    return set_labels(ax, "Gate values", "value (a gate is closed at 0 and open at 1)", "fraction of units and steps")
 
 
 def time_constants(results: Mapping[str, GateStatistics], *, ax: Axes | None = None) -> Axes:

@@ -14,9 +14,10 @@ from seqjax.cell import Cell, Params, State, optional
 
 from . import sections
 from . import training_sections as training
+from . import verdict_sections as verdicts
 from .files import checked_place, foot, versions, write
-from .html import page, pairs, paragraph, section
-from .measure import STEPS, Measured, measure
+from .html import columns, page, pairs, paragraph, section
+from .measure import Inputs, Measured, measure
 from .sections import safely
 
 if TYPE_CHECKING:
@@ -36,18 +37,17 @@ def report(
     state: State | None = None,
     mask: Bool[Any, "batch time"] | None = None,
     reset: Bool[Any, "batch time"] | None = None,
-    rows: int | None = None,
-    steps: int = STEPS,
+    full: bool = False,
     title: str | None = None,
     history: Mapping[str, ArrayLike] | None = None,
-    clip_norm: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an HTML page on the gradients, the states and the gates of a cell, measured on the inputs `xs`.
 
-    The page has a verdict in words, figures with captions that explain how to read them, tables with all numbers, and
-    the settings of the measurement. It needs no network, and it is readable on a phone and in dark mode. If an analysis
-    does not apply to the cell, a sentence gives the reason instead.
+    The first screen has the verdict with its evidence and one figure. The sections below have more figures with
+    captions that explain how to read them, tables with all numbers, and the settings of the measurement. The page needs
+    no network, and it is readable on a phone, in dark mode and on paper. If an analysis does not apply to the cell, a
+    sentence gives the reason instead.
 
     Args:
         cell: any cell.
@@ -55,14 +55,12 @@ def report(
         xs: typical inputs of the cell, leaves (batch, time, ...).
         path: the file to write. An existing file is replaced.
         state, mask, reset: as for `unroll`.
-        rows: the number of sequences to measure, from the first one; by default 8, or 4 if the state has more than 256
-            numbers.
-        steps: the number of steps to measure in each sequence, from the first one. More steps take longer and give
-            narrower confidence intervals.
+        full: whether to measure all of `xs` with all analyses. By default at most 8 sequences of 384 steps
+            are measured. If the state has more than 128 numbers, 4 sequences are measured, and the costly analyses are
+            left out. More steps take longer and give narrower confidence intervals.
         title: the title of the page; by default the type of the cell.
         history: the training history, as `fit` returns it. If it is given, the page has a section on clipping.
-        clip_norm: the clipping threshold of the training.
-        settings: other settings to show on the page, by name.
+        settings: settings to show on the page, by name. The clipping threshold of the training is "clip_norm".
 
     Returns:
         The path of the page.
@@ -81,26 +79,29 @@ def report(
         (True, 1)
     """
     place = checked_place(path)
-    measured = measure(cell, params, xs, state=state, mask=mask, reset=reset, rows=rows, steps=steps)
+    depth = "full" if full else "usual"
+    measured = measure(cell, params, Inputs(xs, mask, reset), state, depth=depth)
+    settings = settings or {}
     parts = cell_sections(cell, measured)
     if history is not None:
-        parts.append(training.clipping_section(history, clip_norm))
-    parts.append(settings_section(measured, settings or {}))
+        parts.append(training.clipping_section(history, settings.get("clip_norm")))
+    parts.append(settings_section(measured, settings))
     name = type(cell).__name__ if title is None else title
     lead = f"The gradients, states and gates of {type(cell).__name__}, measured on {measured.about['read']}."
-    return write(place, page(name, lead, parts, foot()))
+    first = columns(verdicts.verdict_card(measured), verdicts.first_figure(measured))
+    return write(place, page(name, lead, first, parts, foot()))
 
 
 def cell_sections(cell: Cell, measured: Measured) -> list[str]:
     """The sections on the cell, without those on its training."""
     memory = memory_gates(cell, measured.found.get("gate_statistics", {}))
     return [
-        safely("verdict", "Verdict", sections.verdict_section, measured),
         safely("gradients", "Gradients through time", sections.gradient_section, measured),
         safely("exponents", "Lyapunov exponents", sections.exponent_section, measured),
         safely("jacobians", "Jacobians", sections.jacobian_section, measured),
         safely("gates", "Gates", sections.gate_section, measured, memory),
         safely("states", "States", sections.state_section, measured),
+        safely("verdict", "Verdict in detail", verdicts.verdict_section, measured),
     ]
 
 
@@ -128,7 +129,7 @@ def settings_section(measured: Measured, settings: Mapping[str, Any]) -> str:
         tables.append(pairs("Settings", settings))
     tables.append(pairs("Versions", versions()))
     units = (
-        "Logarithms are natural and exponents are in nats, unless a column says otherwise. A gradient norm is a ratio: "
-        "it is 1 at lag 0."
+        "Growth is given as a factor: that of one step for a Lyapunov exponent, and that of k steps for a gradient at "
+        "a lag of k steps."
     )
     return section("settings", "Settings and versions", paragraph(units), *tables)

@@ -1,4 +1,4 @@
-"""The sections of a page that compares several training runs."""
+"""The page that compares several training runs: one row per run in every table."""
 
 from __future__ import annotations
 
@@ -9,16 +9,37 @@ import numpy as np
 
 from seqjax import plots
 from seqjax.analysis.clipping import clipping_statistics
+from seqjax.plots.canvas import finite_mean
 
 from .files import versions
-from .html import card, figures, pairs, paragraph, section, table
-from .sections import drawn
+from .html import card, columns, factor, figures, pairs, paragraph, section, table
+from .sections import drawn, growth_in_words
 from .training_sections import clipping_numbers, validation_bits
 
 if TYPE_CHECKING:
     from .measure import Measured
 else:  # needed only in annotations
     Measured = Any
+
+
+@runtime_checkable
+class Score(Protocol):
+    """A mean loss in bits per character; it prints with its 95 % interval."""
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        ...
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval; NaN if it is not known."""
+        ...
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval; NaN if it is not known."""
+        ...
 
 
 @runtime_checkable
@@ -46,8 +67,18 @@ class Study(Protocol):
         ...
 
     @property
-    def entropy(self) -> float:
-        """The unigram entropy of the text, in bits."""
+    def score(self) -> Score:
+        """Its loss on the validation text."""
+        ...
+
+    @property
+    def gap(self) -> str:
+        """Its loss minus that of the best run with a 95 % interval, or empty."""
+        ...
+
+    @property
+    def baselines(self) -> Mapping[str, float]:
+        """The losses of simple models on the same text, in bits per character."""
         ...
 
     @property
@@ -56,142 +87,156 @@ class Study(Protocol):
         ...
 
 
-def parts(studies: Sequence[Study]) -> list[str]:
-    """All sections, for at least two runs."""
+def first_screen(studies: Sequence[Study]) -> str:
+    """The best run, one row of results per run, and the validation curves."""
+    return (
+        card(paragraph(_ranking(studies), "answer"))
+        + _results_table(studies)
+        + columns(_learning_figure(studies), _lag_figure(studies))
+    )
+
+
+def sections(studies: Sequence[Study]) -> list[str]:
+    """The sections below the first screen, for at least two runs."""
     return [
         verdicts(studies),
         differences(studies),
-        learning(studies),
-        gradients(studies),
         exponents(studies),
         clipping(studies),
         section("versions", "Versions", pairs("Versions", versions())),
     ]
 
 
+def _ranking(studies: Sequence[Study]) -> str:
+    """Which run has the lowest validation loss."""
+    ranked = sorted((study for study in studies if np.isfinite(study.score.mean)), key=lambda study: study.score.mean)
+    if not ranked:  # NaN has no place in an order
+        return "No run has a finite validation loss."
+    return f"{ranked[0].name} has the lowest validation loss, {ranked[0].score.mean:.3f} bits per character."
+
+
+def _results_table(studies: Sequence[Study]) -> str:
+    name, bits = next(iter(studies[0].baselines.items()))  # the best one
+    same = all(study.baselines == studies[0].baselines for study in studies)
+    caption = "Results on the validation text"
+    caption += f"; a {name} needs {bits:.3f} bits per character" if same else ""
+    head = (
+        "run",
+        "bits per character (95 % interval)",
+        "more than the best run (95 % interval)",
+        *([] if same else [name]),
+        "regime",
+        "memory",
+        "growth factor per step (95 % interval)",
+        "parameters",
+        "updates",
+        "seconds",
+    )
+    rows = []
+    for study in studies:
+        verdict, by_lag, exponents = (
+            study.measured.found.get(name) for name in ("verdict", "gradient_by_lag", "lyapunov_exponents")
+        )
+        rows.append(
+            (
+                study.name,
+                str(study.score),
+                study.gap,
+                *([] if same else [f"{study.baselines[name]:.3f}"]),
+                "none" if verdict is None else verdict.regime,
+                "none" if by_lag is None else str(by_lag.memory),
+                "none" if exponents is None else growth_in_words(exponents),
+                study.measured.about.get("parameters"),
+                len(study.history["step"]),
+                f"{np.max(study.history['seconds'], initial=0):.0f}",
+            )
+        )
+    return table(caption, head, rows)
+
+
+def _learning_figure(studies: Sequence[Study]) -> str:
+    curves = {study.name: validation_bits(study.history) for study in studies}
+    caption = "The loss on the validation text during the training. Lower is better."
+    return drawn("learning", plots.learning_curves, curves, caption=caption)
+
+
+def _lag_figure(studies: Sequence[Study]) -> str:
+    results = _results_by_name(studies, "gradient_by_lag")
+    caption = (
+        "The factor by which the norm of a gradient changes on its way back in time. The run whose line falls last has "
+        "the longest memory."
+    )
+    return drawn("by-lag", plots.gradients_by_lag, results, caption=caption) if results else ""
+
+
 def verdicts(studies: Sequence[Study]) -> str:
-    """The verdict on each run, and the run with the lowest validation loss."""
-    scores = [(_last_validation(study), study.name) for study in studies]
-    scores = sorted(pair for pair in scores if np.isfinite(pair[0]))  # NaN has no place in an order
-    best = f"{scores[0][1]} reads its validation text best, at {scores[0][0]:.3f} bits per character." if scores else ""
-    cards = []
+    """The verdicts in words, each sentence with the runs for which it holds."""
+    runs: dict[str, list[str]] = {}
     for study in studies:
         verdict = study.measured.found.get("verdict")
-        text = study.measured.why("verdict") if verdict is None else verdict.summary
-        cards.append(card(paragraph(study.name), paragraph(text), paragraph(study.remark)))
-    fields = {
-        "regime": lambda v: v.regime,
-        "lag at which the gradient is lost or has exploded (steps)": lambda v: float(v.lag),
-        "field of the state with the strongest effect": lambda v: v.block,
-        "reliable": lambda v: v.reliable,
-    }
-    results = _results(studies, "verdict")
-    rows = [(name, *("none" if v is None else get(v) for v in results)) for name, get in fields.items()]
-    rows += [("validation (bits per character)", *map(_last_validation, studies))]
-    return section("verdict", "Verdicts", paragraph(best), *cards, _run_table("Verdicts in numbers", studies, rows))
+        text = study.measured.why("verdict") if verdict is None else study.measured.names.in_text(verdict.summary)
+        for sentence in f"{text} {study.remark}".replace(". ", ".\n").splitlines():
+            if sentence.strip():
+                runs.setdefault(sentence.strip(), []).append(study.name)
+    rows = [(", ".join(names), sentence) for sentence, names in runs.items()]
+    return section("verdict", "Verdicts in words", table("The verdicts", ("runs", "verdict"), rows), opened=True)
 
 
 def differences(studies: Sequence[Study]) -> str:
     """The settings that differ between the runs, and those that are the same."""
-    rows = [(name, *(study.settings[name] for study in studies)) for name in studies[0].settings]
-    same = [row for row in rows if all(value == row[1] for value in row[1:])]
-    differ = [row for row in rows if row not in same]
+    values = {name: [study.settings[name] for study in studies] for name in studies[0].settings}
+    same = {name: column[0] for name, column in values.items() if all(value == column[0] for value in column)}
+    differ = [name for name in values if name not in same]
+    rows = [(study.name, *(study.settings[name] for name in differ)) for study in studies]
     return section(
         "settings",
-        "Settings that differ",
-        _run_table("Settings that differ", studies, differ) if differ else paragraph("None does."),
-        _run_table("Settings that are the same", studies, same, folded=True) if same else "",
+        "Settings",
+        table("Settings that differ", ("run", *differ), rows) if differ else paragraph("No setting differs."),
+        table("Settings that are the same", ("name", "value"), same.items(), folded=True) if same else "",
+        gist=f"{len(differ)} of {len(values)} differ.",
+        opened=True,
     )
-
-
-def learning(studies: Sequence[Study]) -> str:
-    """The validation curves of all runs on the same axes."""
-    curves = {study.name: validation_bits(study.history) for study in studies}
-    caption = "Bits per character on the validation text during the training. Lower is better."
-    rows = [
-        ("updates", *(len(study.history["step"]) for study in studies)),
-        ("last validation (bits)", *map(_last_validation, studies)),
-        ("unigram entropy (bits)", *(study.entropy for study in studies)),
-        ("seconds of training", *(float(np.max(study.history["seconds"], initial=0)) for study in studies)),
-    ]
-    shown = drawn("learning", plots.learning_curves, curves, caption=caption)
-    return section("learning", "Learning", figures([shown]), _run_table("Learning in numbers", studies, rows))
-
-
-def gradients(studies: Sequence[Study]) -> str:
-    """The gradient by lag of all runs on the same axes."""
-    results = _results_by_name(studies, "gradient_by_lag")
-    caption = "The norm of a gradient after k steps back in time. The run whose line falls last has the longest memory."
-    shown = [drawn("by-lag", plots.gradients_by_lag, results, caption=caption)] if results else []
-    rows = [
-        ("horizon (steps)", *(float(r.horizon) if r else float("nan") for r in _results(studies, "gradient_by_lag"))),
-        ("exact", *(r.exact if r else "none" for r in _results(studies, "gradient_by_lag"))),
-    ]
-    why = _reasons(studies, "gradient_by_lag")
-    return section("gradients", "Gradients through time", *why, figures(shown), _run_table("Horizons", studies, rows))
 
 
 def exponents(studies: Sequence[Study]) -> str:
-    """The Lyapunov exponents of all runs on the same axes."""
+    """The Lyapunov exponents of all runs as growth factors per step."""
     results = _results_by_name(studies, "lyapunov_exponents")
-    caption = (
-        "The rates per step at which perturbations grow or shrink. A positive rate is chaos, and a rate slightly below "
-        "zero is long memory."
-    )
-    shown = [drawn("exponents", plots.lyapunov_spectra, results, caption=caption)] if results else []
+    caption = "A factor above one is chaos, and one slightly below one is long memory."
+    shown = []
+    if results:
+        shown = [drawn("exponents", plots.lyapunov_spectra, results, caption=caption, unit="factor")]
     most = max((len(result.mean) for result in results.values()), default=0)
-    means = [np.zeros(0) if r is None else np.asarray(r.mean) for r in _results(studies, "lyapunov_exponents")]
-    # The states may differ in size, so a short column is filled up with NaN.
-    rows = [(i + 1, *(float(m[i]) if i < len(m) else float("nan") for m in means)) for i in range(most)]
-    numbers = _run_table("Mean exponents (nats per step)", studies, rows, first="number")
-    why = _reasons(studies, "lyapunov_exponents")
+    rows = []
+    for name, result in results.items():
+        factors = [factor(float(log)) for log in finite_mean(result.exponents)]
+        rows.append((name, *factors, *["none"] * (most - len(factors))))  # the states may differ in size
+    head = ("run", *(f"rank {i + 1}" for i in range(most)))
+    numbers = table("Growth factors per step", head, rows) if rows else ""
+    why = [
+        paragraph(f"{study.name}. {study.measured.why('lyapunov_exponents')}", "soft")
+        for study in studies
+        if study.measured.why("lyapunov_exponents")
+    ]
     return section("exponents", "Lyapunov exponents", *why, figures(shown), numbers)
 
 
 def clipping(studies: Sequence[Study]) -> str:
     """The effect of clipping in each run."""
-    shown, columns = [], []
+    shown, numbers = [], {}
     for number, study in enumerate(studies):
         try:
             result = clipping_statistics(study.history, study.settings["clip_norm"])
         except ValueError:  # for example, a run without any update
-            columns.append({})
             continue
-        columns.append(clipping_numbers(result))
-        caption = (
-            f"{study.name}: the gradient norm at every update. A gradient above the threshold was scaled down to it."
-        )
-        shown.append(drawn(f"clipping-{number}", plots.clipping, result, caption=caption))
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, *(column.get(name, "none") for column in columns)) for name in names]
-    return section("clipping", "Clipping", figures(shown), _run_table("Clipping in numbers", studies, rows))
-
-
-def _run_table(
-    caption: str, studies: Sequence[Study], rows: Sequence[Sequence[Any]], *, first: str = "name", folded: bool = False
-) -> str:
-    """A table with one column per run."""
-    return table(caption, (first, *(study.name for study in studies)), rows, folded=folded)
-
-
-def _results(studies: Sequence[Study], name: str) -> list[Any]:
-    """The result of one analysis for each run, or None."""
-    return [study.measured.found.get(name) for study in studies]
+        numbers[study.name] = clipping_numbers(result)
+        shown.append(drawn(f"clipping-{number}", plots.clipping, result, caption=f"Updates of {study.name}."))
+    names = list(dict.fromkeys(name for column in numbers.values() for name in column))
+    rows = [(study.name, *(numbers.get(study.name, {}).get(name, "none") for name in names)) for study in studies]
+    text = "The gradient norm at every update. A gradient above the threshold was scaled down to it."
+    numbers_table = table("Clipping in numbers", ("run", *names), rows)
+    return section("clipping", "Clipping", paragraph(text, "soft"), figures(shown), numbers_table)
 
 
 def _results_by_name(studies: Sequence[Study], name: str) -> dict[str, Any]:
     """The results of one analysis, by the name of the run."""
     return {s.name: s.measured.found[name] for s in studies if name in s.measured.found}
-
-
-def _reasons(studies: Sequence[Study], name: str) -> list[str]:
-    """A paragraph for each run without a result of this analysis."""
-    return [
-        paragraph(f"{study.name}. {study.measured.why(name)}", "soft") for study in studies if study.measured.why(name)
-    ]
-
-
-def _last_validation(study: Study) -> float:
-    """The last validation loss in bits per character; NaN if there is none."""
-    bits = validation_bits(study.history)[1]
-    return float(bits[-1]) if bits.size else float("nan")

@@ -28,14 +28,14 @@ RC_PARAMETERS: Any = {
 }
 
 
-def draw(plot: Callable[..., Any], *results: Any, name: str, description: str) -> str:
-    """Draws a figure as an `<svg>` element.
+def draw(plot: Callable[..., Any], *results: Any, name: str, **options: Any) -> str:
+    """Draws a figure as an `<svg>` element. Its text for screen readers is the title and the labels of the axes.
 
     Args:
         plot: a function of `seqjax.plots`.
         *results: the results that it draws.
         name: the prefix of all identifiers in the figure, unique on the page.
-        description: the text for screen readers.
+        **options: of the plot.
 
     Returns:
         The element. It has no fixed size and refers to nothing outside itself.
@@ -43,7 +43,7 @@ def draw(plot: Callable[..., Any], *results: Any, name: str, description: str) -
     Example:
         >>> import seqjax as sj
         >>> from seqjax.reports.svg import draw
-        >>> element = draw(sj.plots.learning_curves, {"a": ([1, 2], [3, 2])}, name="f1", description="A curve.")
+        >>> element = draw(sj.plots.learning_curves, {"a": ([1, 2], [3, 2])}, name="f1")
         >>> element.startswith("<svg"), "http" in element
         (True, False)
     """
@@ -51,10 +51,11 @@ def draw(plot: Callable[..., Any], *results: Any, name: str, description: str) -
     from matplotlib.figure import Figure
 
     with rc_context(RC_PARAMETERS):
-        figure = Figure(figsize=(5.0, 3.5), layout="constrained")
-        plot(*results, ax=figure.subplots())
+        figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+        ax = plot(*results, ax=figure.subplots(), **options)
         document = io.StringIO()
         figure.savefig(document, format="svg", dpi=160, metadata={"Date": None})
+    description = f"{ax.get_title(loc='left')}: {ax.get_ylabel()} against {ax.get_xlabel()}"
     return to_element(document.getvalue(), name, description)
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seqjax import plots
-from seqjax.analysis.by_length import score_by_length
+from seqjax.analysis.by_length import ScoreByLength, score_by_length
 from seqjax.analysis.clipping import clipping_statistics
 
-from .html import figures, pairs, paragraph, section, table
+from .html import columns, figures, pairs, paragraph, section, table
 from .sections import drawn
 
 if TYPE_CHECKING:
@@ -42,15 +42,16 @@ def clipping_section(history: Mapping[str, ArrayLike], clip_norm: float | None) 
             "factor",
             plots.clipping_factor,
             result,
-            caption="The factor of each gradient. It is one if the gradient was not clipped. If it is low all the "
-            "time, the threshold determines the size of the updates, and not only the learning rate.",
+            caption="The factor is one if the gradient was not clipped. If it is low all the time, the threshold "
+            "determines the size of the updates, and not only the learning rate.",
         ),
     ]
     tables = [pairs("Clipping in numbers", clipping_numbers(result))]
     if result.by_leaf:
         rows = [(name, float(np.mean(norms)), float(np.max(norms))) for name, norms in result.by_leaf.items()]
-        tables.append(table("Gradient norm by parameter", ("parameter", "mean", "largest"), rows))
-    return section("clipping", title, figures(parts), *tables)
+        tables.append(table("Gradient norm by parameter", ("parameter", "mean", "largest"), rows, folded=True))
+    gist = f"{result.fraction:.0%} of {len(result.grad_norm)} updates were clipped."
+    return section("clipping", title, figures(parts), *tables, gist=gist)
 
 
 def clipping_numbers(result: ClippingStatistics) -> dict[str, Any]:
@@ -74,62 +75,61 @@ def validation_bits(history: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.n
     return history["step"][computed], bits[computed]
 
 
-def learning_section(history: Mapping[str, np.ndarray], entropy: float) -> str:
-    """The learning curve of a character model.
-
-    Args:
-        history: the columns of metrics.csv.
-        entropy: the unigram entropy of the text in bits, which is the loss of a model without memory.
-    """
+def learning_section(history: Mapping[str, np.ndarray]) -> str:
+    """The learning curve of a character model, from the columns of metrics.csv."""
     steps, training = history["step"], history["loss"] / np.log(2)
     validation_steps, validation = validation_bits(history)
     curves = {"training": (steps, training), "validation": (validation_steps, validation)}
-    caption = (
-        f"Bits per character during the training. A model without memory needs {entropy:.3f}. If the validation curve "
-        f"rises while the training curve falls, the model overfits."
-    )
+    caption = "If the validation curve rises while the training curve falls, the model overfits."
     numbers = {
         "updates": len(steps),
         "bits per character, last training batch": float(training[-1]) if len(training) else float("nan"),
-        "bits per character, validation text": float(validation[-1]) if len(validation) else float("nan"),
-        "unigram entropy of the text": entropy,
         "seconds of training": float(history["seconds"][-1]) if len(steps) else 0.0,
     }
     rows = [(int(step), float(bits)) for step, bits in zip(validation_steps, validation, strict=True)]
+    gist = ""
+    if len(validation):
+        gist = f"{validation[0]:.2f} bits per character after {validation_steps[0]:.0f} updates, "
+        gist += f"{validation[-1]:.2f} after {validation_steps[-1]:.0f}."
     return section(
         "learning",
         "Learning",
-        figures([drawn("learning", plots.learning_curves, curves, caption=caption)]),
-        pairs("The training in numbers", numbers),
-        table("Validation during the training", ("update", "bits per character"), rows, folded=True),
+        columns(
+            drawn("learning", plots.learning_curves, curves, caption=caption),
+            pairs("The training in numbers", numbers)
+            + table("Validation during the training", ("update", "bits per character"), rows, folded=True),
+        ),
+        gist=gist,
+        opened=True,
     )
 
 
 def score_section(model: Model, params: ModelParams, batches: list[Batch]) -> str:
-    """The loss by position, in sequences that start from the initial state."""
+    """The loss by position in bits per character, in sequences that start from the initial state."""
     try:
-        result = score_by_length(model, params, batches)
+        result = in_bits(score_by_length(model, params, batches))
     except Exception as error:  # noqa: BLE001 - the page is useful without this section
         return section("positions", "Loss by position", paragraph(f"Left out: {error}.", "soft"))
     caption = (
-        "The loss by position, in sequences that start from the initial state. It falls up to the number of steps that "
-        "the model can make use of."
+        "In sequences that start from the initial state, the loss falls up to the number of steps that the model can "
+        "make use of."
     )
     parts = [drawn("positions", plots.loss_by_position, result, caption=caption)]
-    if len(result.length) > 1:
-        caption = "The loss by sequence length. If it rises, long sequences are harder for the model."
-        parts.append(drawn("lengths", plots.loss_by_length, result, caption=caption))
-    columns = result.position, result.by_position, result.position_count
-    rows = [(int(t), float(score), int(count)) for t, score, count in zip(*columns, strict=True)]
-    numbers = {
-        f"mean over sequences of up to {result.split} steps ({result.unit})": float(result.short),
-        f"mean over longer ones ({result.unit})": float(result.long),
-    }
-    head = ("position", f"loss ({result.unit})", "sequences")
+    values = result.position, result.by_position, result.position_count
+    rows = [(int(t), float(score), int(count)) for t, score, count in zip(*values, strict=True)]
+    head = ("position", result.unit, "sequences")
+    first, last = (float(result.by_position[at].mean()) for at in (slice(0, 1), slice(-16, None)))
     return section(
         "positions",
         "Loss by position",
         figures(parts),
-        pairs("Short and long sequences", numbers),
         table("Loss at every position", head, rows, folded=True),
+        gist=f"{first:.2f} bits per character at the first step, {last:.2f} at the last ones.",
     )
+
+
+def in_bits(result: ScoreByLength) -> ScoreByLength:
+    """The scores in bits per character instead of nats."""
+    names = ("by_position", "by_length", "short", "long")
+    bits = {name: getattr(result, name) / np.log(2) for name in names}
+    return result._replace(unit="bits per character", **bits)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from seqjax.cell import Cell, Output, Params, State, strong_type
+from seqjax.cell import Cell, Output, Params, State, names_of_state, strong_type
 from seqjax.sequence._execution.jacobian import step_jacobian
 from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
 from seqjax.sequence._partition.tracing import normal_step, traced_one
@@ -26,7 +27,9 @@ At = tuple[PyTree, Array | None, Array | None, PyTree]
 
 @dataclasses.dataclass(frozen=True)
 class FlatCell:
-    """The cell's masked step on states of n numbers in one dtype, at least float32.
+    """The cell's masked step on states of n real numbers in one dtype, at least float32.
+
+    A complex leaf of the state counts as two: its real parts come first, then its imaginary parts.
 
     Attributes:
         cell: any cell.
@@ -43,13 +46,13 @@ class FlatCell:
     @property
     def size(self) -> int:
         """n, the number of values in one state."""
-        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.like))
+        return sum(map(_numbers, jax.tree.leaves(self.like)))
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of vectors: float64 if any leaf has it, and float32 otherwise."""
         # Half precision is too coarse for products of Jacobians, so its states are widened.
-        wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(self.like))
+        wide = any(leaf.dtype in (jnp.float64, jnp.complex128) for leaf in jax.tree.leaves(self.like))
         return np.dtype(np.float64 if wide else np.float32)
 
     @property
@@ -61,24 +64,24 @@ class FlatCell:
     def parts(self) -> dict[str, slice]:
         """The position of each field of the state in the vector, by name; "state" if the state is one array."""
         parts, start = {}, 0
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.like):
-            stop = start + int(np.prod(leaf.shape))
-            parts[jax.tree_util.keystr(path, simple=True, separator=".") or "state"] = slice(start, stop)
+        for name, leaf in zip(names_of_state(self.cell, self.like), jax.tree.leaves(self.like), strict=True):
+            stop = start + _numbers(leaf)
+            parts[name] = slice(start, stop)
             start = stop
         return parts
 
     def ravel(self, state: State) -> Array:
         """One state as a vector (n,), in the order of its leaves."""
-        parts = [jnp.ravel(leaf).astype(self.dtype) for leaf in jax.tree.leaves(state)]
+        parts = [part.astype(self.dtype) for leaf in jax.tree.leaves(state) for part in _real_parts(leaf)]
         # The empty vector is for a cell without a state, because `jnp.concatenate` needs at least one array.
         return jnp.concatenate([jnp.zeros(0, self.dtype), *parts])
 
     def unravel(self, v: Array) -> State:
         """The cell's own state from a vector (n,)."""
         leaves, tree = jax.tree.flatten(self.like)
-        ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])[:-1]
+        ends = np.cumsum(list(map(_numbers, leaves)))[:-1]
         parts = jnp.split(v, ends) if leaves else []
-        return tree.unflatten(p.reshape(leaf.shape).astype(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True))
+        return tree.unflatten(_leaf_of(p, leaf) for p, leaf in zip(parts, leaves, strict=True))
 
     def start(self, params: Params) -> Array:
         """The cell's initial state as a vector, (n,)."""
@@ -100,6 +103,8 @@ class FlatCell:
     def jacobian(self, params: Params, like: tuple[PyTree, PyTree]) -> Callable[[Array, At], Array]:
         """A function (v, at) that computes J_t (n, n); `like` is its arguments, as shapes and dtypes."""
         v, at = like
+        if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in jax.tree.leaves(self.like)):
+            return jax.jacfwd(lambda v, at: self.step(params, v, at))  # the parts of a step are real
         of_state = step_jacobian(
             traced_one(self.cell, emit_nothing, params, jax.eval_shape(self.unravel, v), at), params
         )
@@ -130,3 +135,21 @@ def flat_cell(cell: Cell, params: Params, *, normal_form: bool = False) -> FlatC
     """The map of vectors of a cell whose state has the type of its initial state."""
     like = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
     return FlatCell(cell, like, normal_form)
+
+
+def _numbers(leaf: Any) -> int:
+    """The number of real values in a leaf."""
+    return int(np.prod(leaf.shape)) * (2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1)
+
+
+def _real_parts(leaf: Array) -> list[Array]:
+    flat = jnp.ravel(leaf)
+    return [flat.real, flat.imag] if jnp.iscomplexobj(flat) else [flat]
+
+
+def _leaf_of(values: Array, like: Any) -> Array:
+    """A leaf of the shape and dtype of `like` from its real values."""
+    if jnp.issubdtype(like.dtype, jnp.complexfloating):
+        real, imaginary = jnp.split(values, 2)
+        values = jax.lax.complex(real, imaginary)
+    return values.reshape(like.shape).astype(like.dtype)

@@ -48,12 +48,12 @@ class Inputs(NamedTuple):
         return jax.tree.leaves(self.x)[0].shape[1]
 
 
-def last_output(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
+def emit_output(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
     """The output o_t of the step: what `unroll` returns."""
     return output
 
 
-def new_state(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
+def emit_state(params: Params, before: State, x: PyTree, after: State, output: Output) -> PyTree:
     """The state s_t of the step: what `trajectory` returns."""
     return after
 
@@ -64,7 +64,7 @@ def emit_nothing(params: Params, before: State, x: PyTree, after: State, output:
 
 
 def masked_step(
-    cell: Cell, params: Params, state: State, inputs: Inputs, emit: Emit = last_output
+    cell: Cell, params: Params, state: State, inputs: Inputs, emit: Emit = emit_output
 ) -> tuple[State, PyTree]:
     """`cell.step` for one example at one time, with mask, reset and noise.
 
@@ -89,7 +89,7 @@ def masked_step(
     if valid is not None:
         after = select(valid, after, state)
     emitted = emit(params, state, x, after, output)
-    if valid is not None and emit is not new_state:
+    if valid is not None and emit is not emit_state:
         emitted = select(valid, emitted, zeros_like(emitted))
     return after, emitted
 

@@ -1,7 +1,7 @@
 """The parameters of a cell, compared with those that its `init` draws.
 
-The parameters of seqjax's own cells must have the shapes that `init` gives them. Any other cell decides for itself what
-it accepts, so its parameters are compared only to explain an error that its `step` has raised.
+The parameters of seqjax's own cells must have the shapes that `init` gives them. A cell of the user decides for itself
+what it accepts, except for the sizes that it declares. The parameters must not contradict these.
 """
 
 from __future__ import annotations
@@ -15,20 +15,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from seqjax.cell import Cell, Params, layers
+from seqjax.cell import Cell, Params, is_value, layers
+from seqjax.cells.whole_numbers import as_integer
 
 METHODS = ("init", "initial_state", "step")
 ANOTHER_CELL = "the parameters belong to another cell or size, and cell.init(key) draws those of this one"
 
 
 def check_params(cell: Cell, params: Params, name: str = "params") -> None:
-    """Checks the parameters of seqjax's own cells, also inside a stack or a learned state.
+    """Checks that parameters belong to a cell, also inside a stack or a learned state.
 
-    Every leaf must have the shape that `cell.init` gives it, because a broadcast would hide a wrong one. Any dtype is
-    accepted. An optional leaf, such as `GRUParams.b_hn`, may be None. The parameters of any other cell are not checked.
+    For seqjax's own cells, and subclasses with the same three methods, every leaf must have the shape that `cell.init`
+    gives it, because a broadcast would hide a wrong one, and it must be floating-point, in any precision. An optional
+    leaf, such as `GRUParams.b_hn`, may be None.
+
+    A cell of the user may accept other parameters than those that its `init` draws. They are refused only if they
+    contradict a size that a frozen dataclass declares: the tree is that of `init`, a leaf has another shape, and an
+    axis of the initial state, whose size with the parameters of `init` is a number in a field of the cell, has another
+    size. Nothing is compared if `init` cannot be traced.
 
     Args:
         cell: any cell.
@@ -37,7 +45,7 @@ def check_params(cell: Cell, params: Params, name: str = "params") -> None:
 
     Raises:
         ValueError: a leaf has another shape, or a stack has another number of layers.
-        TypeError: the parameters are another tree.
+        TypeError: the parameters are another tree, or a leaf has no floating-point dtype.
 
     Example:
         >>> import jax, seqjax as sj
@@ -47,6 +55,26 @@ def check_params(cell: Cell, params: Params, name: str = "params") -> None:
         ...
         ValueError: expected params.W_xh (20, 3) for LSTM(input_size=3, hidden_size=5), got (16, 3): ...
     """
+    leaves, tree = jax.tree.flatten(params)
+    try:
+        found = cell, tree, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+        if found in _accepted:
+            return
+    except (AttributeError, TypeError):  # a leaf is not an array, or the cell has no hash
+        found = None
+    _check(cell, params, name)
+    # A cell that compares by identity may change between two calls.
+    if found is not None and is_value(cell):
+        if len(_accepted) >= 1024:
+            _accepted.clear()
+        _accepted.add(found)
+
+
+# The cells with the trees, shapes and dtypes that they accept, because every call checks its parameters.
+_accepted: set[tuple[Any, ...]] = set()
+
+
+def _check(cell: Cell, params: Params, name: str) -> None:
     inner = layers(cell)
     if _class_name(cell) == "Stack":
         count = len(inner)
@@ -56,12 +84,12 @@ def check_params(cell: Cell, params: Params, name: str = "params") -> None:
             got = f"{len(params)}, {described(params)}"
             raise ValueError(f"expected {name} with one entry per layer, {count}, got {got}: {ANOTHER_CELL}")
         for layer, (layer_cell, layer_params) in enumerate(zip(inner, params, strict=True)):
-            check_params(layer_cell, layer_params, f"{name}[{layer}]")
+            _check(layer_cell, layer_params, f"{name}[{layer}]")
     elif _class_name(cell) == "LearnedState":
         if type(params).__name__ != "LearnedStateParams":
             like = shapes_of_init(cell)
             raise _wrong_tree(cell, params, "LearnedStateParams(cell, state)", type(like), name)
-        check_params(inner[0], params.cell, f"{name}.cell")
+        _check(inner[0], params.cell, f"{name}.cell")
         like = shapes_of_init(cell) if _is_ours(cell) else None
         if like is not None:
             _check_like(cell, params.state, like.state, f"{name}.state")
@@ -69,19 +97,54 @@ def check_params(cell: Cell, params: Params, name: str = "params") -> None:
         like = shapes_of_init(cell)
         if like is not None:
             _check_like(cell, params, like, name)
+    else:
+        _check_declared_sizes(cell, params, name)
 
 
 def _is_ours(cell: Cell) -> bool:
-    """Whether a cell and all cells inside it are classes of seqjax. A subclass is the user's."""
+    """Whether seqjax defines the three methods of a cell and of all cells inside it."""
     return bool(_class_name(cell)) and all(map(_is_ours, layers(cell)))
 
 
 def _class_name(cell: Cell) -> str:
-    """The name of a cell's class if it is a class of seqjax, otherwise "".
+    """The name of the class of seqjax that defines the methods of a cell; "" for a cell of the user.
 
     Classes are compared by name, because the modules of the cells need not know this one, nor this one them.
     """
-    return type(cell).__name__ if type(cell).__module__.startswith("seqjax.cells.") else ""
+    if any(name in getattr(cell, "__dict__", {}) for name in METHODS):
+        return ""
+    definers = {next((kind for kind in type(cell).__mro__ if name in vars(kind)), object) for name in METHODS}
+    kind = definers.pop()
+    return kind.__name__ if not definers and kind.__module__.startswith("seqjax.cells.") else ""
+
+
+def _check_declared_sizes(cell: Cell, params: Params, name: str) -> None:
+    """Refuses parameters of a user's cell that change a declared size of the initial state."""
+    # Only immutable cells, because the `init` of another one may store what it draws in the cell.
+    fields = getattr(cell, "__dict__", {}) if is_value(cell) else {}
+    sizes = {as_integer(value) for value in fields.values()} - {None}
+    like = shapes_of_init(cell) if sizes else None
+    if like is None or jax.tree.structure(params) != jax.tree.structure(like):
+        return
+    other = next(differences(params, like, name), None)
+    if other is None:
+        return
+    for declared, got in zip(*(_shapes_of_state(cell, p) for p in (like, params)), strict=False):
+        if len(declared) == len(got) and any(a != b and a in sizes for a, b in zip(declared, got, strict=True)):
+            path, wanted, instead = other
+            raise ValueError(
+                f"expected {path} {wanted} for {_short(cell)} with a state {declared}, got {instead} with a state "
+                f"{got}: {ANOTHER_CELL}"
+            )
+
+
+def _shapes_of_state(cell: Cell, params: Params) -> list[tuple[int, ...]]:
+    """The shapes of the leaves of the initial state; none if it cannot be traced, which is reported later."""
+    try:
+        state = jax.eval_shape(cell.initial_state, params)
+    except Exception:  # noqa: BLE001 - the cell may compute its state in any way
+        return []
+    return [leaf.shape for leaf in jax.tree.leaves(state)]
 
 
 def _check_like(cell: Cell, params: Params, like: PyTree, name: str) -> None:
@@ -98,6 +161,13 @@ def _check_like(cell: Cell, params: Params, like: PyTree, name: str) -> None:
             elif _broadcasts(got, wanted):
                 fix = f"write every entry out, jnp.broadcast_to({path}, {wanted})"
         raise ValueError(f"expected {path} {wanted} for {_short(cell)}, got {got}: {fix}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", np.dtype(float))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"expected floating-point {name}{jax.tree_util.keystr(path)} for {_short(cell)}, got {dtype}: convert "
+                f"it with .astype(float)"
+            )
 
 
 def differences(tree: PyTree, like: PyTree, name: str) -> Iterator[tuple[str, Any, Any]]:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from seqjax import kernels
-from seqjax.cell import Cell, Params, strong_type
+from seqjax.cell import Cell, Params, names_of_state, strong_type
 from seqjax.sequence._checks import check_methods
 from seqjax.sequence._execution.jacobian import units_of
 from seqjax.sequence._execution.kernel import kernel_supports
-from seqjax.sequence._masked_step import last_output
+from seqjax.sequence._masked_step import emit_output
 from seqjax.sequence._parameter_checks import check_params
 from seqjax.sequence._partition.loops import Stage
 from seqjax.sequence._partition.parts import Parts
@@ -147,15 +147,12 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
     # Shapes are enough, so large parameters need not be drawn for an explanation.
     state = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
     x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf), x)
-    traced = traced_one(cell, last_output, params, state, (x, None, None, None))
+    traced = traced_one(cell, emit_output, params, state, (x, None, None, None))
     plan = plan_of(traced, True)
     name = type(cell).__name__
     if isinstance(plan, NoPlan):
         return Explanation(name, (), "that of the whole step, by jax.jacfwd", plan.reason)
-    leaves = [
-        jax.tree_util.keystr(path, simple=True, separator=".") or "state"
-        for path, _ in jax.tree_util.tree_leaves_with_path(state)
-    ]
+    leaves = names_of_state(cell, state)
     loops = [_loop(stage, parts, leaves) for stage, parts in zip(plan.stages, plan.parts, strict=True)]
     # The last stage is not a loop. It is shown only if it has a product.
     shown = tuple(loop for loop in loops if loop.carried or loop.per_chunk)
@@ -217,7 +214,7 @@ def _slow(parts: Parts) -> list[str]:
 
 
 def _jacobian(traced: Traced) -> str:
-    parts = Parts(inline(traced.program), traced.params, traced.state, merge_sigmoids=False)
+    parts = Parts(inline(traced.program), traced.n_params, traced.n_state, merge_sigmoids=False)
     if not parts.state:
         return "none: the cell has no state"
     units = units_of(parts)

@@ -21,8 +21,9 @@ from seqjax.cell import Cell, Output, Params, State, optional
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checkpointed import run_checkpointed
 from seqjax.sequence._checks import batch_of_states, check_methods, check_sequences, check_steps
+from seqjax.sequence._declared import undeclared_step
 from seqjax.sequence._execution.run import run_plan
-from seqjax.sequence._masked_step import Emit, Inputs, draw_noise, last_output, masked_step, new_state
+from seqjax.sequence._masked_step import Emit, Inputs, draw_noise, emit_output, emit_state, masked_step
 from seqjax.sequence._partition.plan import NoPlan, Plan, plan_of
 from seqjax.sequence._partition.tracing import traced_step
 from seqjax.sequence._step_errors import errors_of_step
@@ -112,7 +113,7 @@ def trajectory(
     """
     inputs = check_sequences(cell, Inputs(xs, mask, reset))
     first = batch_of_states(cell, params, state, inputs.batch)
-    _, states = _run(cell, params, first, inputs, emit=new_state, options=Options(bool(reverse)))
+    _, states = _run(cell, params, first, inputs, emit=emit_state, options=Options(bool(reverse)))
 
     def join(s_0: Array, s: Array) -> Array:
         s_0 = s_0[:, None]
@@ -142,7 +143,7 @@ def gates(
         For each name an array (batch, time, hidden), which is zero when the mask is False.
 
     Raises:
-        TypeError: the cell does not name its gates.
+        TypeError: the cell does not name its gates, or it inherits them from a class whose step computes another state.
         ValueError: a shape does not fit.
 
     Example:
@@ -160,8 +161,15 @@ def gates(
             f"expected a cell that names its gates, got {type(cell).__name__}: "
             f"give it a method gates(params, state, x) that returns a dict of arrays"
         )
+    other = undeclared_step(cell, "gates")
+    if other is not None:
+        name = type(other).__name__
+        raise TypeError(
+            f"expected {name} to define gates beside its own step, got those of a base class with another step: define "
+            f"a method gates(params, state, x) in {name} that returns the gates of its step"
+        )
     inputs, options = Inputs(xs, mask, reset), Options(bool(reverse))
-    return _run(cell, params, state, inputs, emit=_Gates(cell), options=options)[1]
+    return _run(cell, params, state, inputs, emit=GatesOfStep(cell), options=options)[1]
 
 
 def length_mask(lengths: Int[Any, " batch"] | Sequence[int], time: int) -> Bool[Array, "batch time"]:
@@ -196,7 +204,7 @@ def length_mask(lengths: Int[Any, " batch"] | Sequence[int], time: int) -> Bool[
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gates:
+class GatesOfStep:
     """Selects the gates of a step, for `gates`. Equal cells give equal objects, so the call compiles once."""
 
     cell: Any
@@ -227,7 +235,7 @@ def _run(
     inputs: Inputs,
     key: Array | None = None,
     *,
-    emit: Emit = last_output,
+    emit: Emit = emit_output,
     options: Options = Options(),
 ) -> tuple[State, PyTree]:
     """Checks the arguments, compiles or finds the compiled code, and runs it."""

@@ -23,6 +23,7 @@ from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.unroll import unroll
+from seqjax.training._validated import validated
 from seqjax.training.loop import Metrics, NotFinite, TrainState, clipped, start, updates
 
 ADAM = optax.adam(1e-3)  # one object, because optax.adam(1e-3) != optax.adam(1e-3) and each would compile again
@@ -51,7 +52,12 @@ def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss
         >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
         1.3863
     """
-    return _mean_loss(cached_jit(_evaluate, model, loss), loss, params, stream)
+    return _evaluator(model, loss)(params, stream)
+
+
+def _evaluator(model: Model, loss: Objective) -> Callable[[ModelParams, Iterable[Batch]], Any]:
+    """`evaluate` as a function that compiles once, even for objects that compare by identity."""
+    return partial(_mean_loss, cached_jit(_batch_loss, model, loss), loss)
 
 
 def _mean_loss(
@@ -71,7 +77,7 @@ def _mean_loss(
     return total / weight
 
 
-def _evaluate(
+def _batch_loss(
     model: Model, loss: Objective, params: ModelParams, carried: State, data: tuple[PyTree, ...]
 ) -> tuple[State, Array]:
     xs, targets, mask, reset = data
@@ -154,19 +160,23 @@ def fit(
     optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
     first: Any = latest.step if isinstance(latest.step, Tracer) else int(latest.step)
-    rows, validated, evaluator = [], [], cached_jit(_evaluate, model, loss)
+    rows, validations, evaluator = [], [], _evaluator(model, loss)
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"
     try:
-        run = updates(model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm, key=key)
-        for latest, metrics in run:
-            step = first + len(rows) + 1
-            rows.append({"step": step} | metrics.row())
+        run = validated(
+            updates(model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm, key=key),
+            is_last=lambda number, _: number == steps,
+            validate=None if validation is None else lambda params: evaluator(params, validation()),
+            validate_every=validate_every,
+        )
+        for update in run:
+            latest, step = update.state, first + update.number
+            rows.append({"step": step} | update.metrics.row())
+            if update.validation is not None:
+                validations.append({"validation_step": step, "validation": update.validation})
             if progress is not None:
-                progress(step, metrics)
-            if validation is not None and (len(rows) % validate_every == 0 or len(rows) == steps):
-                value = _mean_loss(evaluator, loss, latest.params, validation())
-                validated.append({"validation_step": step, "validation": value})
+                progress(step, update.metrics)
         if len(rows) == steps:
             reason = "steps"
     except NotFinite as error:
@@ -174,7 +184,7 @@ def fit(
         warnings.warn(f"training stopped: {reason}; lower the learning rate or clip_norm", stacklevel=2)
     by_leaf = [f"{LEAF_PREFIX}{name}" for name in leaf_names(latest.params)]
     history = _columns(["step", *Metrics._fields[:-1], *by_leaf], rows)
-    history |= _columns(["validation_step", "validation"], validated)
+    history |= _columns(["validation_step", "validation"], validations)
     return Fitted(latest.params, history, latest, reason)
 
 

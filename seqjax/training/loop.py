@@ -1,6 +1,6 @@
 """The update of training, and `updates`, which yields one per batch, for any model, stream and optax optimizer.
 
-`seqjax.training.fit` and `seqjax.command.job.work` are the loops that use it.
+`seqjax.training._validated` adds the validations, for `seqjax.training.fit` and `seqjax.command.job.work`.
 
 A batch of independent sequences starts from the initial state. A batch that continues the one before it, such as the
 next window of a long text, starts from the state at the end of that batch. No gradient flows through the carried state,

@@ -174,7 +174,7 @@ class BackwardLoop:
         """
         parts, kernel, hoisted, active = self.loop.parts, self.loop.kernel, self.hoisted, self.active
         if kernel is not None and kernel.runs_backward:
-            steps = known._replace(drives=parts.add_biases(hoisted, known.drives))
+            steps = self._with_biases(known)
             ct_before, ct_drives, ct_cuts = kernel.backward(
                 hoisted.weights, steps, ct_state, ct_outputs, self.loop.reverse
             )
@@ -216,8 +216,7 @@ class BackwardLoop:
         """
         parts, kernel, reverse = self.loop.parts, self.loop.kernel, self.loop.reverse
         if kernel is not None:
-            steps = known._replace(drives=parts.add_biases(self.hoisted, known.drives))
-            return kernel.rematerialized(first, steps, reverse)
+            return kernel.rematerialized(first, self._with_biases(known), reverse)
 
         def fill(some: Leaves, others: Leaves) -> Leaves:
             return [other if leaf is None else leaf for leaf, other in zip(some, others, strict=True)]
@@ -233,6 +232,10 @@ class BackwardLoop:
 
         hidden = lax.scan(step, missing(first), (known, jnp.arange(length)), reverse=reverse)[1]
         return fill(known.before, hidden)
+
+    def _with_biases(self, steps: KnownSteps) -> KnownSteps:
+        """The known steps as a kernel reads them, with the biases in the drives."""
+        return steps._replace(drives=self.loop.parts.add_biases(self.hoisted, steps.drives))
 
 
 def _states_before(loop: Loop, first: Leaves, states: Leaves) -> Leaves:

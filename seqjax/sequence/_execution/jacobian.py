@@ -45,7 +45,7 @@ def step_jacobian(traced: Traced, params: Params) -> Callable[[State, PyTree], A
         A function of a state and of (x_t, mask_t, reset_t, noise_t) of one example at one time. It returns the matrix
         (n, n), over the leaves of the state in their order.
     """
-    parts = Parts(inline(traced.program), traced.params, traced.state, merge_sigmoids=False)
+    parts = Parts(inline(traced.program), traced.n_params, traced.n_state, merge_sigmoids=False)
     leaves = [*parts.consts, *map(jnp.asarray, jax.tree.leaves(params))]
     units = units_of(parts)
     jacobian = _ByColumns(parts, leaves) if units is None else _ByUnits(parts, units, leaves)

@@ -96,7 +96,7 @@ class Kernel:
         """The state after each step of a chunk, leaves (time, batch, n)."""
         W, b = self._weights(weights)
         h_c = [state[k] for k in self.states]
-        return self._leaves(kernels.run_forward(self.gates, W, b, h_c, self._drives(drives), reverse))
+        return self._leaves(kernels.run_forward(W, b, h_c, self._drives(drives), reverse))
 
     def rematerialized(self, first: Leaves, steps: KnownSteps, reverse: bool) -> Leaves:
         """The states before each step of a chunk of an LSTM, leaves (time, batch, n).
@@ -126,7 +126,7 @@ class Kernel:
         drives, cut = self._drives(steps.drives), self._reorder(steps.results[0])
         before, after = [steps.before[k] for k in self.states], [ct_state[k] for k in self.states]
         ct_h: Any = sum(ct_outputs[1:], ct_outputs[0]) if ct_outputs else jnp.zeros_like(before[0])
-        ct_before, ct_gates, ct_cut = kernels.run_backward(self.gates, W, drives, cut, before, after, ct_h, reverse)
+        ct_before, ct_gates, ct_cut = kernels.run_backward(W, drives, cut, before, after, ct_h, reverse)
         inverse = [self.blocks.index(k) for k in range(self.gates)]
         return self._leaves(ct_before), self._ct_drives(steps.drives, ct_gates), [self._reorder(ct_cut, inverse)]
 

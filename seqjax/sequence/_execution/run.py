@@ -53,7 +53,7 @@ def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: Py
     for stage, parts in zip(plan.stages, plan.parts, strict=True):
         xs = [known[v] for v in stage.inputs]
         arguments = Arguments([*parts.consts, *leaves], [first[i] for i in stage.leaves], xs)
-        new_state, outputs = _run_loop(parts, arguments, reverse, plan.kernel)
+        new_state, outputs = _run_loop(parts, arguments, reverse, plan.use_kernel)
         final.update(zip(stage.leaves, new_state, strict=True))
         if stage.leaves:  # the outputs of the last stage are not variables that a stage reads
             known.update(zip(stage.outputs, outputs, strict=True))
@@ -61,12 +61,12 @@ def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: Py
     return jax.tree.unflatten(plan.new_state, new_leaves), jax.tree.unflatten(plan.outputs, outputs)
 
 
-def _run_loop(parts: Parts, arguments: Arguments, reverse: bool, kernel: bool) -> Result:
+def _run_loop(parts: Parts, arguments: Arguments, reverse: bool, use_kernel: bool) -> Result:
     if not arguments.state:
         return Result([], _run_at_once(parts, arguments))
     if not parts.saves_work or not any(map(inexact, arguments.state)):
         return _run_plainly(parts, reverse, arguments)
-    return _run_in_parts(Loop(parts, kernel_for(parts) if kernel else None, reverse), arguments)
+    return _run_in_parts(Loop(parts, kernel_for(parts) if use_kernel else None, reverse), arguments)
 
 
 def _run_at_once(parts: Parts, arguments: Arguments) -> Leaves:

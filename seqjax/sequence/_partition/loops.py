@@ -38,13 +38,13 @@ class _Step(NamedTuple):
 
     Attributes:
         program: (params.., state.., x..) -> (new_state.., outputs..).
-        params: the number of leaves of the parameters.
+        n_params: the number of leaves of the parameters.
         state, x, new_state, outputs: the variables.
         fixed: the variables that no state and no input reaches. Every stage that reads one computes it itself.
     """
 
     program: ClosedJaxpr
-    params: int
+    n_params: int
     state: Sequence[Var]
     x: Sequence[Var]
     new_state: Sequence[Atom]
@@ -52,24 +52,24 @@ class _Step(NamedTuple):
     fixed: set[Var]
 
 
-def stages(program: ClosedJaxpr, params: int, state: int) -> list[Stage]:
+def stages(program: ClosedJaxpr, n_params: int, n_state: int) -> list[Stage]:
     """Divides an inlined step into loops.
 
     Args:
         program: (params.., state.., x..) -> (new_state.., outputs..).
-        params: the number of its leaves of parameters.
-        state: the number of its leaves of the state.
+        n_params: the number of its leaves of parameters.
+        n_state: the number of its leaves of the state.
 
     Returns:
         The stages in an order in which they can run. The outputs of the last one are those of the step.
     """
     jaxpr = program.jaxpr
-    leaves, x = jaxpr.invars[params : params + state], jaxpr.invars[params + state :]
-    new_state, outputs = jaxpr.outvars[:state], jaxpr.outvars[state:]
+    leaves, x = jaxpr.invars[n_params : n_params + n_state], jaxpr.invars[n_params + n_state :]
+    new_state, outputs = jaxpr.outvars[:n_state], jaxpr.outvars[n_state:]
     eqns, _ = needed(jaxpr.eqns, jaxpr.outvars)
     from_state_or_x = dependents(eqns, [*leaves, *x])
     fixed = {v for e in eqns for v in e.outvars if v not in from_state_or_x}
-    step = _Step(program, params, leaves, x, new_state, outputs, fixed)
+    step = _Step(program, n_params, leaves, x, new_state, outputs, fixed)
     groups = [*_groups(eqns, leaves, new_state), ()]
     return _programs(step, groups, _divide(step, eqns, groups))
 
@@ -133,7 +133,7 @@ def _programs(step: _Step, groups: list[tuple[int, ...]], eqns: list[list[Eqn]])
         later = [v for v in stage_of if stage_of[v] == k and any(v in r for r in reads[k + 1 :])]
         outputs = later if group else [*step.outputs]
         program = step.program.jaxpr.replace(
-            invars=[*step.program.jaxpr.invars[: step.params], *(step.state[i] for i in group), *inputs],
+            invars=[*step.program.jaxpr.invars[: step.n_params], *(step.state[i] for i in group), *inputs],
             outvars=[*(step.new_state[i] for i in group), *outputs],
             eqns=own,
         )

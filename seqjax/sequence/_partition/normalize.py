@@ -44,31 +44,31 @@ from seqjax.sequence._partition.program import (
 )
 
 
-def normalized(program: ClosedJaxpr, params: int, state: int) -> ClosedJaxpr:
+def normalized(program: ClosedJaxpr, n_params: int, n_state: int) -> ClosedJaxpr:
     """The normal form of the program of one loop, (params.., state.., x..) -> (new_state.., outputs..).
 
     Args:
         program: the inlined program.
-        params: the number of its leaves of parameters.
-        state: the number of its leaves of the state.
+        n_params: the number of its leaves of parameters.
+        n_state: the number of its leaves of the state.
     """
     # The order matters. Products of concatenations must be split before products of the same vector are merged. Biases
     # of slices must be biases of whole vectors before sums are regrouped and products are merged.
     rewrites = [
-        _share_equal, _split_concatenated, _add_before_slicing, _regroup_sums, _merge_products, _add_whole_vectors
+        share_equal, split_concatenated, _add_before_slicing, _regroup_sums, _merge_products, _add_whole_vectors
     ]  # fmt: skip
     for rewrite in rewrites:
-        program = rewrite(program, Dependencies(program, params, state))
+        program = rewrite(program, Dependencies(program, n_params, n_state))
     return program
 
 
-def _share_equal(program: ClosedJaxpr, depends: Dependencies) -> ClosedJaxpr:
+def share_equal(program: ClosedJaxpr, depends: Dependencies) -> ClosedJaxpr:
     first: dict[Any, Eqn] = {}
     equal: dict[Var, Var] = {}  # a result -> the equal result of an earlier equation
     rules: dict[int, Rule] = {}
     for e in depends.eqns:
         # An effect must run every time, and the text of a program inside an equation does not identify it.
-        if e.effects or jaxprs_in_params(e.params):
+        if e.effects or list(jaxprs_in_params(e.params)):
             continue
         operands: list[Any] = [
             (np.asarray(v.val).tobytes(), str(v.aval)) if isinstance(v, Literal) else equal.get(v, v) for v in e.invars
@@ -87,7 +87,7 @@ def _copy_results(earlier: Eqn, e: Eqn) -> Rule:
     return run
 
 
-def _split_concatenated(program: ClosedJaxpr, depends: Dependencies) -> ClosedJaxpr:
+def split_concatenated(program: ClosedJaxpr, depends: Dependencies) -> ClosedJaxpr:
     concatenations = {e.outvars[0]: e for e in depends.eqns if e.primitive.name == "concatenate"}
     rules: dict[int, Rule] = {}
     for e in depends.eqns:

@@ -100,23 +100,23 @@ class Parts:
             operand of a cut depends on it. The backward pass rematerializes the other leaves without products.
     """
 
-    def __init__(self, program: ClosedJaxpr, params: int, state: int, merge_sigmoids: bool = True) -> None:
+    def __init__(self, program: ClosedJaxpr, n_params: int, n_state: int, merge_sigmoids: bool = True) -> None:
         """Finds the parts.
 
         Args:
             program: the inlined program of the loop.
-            params, state: the numbers of leaves of its parameters and of its state.
+            n_params, n_state: the numbers of leaves of its parameters and of its state.
             merge_sigmoids: whether sigmoids are merged, which is faster if the program runs over a batch.
         """
-        program = normalized(program, params, state)
+        program = normalized(program, n_params, n_state)
         if merge_sigmoids:
-            program = with_merged_sigmoids(program, params, state)
+            program = with_merged_sigmoids(program, n_params, n_state)
         jaxpr, self.consts = program.jaxpr, program.consts
-        self.params: list[Any] = [*jaxpr.constvars, *jaxpr.invars[:params]]
-        self.state: list[Any] = list(jaxpr.invars[params : params + state])
-        self.x: list[Any] = list(jaxpr.invars[params + state :])
-        self.new_state: list[Any] = list(jaxpr.outvars[:state])
-        self.outputs: list[Any] = list(jaxpr.outvars[state:])
+        self.params: list[Any] = [*jaxpr.constvars, *jaxpr.invars[:n_params]]
+        self.state: list[Any] = list(jaxpr.invars[n_params : n_params + n_state])
+        self.x: list[Any] = list(jaxpr.invars[n_params + n_state :])
+        self.new_state: list[Any] = list(jaxpr.outvars[:n_state])
+        self.outputs: list[Any] = list(jaxpr.outvars[n_state:])
         eqns, _ = needed(jaxpr.eqns, jaxpr.outvars)
         from_x, from_state = dependents(eqns, self.x), dependents(eqns, self.state)
         self._divide(eqns, from_x, from_state)

@@ -24,7 +24,7 @@ class Plan:
         stages: the loops of the step.
         parts: the parts of each loop.
         new_state, outputs: the tree structures of the new state and of what a step emits.
-        kernel: whether the compiled kernel may run a loop that it supports.
+        use_kernel: whether the compiled kernel may run a loop that it supports.
     """
 
     x: list[Any]
@@ -32,7 +32,7 @@ class Plan:
     parts: list[Parts]
     new_state: Any
     outputs: Any
-    kernel: bool
+    use_kernel: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,12 @@ class NoPlan:
     reason: str
 
 
-def plan_of(traced: Traced, kernel: bool) -> Plan | NoPlan:
+def plan_of(traced: Traced, use_kernel: bool) -> Plan | NoPlan:
     """Divides the program of a step into loops and parts. A step that cannot be divided runs as a plain scan.
 
     Args:
         traced: the masked step.
-        kernel: whether the compiled kernel may run a loop that it supports.
+        use_kernel: whether the compiled kernel may run a loop that it supports.
     """
     # Parts run for a whole chunk, or not at all if nothing reads them. A side effect must run once per step.
     effects = traced.program.effects
@@ -57,9 +57,9 @@ def plan_of(traced: Traced, kernel: bool) -> Plan | NoPlan:
         return NoPlan(f"the step has side effects ({names}){line and ' at ' + line}, which run once per step")
     try:
         program = inline(traced.program)
-        loops = stages(program, traced.params, traced.state)
-        parts = [Parts(loop.program, traced.params, len(loop.leaves)) for loop in loops]
+        loops = stages(program, traced.n_params, traced.n_state)
+        parts = [Parts(loop.program, traced.n_params, len(loop.leaves)) for loop in loops]
     except Exception as error:  # noqa: BLE001 - jaxprs differ between releases of JAX, and a plain scan always works
         return NoPlan(f"the partition failed: {type(error).__name__}: {error}")
-    x = list(program.jaxpr.invars[traced.params + traced.state :])
-    return Plan(x, loops, parts, *traced.trees, kernel)
+    x = list(program.jaxpr.invars[traced.n_params + traced.n_state :])
+    return Plan(x, loops, parts, *traced.trees, use_kernel)

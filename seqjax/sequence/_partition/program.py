@@ -221,13 +221,13 @@ class Dependencies:
         readers: for each variable the equations that read it, and None for each time that it is a result.
     """
 
-    def __init__(self, program: ClosedJaxpr, params: int, state: int) -> None:
+    def __init__(self, program: ClosedJaxpr, n_params: int, n_state: int) -> None:
         """Follows the dependencies of (params.., state.., x..) -> results, with these numbers of leaves."""
         jaxpr = program.jaxpr
         # Without the equations that no result needs, because these would count as readers.
         self.eqns, _ = needed(jaxpr.eqns, jaxpr.outvars)
-        self.from_state = dependents(self.eqns, jaxpr.invars[params : params + state])
-        self.from_x = dependents(self.eqns, jaxpr.invars[params + state :])
+        self.from_state = dependents(self.eqns, jaxpr.invars[n_params : n_params + n_state])
+        self.from_x = dependents(self.eqns, jaxpr.invars[n_params + n_state :])
         self.readers = readers(self.eqns, jaxpr.outvars)
 
     def on_state(self, v: Atom) -> bool:

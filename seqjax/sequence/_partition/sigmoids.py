@@ -32,16 +32,16 @@ from seqjax.sequence._partition.program import (
 )
 
 
-def with_merged_sigmoids(program: ClosedJaxpr, params: int, state: int) -> ClosedJaxpr:
+def with_merged_sigmoids(program: ClosedJaxpr, n_params: int, n_state: int) -> ClosedJaxpr:
     """The same function, in which sigmoids that can be computed at the same time are one sigmoid.
 
     Args:
         program: the normal form of one loop, (params.., state.., x..) -> results.
-        params, state: the numbers of their leaves.
+        n_params, n_state: the numbers of leaves of its parameters and of its state.
     """
     # All sigmoids become sigmoids of slices first, so that the merge alone decides which of them run together.
-    program = _sigmoids_of_slices(program, Dependencies(program, params, state))
-    return _merge_sigmoids(program, Dependencies(program, params, state))
+    program = _sigmoids_of_slices(program, Dependencies(program, n_params, n_state))
+    return _merge_sigmoids(program, Dependencies(program, n_params, n_state))
 
 
 def _sigmoids_of_slices(program: ClosedJaxpr, depends: Dependencies) -> ClosedJaxpr:

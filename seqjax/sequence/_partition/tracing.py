@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import PyTree
 
 from seqjax.cell import Cell, Output, Params, State
-from seqjax.sequence._masked_step import Emit, Inputs, last_output, masked_step
+from seqjax.sequence._masked_step import Emit, Inputs, emit_output, masked_step
 from seqjax.sequence._partition.normalize import normalized
 from seqjax.sequence._partition.program import inline
 from seqjax.sequence._step_errors import check_effects, errors_of_step
@@ -23,13 +23,13 @@ class Traced:
 
     Attributes:
         program: (params.., state.., inputs..) -> (new_state.., outputs..).
-        params, state: the numbers of leaves of the first two.
+        n_params, n_state: the numbers of leaves of the first two.
         trees: the tree structures of the new state and of the outputs.
     """
 
     program: ClosedJaxpr
-    params: int
-    state: int
+    n_params: int
+    n_state: int
     trees: tuple[Any, Any]
 
 
@@ -80,9 +80,9 @@ def normal_step(cell: Cell, params: Params, state: State, at: PyTree) -> tuple[S
     Returns:
         The new state and the output.
     """
-    traced = traced_one(cell, last_output, params, state, at)
+    traced = traced_one(cell, emit_output, params, state, at)
     # Sigmoids are not merged, because the caller differentiates one example and does not run a loop over a batch.
-    program = normalized(inline(traced.program), traced.params, traced.state)
+    program = normalized(inline(traced.program), traced.n_params, traced.n_state)
     leaves = jaxpr_as_fun(program)(*map(jnp.asarray, jax.tree.leaves((params, state, at))))
     new_state, output = traced.trees
-    return new_state.unflatten(leaves[: traced.state]), output.unflatten(leaves[traced.state :])
+    return new_state.unflatten(leaves[: traced.n_state]), output.unflatten(leaves[traced.n_state :])

@@ -130,8 +130,8 @@ print(f"flax minus seqjax: outputs at most {linen_difference:.1e}, gradients at 
 # %% [markdown]
 # # 3. The microscope
 #
-# The state of flax's cell is the pair (c, h), and the microscope measures all of it. The pair has no field names, so c
-# is called 0 and h is called 1. First the verdict, on a series like those of the training.
+# The state of flax's cell is the pair (c, h), and the microscope measures all of it. First the verdict, on a series like
+# those of the training.
 
 # %%
 driven = sj.verdict(cell, params, xs)
@@ -181,8 +181,8 @@ own, own_params = sj.LSTM(1, 16), sj.LSTMParams(W_xh, W_hh, b_h)
 own_difference = largest_difference(sj.unroll(own, own_params, xs)[1], hs)
 flax_step, own_step = sj.step_jacobians(cell, params, xs), sj.step_jacobians(own, own_params, xs)
 jacobian_difference = max(
-    largest_difference(flax_step.block(a, b), own_step.block(row, column))
-    for a, row in (("0", "c"), ("1", "h")) for b, column in (("0", "c"), ("1", "h")))
+    largest_difference(flax_step.block(row, column), own_step.block(row, column))
+    for row in ("c", "h") for column in ("c", "h"))
 print(f"sj.LSTM minus flax: outputs at most {own_difference:.1e}, Jacobians at most {jacobian_difference:.1e}")
 
 gates = sj.gate_statistics(own, own_params, xs)

@@ -237,8 +237,9 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained
 lags = np.arange(151)
 for ax, verdicts in ((left, on_task), (right, in_silence)):
     plots.gradients_by_lag({name: found.by_lag for name, found in verdicts.items()}, ax=ax)
-by_lag = on_task["after"].by_lag
-unmarked = np.cumprod([1 - np.asarray(xs)[:, by_lag.times - k, 1] for k in lags[1:]], axis=0)
+times = on_task["after"].by_lag.times[0]
+times = times[times >= lags[-1]]  # the others have no such lags
+unmarked = np.cumprod([1 - np.asarray(xs)[:, times - k, 1] for k in lags[1:]], axis=0)
 needed = np.sqrt(np.concatenate([[1.0], unmarked.mean(axis=(1, 2))]))
 some = needed > 0
 left.plot(lags[some], np.log10(needed[some]), color=GREEN, linestyle="-.", label="demand of the task")
@@ -418,7 +419,7 @@ for name, part in recent.items():
 #
 # Training did not change:
 #
-# - "contracting", on the task and in silence;
+# - "contracting" on the task;
 # - "vanishing" on the task, but the marks now determine the horizon;
 # - the second exponent, which moved only slightly, so the other directions are forgotten as before;
 # - the forget gates, which are still near one half, and the saturation, which is still zero.

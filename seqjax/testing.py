@@ -16,7 +16,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from seqjax._closed_forms import CASES
 from seqjax.cell import Cell, Output, State, optional, strong_type
 from seqjax.sequence._step_errors import explain_step_error
 from seqjax.sequence.unroll import length_mask, trajectory, unroll
@@ -335,6 +334,8 @@ def check_analysis(dtype: DTypeLike | None = None) -> AnalysisChecks:
         >>> result.ok, round(float(result.rows[0].got), 3)  # ln 0.8
         (True, -0.223)
     """
+    from seqjax._closed_forms import CASES  # here, because it imports all analyses
+
     name = jnp.dtype("float32" if dtype is None else dtype).name
     if name not in ("float32", "float64"):
         raise ValueError(f"expected the dtype float32 or float64, got {name}: analyses need at least 32 bits")

@@ -16,7 +16,7 @@ from seqjax import _closed_forms
 @pytest.fixture
 def exponents_only(monkeypatch):
     """Leaves the cases of one analysis, because a wrong function needs no more."""
-    monkeypatch.setattr(sj.testing, "CASES", (_closed_forms.exact_exponents,))
+    monkeypatch.setattr(_closed_forms, "CASES", (_closed_forms.exact_exponents,))
 
 
 def replace_exponents(monkeypatch, value):
@@ -62,7 +62,9 @@ def test_a_value_that_is_not_a_number_fails(monkeypatch, exponents_only):
 
 
 def test_a_wrong_word_fails(monkeypatch):
-    monkeypatch.setattr(sj.testing, "CASES", (lambda dtype, tolerance: iter([("regime", "stable", "chaotic", 0.0)]),))
+    monkeypatch.setattr(
+        _closed_forms, "CASES", (lambda dtype, tolerance: iter([("regime", "stable", "chaotic", 0.0)]),)
+    )
     (row,) = sj.testing.check_analysis().rows
     assert (row.ok, row.error) == (False, math.inf)
 

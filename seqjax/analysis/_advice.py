@@ -58,7 +58,7 @@ def _forget_bias(cell: LSTM, params: Params) -> str:
     bias = float(np.mean(np.asarray(params.b_h[n : 2 * n], np.float64)))
     span = -1 / math.log(1 / (1 + math.exp(-bias))) if bias < 30 else math.inf
     return (
-        f"the mean forget bias of the LSTM is {bias:.2f}, with which its gates alone keep about {span:.0f} steps: for "
+        f"the mean forget bias of the LSTM is {bias:.2f}, with which its gates alone keep about {span:.1f} steps: for "
         f"a memory of N steps start it with forget_bias=ln N, or with chrono=N"
     )
 

@@ -76,6 +76,20 @@ class Recording(NamedTuple):
         return {b: problem.text for b, problem in self.problems.items()}
 
 
+def by_sequence(texts: dict[int, str]) -> list[str]:
+    """One sentence for each different text, with the sequences that it belongs to.
+
+    Example:
+        >>> from seqjax.analysis._recording import by_sequence
+        >>> by_sequence({0: "too short", 2: "too short", 1: "not finite"})
+        ['sequences 0, 2: too short', 'sequence 1: not finite']
+    """
+    rows: dict[str, list[int]] = {}
+    for b, text in sorted(texts.items()):
+        rows.setdefault(text, []).append(b)
+    return [f"sequence{'s' * (len(at) > 1)} {', '.join(map(str, at))}: {text}" for text, at in rows.items()]
+
+
 @contextlib.contextmanager
 def recording(
     cell: Cell,

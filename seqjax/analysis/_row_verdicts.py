@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from seqjax.analysis._memory import memory_of, power
-from seqjax.analysis._probes import NEARBY, Probes
-from seqjax.analysis._recording import Problem, Recording
-from seqjax.analysis.gradient_flow import GradientByLag
-from seqjax.analysis.lyapunov import LyapunovExponents
+
+if TYPE_CHECKING:
+    from seqjax.analysis._probes import Probes
+    from seqjax.analysis._recording import Problem, Recording
+    from seqjax.analysis.gradient_flow import GradientByLag
+    from seqjax.analysis.lyapunov import LyapunovExponents
+else:  # needed only in annotations
+    GradientByLag = LyapunovExponents = Probes = Problem = Recording = Any
 
 Regime = Literal[
     "vanishing", "stable", "transient growth", "exploding", "chaotic", "unstable fixed point", "multistable", "unknown"
@@ -232,7 +236,7 @@ def _growing(row: _Row) -> tuple[Regime, str]:
         later, slack = float(nearby.exponents[row.b, 0]), max(row.slack, 0.1 * row.lam)
         if later < slack and float(nearby.high[row.b, 0]) < row.lam:
             return "unstable fixed point", ""
-        parted = bool(np.nanmax(row.nearby) > 5 * NEARBY)
+        parted = bool(np.nanmax(row.nearby) > 5 * row.nearby[0])
         if parted and later > 0:
             return "chaotic", ""
     if row.falls_from_peak:
@@ -410,7 +414,8 @@ def _lag_sentences(row: _Row) -> list[str]:
 
 def _twin_sentence(row: _Row) -> str:
     largest = float(np.nanmax(row.nearby))
-    predicted = NEARBY * math.exp(min(row.growth, 600))
+    began = float(row.nearby[0])
+    predicted = began * math.exp(min(row.growth, 600))
     bounded = largest < 0.2 * predicted
     if row.growth < DISTINCT:
         return (
@@ -418,7 +423,7 @@ def _twin_sentence(row: _Row) -> str:
             f"too little to tell chaos from slow growth: use longer sequences"
         )
     return (
-        f"a trajectory that begins {NEARBY:.2g} of the size of the state away is at most {largest:.2g} sizes away, "
-        f"where growth without bound would make {power(min(row.growth, 600) + math.log(NEARBY))}: "
+        f"a trajectory that begins {began:.2g} of the size of the state away is at most {largest:.2g} sizes away, "
+        f"where growth without bound would make {power(min(row.growth, 600) + math.log(began))}: "
         + ("the nonlinearity bounds them" if bounded else "nothing bounds them")
     )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from seqjax.analysis._flow import flat_map, flat_trajectory, random_frame, unflatten
 from seqjax.analysis._gradient_traces import is_nonlinear, log_loss_gradients, norms_by_lag, pulled_by_zero
 from seqjax.analysis._memory import Memory, memory_of
-from seqjax.analysis._recording import Recording, recording
+from seqjax.analysis._recording import Recording, by_sequence, recording
 from seqjax.analysis._spans import check_horizon, check_times
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import cached_jit
@@ -281,7 +281,7 @@ def _reasons(
             reasons.setdefault(b, f"the gradient is not finite by the state after step {bad[-1]} and before")
         elif not (inside[b] < np.inf).all():
             reasons.setdefault(b, "the derivative of a step is not finite")
-    return [f"sequence {b}: {text}" for b, text in sorted(reasons.items())]
+    return by_sequence(reasons)
 
 
 def _root_mean_square(log_norms: np.ndarray) -> np.ndarray:

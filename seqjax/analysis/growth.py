@@ -53,8 +53,8 @@ class FrameGrowth(NamedTuple):
     frame: Float[Array, "batch k n"]
 
     @property
-    def exponents(self) -> Float[Array, "batch k"]:
-        """The mean growth rates of all blocks, in nats per step; NaN if no step is valid."""
+    def exponents(self) -> Float[Array, "*ensemble batch k"]:
+        """The mean growth rates of all blocks, in nats per step, also of a result of `jax.vmap`; NaN without a step."""
         steps = self.steps.sum(-1)[..., None].astype(self.log_growth.dtype)
         return self.log_growth.sum(-2) / steps
 
@@ -218,12 +218,12 @@ def _check_dtype(frame: Array, sequences: Sequences) -> None:
 def _ends(times: Any, sequences: Sequences) -> Array:
     """The times t of each sequence, (batch, times)."""
     batch, T = sequences.batch, sequences.time
-    if times is not None and jnp.ndim(times) == 2:  # may be traced, so a time out of range is NaN and not an error
-        if jnp.shape(times)[0] != batch:
-            raise ValueError(f"expected times (times,), or (batch, times) with batch = {batch}, got {jnp.shape(times)}")
+    if getattr(times, "ndim", 1) == 2:  # may be traced, so a time out of range is NaN and not an error
+        if times.shape[0] != batch:
+            raise ValueError(f"expected times (times,), or (batch, times) with batch = {batch}, got {times.shape}")
         return jnp.asarray(times, jnp.int32)
     if times is None:
-        times = np.unique(np.linspace(max(T // 4, 1), T, TIMES).round())
+        times = np.unique(np.linspace(max(T // 4, 1), T, TIMES).round()).astype(int)
     chosen = check_times(times, 1, T)
     return jnp.asarray(np.tile(chosen, (batch, 1)), jnp.int32)
 
@@ -267,7 +267,7 @@ def _valid_steps_first(inputs: Inputs) -> tuple[Inputs, Array]:
         return inputs, jnp.full(batch, time, jnp.int32)
     lengths = inputs.mask.sum(1, dtype=jnp.int32)
     order = jnp.argsort(~inputs.mask, axis=1, stable=True)
-    rows, valid = jnp.arange(batch)[:, None], jnp.arange(time)[None] < lengths[:, None]
+    rows, valid = jnp.arange(batch)[:, None], jnp.arange(time, dtype=jnp.int32)[None] < lengths[:, None]
     x = jax.tree.map(lambda leaf: leaf[rows, order], inputs.x)
     reset = None
     if inputs.reset is not None:  # a reset at a held step acts on the state before the next valid step

@@ -36,7 +36,7 @@ from seqjax.analysis._frames import (
     strain,
     sweep,
 )
-from seqjax.analysis._recording import Recording, recording, spans
+from seqjax.analysis._recording import Recording, by_sequence, recording, spans
 from seqjax.analysis._statistics import MIN_STEPS, mean_interval
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
@@ -335,7 +335,7 @@ def _result(record: Recording, sweep: _Sweep, starts: np.ndarray) -> LyapunovExp
         qr_every=every,
         steps=total,
         reliable=np.array([b not in reasons for b in range(len(logs))]),
-        reason="; ".join(f"sequence {b}: {text}" for b, text in sorted((reasons | remarks).items())),
+        reason="; ".join(by_sequence(reasons | remarks)),
     )
 
 

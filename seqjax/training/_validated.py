@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seqjax.models.model import ModelParams
-from seqjax.training.loop import Metrics, TrainState
+
+if TYPE_CHECKING:
+    from seqjax.training.loop import Metrics, TrainState
+else:  # needed only in annotations
+    Metrics = TrainState = Any
 
 
 class Update(NamedTuple):

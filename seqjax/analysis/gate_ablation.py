@@ -145,26 +145,37 @@ def ablation(
     if not cells:
         raise ValueError("expected at least one cell to compare, got none: None means the vanilla cell, GRU and LSTM")
     options = {"loss": loss, "optimizer": optimizer, "clip_norm": clip_norm}
+    task = _Task(test, inputs, options, lengths, horizon)
     rows = {}
     for name, cell in cells.items():
         model = Model(cell, head)
         params = model.init(key)  # as `fit` would, but the untrained cell is needed first
         before = _verdict(cell, params, inputs, horizon)  # before training, so that bad sequences fail early
         fitted = fit(model, stream(), steps=steps, key=key, params=params, **options)
-        rows[name] = _row(model, fitted, before, test, inputs, options, lengths, horizon)
+        rows[name] = _row(model, fitted, before, task)
     return Ablation(rows)
 
 
-def _row(
-    model: Model,
-    fitted: Fitted,
-    before: Verdict | None,
-    test: Stream,
-    inputs: Inputs,
-    options: dict[str, Any],
-    lengths: Score | None,
-    horizon: int | None,
-) -> AblationRow:
+class _Task(NamedTuple):
+    """What all cells are measured on.
+
+    Attributes:
+        test: the stream of the score.
+        inputs: the sequences of the verdict and of the gates.
+        options: of the training.
+        lengths: the score by length; None leaves it out.
+        horizon: of the verdict.
+    """
+
+    test: Stream
+    inputs: Inputs
+    options: dict[str, Any]
+    lengths: Score | None
+    horizon: int | None
+
+
+def _row(model: Model, fitted: Fitted, before: Verdict | None, task: _Task) -> AblationRow:
+    test, inputs, options, lengths, horizon = task
     cell, params = model.cell, fitted.params
     after, loss = _verdict(cell, params, inputs, horizon), options["loss"]
     flags = {"mask": inputs.mask, "reset": inputs.reset}

@@ -86,7 +86,7 @@ def assert_is_the_slope(value, params, h=1e-5, rtol=1e-6):
     np.testing.assert_allclose(sum(jax.tree.leaves(slopes)), expected, rtol)
 
 
-@pytest.mark.parametrize("name", ["lstm", "user", "stack"])
+@pytest.mark.parametrize("name", ["lstm", "user"])
 def test_the_blocks_of_a_frame_are_the_factors_of_the_products_of_jacobians(name, x64):
     cell = EVERY[name]
     params, xs = drawn(cell, "float64")
@@ -167,13 +167,17 @@ def test_the_slopes_of_the_henon_map_are_those_of_differences_and_of_its_determi
     assert_is_the_slope(lambda params: exponents(params)[0], params, h=1e-7)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru-before", "linen-gru"])
+@pytest.mark.parametrize("name", ["gru-before", "linen-lstm"])
 def test_the_slopes_are_those_of_differences(name, x64):
     cell = EVERY[name]
     params, xs = drawn(cell, "float64")
-    options = dict(mask=MASK, reset=RESET)
-    assert_is_the_slope(lambda p: frame_growth(cell, p, xs, k=2, every=4, **options).exponents[:, 0].mean(), params)
-    assert_is_the_slope(lambda p: lag_growth(cell, p, xs, lags=2, times=[2], mask=MASK)[:, 0, 1:].mean(), params)
+
+    def both(params):  # one function, because compilation takes nearly all the time
+        growth = frame_growth(cell, params, xs, k=2, every=4, mask=MASK, reset=RESET)
+        log_norms = lag_growth(cell, params, xs, lags=2, times=[2], mask=MASK)
+        return growth.exponents[:, 0].mean() + log_norms[..., 1:].mean()
+
+    assert_is_the_slope(both, params)
 
 
 def test_an_ensemble_has_the_numbers_of_its_members(x64):

@@ -162,6 +162,18 @@ def test_a_gru_without_weights_forgets_by_its_update_gate(x64):
     np.testing.assert_allclose(result.exponents, np.full((1, 3), np.log(sigmoid(2))), atol=1e-12)
 
 
+def test_printing_names_the_value_its_interval_and_whether_it_is_reliable():
+    J = np.concatenate([constant(0.5 * np.eye(2), 50), constant(0.8 * np.eye(2), 50)], axis=1)
+    said = str(exponents_of(np.concatenate([constant(0.5 * np.eye(2), 100), J]), burn_in=0, frame_burn_in=0))
+    first, second, reason = said.splitlines()
+    assert first == (
+        "sequence 0: largest exponent -0.6931 nats per step (-0.6931 to -0.6931), smallest of 2 -0.6931, over 100 "
+        "steps, reliable"
+    )
+    assert second.endswith("not reliable")
+    assert "halves" in reason
+
+
 def test_the_henon_map(x64):
     cell = Map(lambda s: jnp.stack([1 - 1.4 * s[0] ** 2 + s[1], 0.3 * s[0]]), [0.1, 0.1])
     result = sj.analysis.lyapunov_exponents(cell, {}, jnp.zeros((1, 200_000, 0)))

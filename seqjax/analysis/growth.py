@@ -116,9 +116,8 @@ def frame_growth(
     valid = jnp.ones((sequences.batch, sequences.time), bool) if padded.inputs.mask is None else padded.inputs.mask
     states, frames, log_growth = cached_jit(sweep, analysed, every, log_diagonal)(padded, padded.first, first)
     final = unflatten(analysed, params, states)
-    if (
-        analysed is not cell
-    ):  # the sweep reads counters and random keys of the state as inputs, and returns none of them
+    # The sweep does not return the counters and random keys of the state, which are its inputs.
+    if analysed is not cell:
         final = merge(final, unroll(cell, params, xs, state=state, mask=mask, reset=reset)[0])
     steps = valid.reshape(sequences.batch, blocks, every).sum(-1, dtype=jnp.int32)
     return FrameGrowth(log_growth, steps, final, frames)
@@ -232,21 +231,20 @@ def _log_norms(cell: Cell, lags: int, sequences: Sequences, frame: Array, ends: 
     """ln of the root mean square norm of the rows of a frame (rows, n), pulled back by 0..lags steps from s_t."""
     inputs, lengths = _valid_steps_first(sequences.inputs)
     sequences = sequences._replace(inputs=inputs)
-    flat, params = flat_map(cell, sequences.params), sequences.params
+    flat, params, T = flat_map(cell, sequences.params), sequences.params, sequences.time
 
     def one_time(states: Array, inputs: Inputs, length: Array, end: Array) -> Array:
         def back(pulled: tuple[Array, Array], lag: Array) -> tuple[tuple[Array, Array], Array]:
             rows, exponent = pulled
             t = end - lag  # rows are gradients at s_t
             log_norm = jnp.where((t >= 0) & (end >= 1) & (end <= length), _log_norm(rows, exponent), jnp.nan)
-            before = jnp.clip(t - 1, 0, inputs_time - 1)  # other indices are those of lags that are NaN
+            before = jnp.clip(t - 1, 0, T - 1)  # other indices are those of lags that are NaN
             at = jax.tree.map(lambda leaf: leaf[before], inputs)
             rows, shift = rescale(flat.pull(params, states[before], rows, at))
             return (rows, exponent + shift), log_norm
 
         return jax.lax.scan(back, rescale(frame), jnp.arange(lags + 1, dtype=jnp.int32))[1]
 
-    inputs_time = sequences.time
     over_times = jax.vmap(one_time, in_axes=(None, None, None, 0))
     return jax.vmap(over_times)(flat_trajectory(cell, sequences), inputs, lengths, ends)
 

@@ -42,6 +42,7 @@ from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
 
+PRINTED = 4  # sequences
 MIN_BLOCKS = 32  # if the run is long enough, because the confidence intervals resample the blocks
 PROBED = 32  # steps of the burn-in from which the interval between two QRs is chosen
 TREND = 0.8  # a correlation of the size of the state with time above which the state has not settled
@@ -84,6 +85,17 @@ class LyapunovExponents(NamedTuple):
     steps: Int[np.ndarray, " batch"]
     reliable: Bool[np.ndarray, " batch"]
     reason: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"sequence {b}: largest exponent {values[0]:.4g} nats per step ({low[0]:.4g} to {high[0]:.4g}), smallest "
+            f"of {len(values)} {values[-1]:.4g}, over {steps} steps, {'reliable' if good else 'not reliable'}"
+            for b, (values, low, high, steps, good) in enumerate(
+                zip(self.exponents, self.low, self.high, self.steps, self.reliable, strict=True)
+            )
+        ]
+        more = [f"and {len(lines) - PRINTED} more sequences"] if len(lines) > PRINTED else []
+        return "\n".join([*lines[:PRINTED], *more, *([self.reason] if self.reason else [])])
 
 
 def lyapunov_exponents(

@@ -56,6 +56,13 @@ class ProductSingularValues(NamedTuple):
     sweeps: int
     qr_every: int
 
+    def __str__(self) -> str:
+        return "\n".join(
+            f"sequence {b}: ln of the largest singular value {values[0]:.4g}, of value {len(values)} {values[-1]:.4g}; "
+            f"{int(good.sum())} of {len(good)} values converged in {self.sweeps} sweeps"
+            for b, (values, good) in enumerate(zip(self.log_values, self.converged, strict=True))
+        )
+
 
 def product_singular_values(
     cell: Cell,

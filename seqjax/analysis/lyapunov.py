@@ -183,7 +183,7 @@ def _first_counted(burn_in: int | None, frame_burn_in: int | None, lengths: np.n
     default = np.minimum(100, lengths // 5)
     starts = (default if burn_in is None else burn_in) + (default if frame_burn_in is None else frame_burn_in)
     starts = np.broadcast_to(starts, lengths.shape)
-    if (starts >= lengths).all():
+    if lengths.any() and (starts >= lengths).all():
         raise ValueError(
             f"expected sequences longer than burn_in + frame_burn_in, {burn_in} + {frame_burn_in} steps, "
             f"got {int(lengths.max())}: use longer ones, or a shorter burn-in"

@@ -235,6 +235,8 @@ def _sweep(record: Recording, k: int, starts: np.ndarray, qr_every: int | None, 
     pulled = cached_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)
     steps = np.clip(counted[:, None] - every * np.arange(logs.shape[1]), 0, every)
     used = np.flatnonzero(steps.any(axis=0))
+    if not used.size:  # no sequence has a step after the burn-in; one empty block gives NaN for all of them
+        used = np.zeros(1, int)
     misaligned = np.array(
         [_misalignment(*pair) for pair in zip(np.asarray(pulled[0]), np.asarray(frames), strict=True)]
     )

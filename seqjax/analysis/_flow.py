@@ -6,7 +6,6 @@ zero at a reset.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.analysis._floating_state import with_floating_state
-from seqjax.cell import Cell, Params, State, is_value
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._cached_jit import cached_check
 from seqjax.sequence._checks import batch_of_states, check_sequences
 from seqjax.sequence._flat_cell import FlatCell, flat_cell
 from seqjax.sequence._masked_step import Inputs
@@ -132,11 +132,11 @@ def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
 def _check_differentiable(cell: Cell, sequences: Sequences, backward: bool) -> None:
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), sequences)
     leaves, tree = jax.tree.flatten(shapes)
-    # A cell that compares by identity may have changed since the last call, so its check is not cached.
-    check = _check_once if is_value(cell) else _check_derivative
-    check(cell, backward, tree, tuple(leaves))
+    _check_derivative(cell, backward, tree, tuple(leaves))
 
 
+# One trace per cell and shapes, because tracing costs more than many of the analyses of a small cell.
+@cached_check
 def _check_derivative(cell: Cell, backward: bool, tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> None:
     """Traces one step and its derivative; `tree` and `leaves` are `Sequences` as its treedef and shapes."""
     sequences = jax.tree.unflatten(tree, leaves)
@@ -162,10 +162,6 @@ def _check_derivative(cell: Cell, backward: bool, tree: Any, leaves: tuple[jax.S
             f"{next(iter(str(error).splitlines()), type(error).__name__)}; define a jax.custom_jvp rule for the part "
             f"without a derivative"
         ) from error
-
-
-# One trace per cell and shapes, because tracing costs more than many of the analyses of a small cell.
-_check_once = functools.lru_cache(maxsize=256)(_check_derivative)
 
 
 def flat_map(cell: Cell, params: Params) -> FlatCell:
@@ -246,8 +242,6 @@ def orthonormal(frame: Array) -> tuple[Array, Array]:
 
 def random_frame(key: Array, rows: int, size: int, dtype: DTypeLike) -> Array:
     """`rows` random orthonormal rows of length `size`."""
-    if isinstance(key, Tracer):
-        return orthonormal(jax.random.normal(key, (rows, size), dtype))[0]
     # numpy, because to compile the drawing and the QR takes longer than many an analysis.
     Q, R = np.linalg.qr(normal_numbers(key, (size, rows)))
     return jnp.asarray((Q * np.sign(np.diagonal(R))).T, dtype)

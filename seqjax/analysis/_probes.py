@@ -54,8 +54,8 @@ def probe(record: Recording, states: Array, key: Array) -> Probes:
         key: for drawing directions and initial states.
     """
     sequences, lengths = record.sequences, record.lengths
-    batch, n, dtype = sequences.batch, sequences.size, sequences.first.dtype
-    values, rows = np.asarray(states, np.float64), np.arange(batch)
+    n, dtype = sequences.size, sequences.first.dtype
+    values = np.asarray(states, np.float64)
     inside = np.arange(values.shape[1]) <= lengths[:, None]
     spread = np.sqrt(np.where(inside[..., None], values**2, 0).sum(axis=1) / inside.sum(axis=1)[:, None])
     size = np.linalg.norm(spread, axis=1)
@@ -81,7 +81,7 @@ def probe(record: Recording, states: Array, key: Array) -> Probes:
         others=relative[:, 1:],
         nonlinear=_is_nonlinear(record, states, products, large),
         flat=np.asarray((products == 0).all(axis=(1, 2)) & (large != 0).any(axis=(1, 2))),
-        mismatch=_mismatch(np.asarray(products, np.float64), np.asarray(small, np.float64), dtype)[rows],
+        mismatch=_mismatch(np.asarray(products, np.float64), np.asarray(small, np.float64), dtype),
     )
 
 

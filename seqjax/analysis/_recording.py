@@ -12,7 +12,6 @@ a key in its state, because the same key gives other numbers in float64.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -23,8 +22,9 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from seqjax.analysis._flow import Sequences, cast_floats, check_arguments, flat_map
-from seqjax.cell import Cell, Params, State, is_value
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.analysis._padding import without_held_steps
+from seqjax.cell import Cell, Params, State
+from seqjax.sequence._cached_jit import cached_check, cached_jit
 from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
 
 
@@ -146,53 +146,6 @@ def in_float64(cell: Cell, sequences: Sequences) -> Iterator[Sequences]:
         yield cast_floats(sequences, jnp.float64)
 
 
-def spans(sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Sequences:
-    """The steps starts[b]+1..stops[b] of each row b, moved to its beginning; `first` does not change."""
-    longest = max(1, int((stops - starts).max()))
-    index = np.minimum(starts[:, None] + np.arange(longest), sequences.time - 1)
-    rows, valid = np.arange(sequences.batch)[:, None], np.arange(longest) < (stops - starts)[:, None]
-    inputs = jax.tree.map(lambda leaf: _chosen(leaf, rows, index), sequences.inputs)
-    return sequences._replace(inputs=inputs._replace(mask=None if valid.all() else jnp.asarray(valid)))
-
-
-def without_held_steps(inputs: Inputs) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """Moves the valid steps of each sequence to its beginning, in their order.
-
-    A reset at a held step acts on the state before the next valid step.
-
-    Args:
-        inputs: leaves (batch, time, ...).
-
-    Returns:
-        The inputs of as many steps as the longest sequence has valid ones, with a mask if another sequence has fewer;
-        the number of each step in the original sequence, from 1, (batch, steps); and the number of valid steps up to
-        each original step, (batch, time + 1).
-    """
-    batch, time = inputs.batch, inputs.time
-    if inputs.mask is None:
-        steps = np.broadcast_to(np.arange(time + 1), (batch, time + 1))
-        return inputs, steps[:, 1:], steps
-    mask = np.asarray(inputs.mask)
-    position = np.concatenate([np.zeros((batch, 1), int), np.cumsum(mask, axis=1)], axis=1)
-    longest = max(1, int(position[:, -1].max()))
-    order = np.argsort(~mask, axis=1, kind="stable")[:, :longest]
-    valid = np.arange(longest) < position[:, -1:]
-    rows = np.arange(batch)[:, None]
-    x = jax.tree.map(lambda leaf: _chosen(leaf, rows, order), inputs.x)
-    reset = None
-    if inputs.reset is not None:
-        count = np.cumsum(np.asarray(inputs.reset), axis=1)[rows, order]
-        reset = jnp.asarray((np.diff(count, axis=1, prepend=0) > 0) & valid)
-    return Inputs(x, None if valid.all() else jnp.asarray(valid), reset), order + 1, position
-
-
-def _chosen(leaf: Array, rows: np.ndarray, steps: np.ndarray) -> Array:
-    """The chosen steps of each row; by numpy, which compiles nothing, unless the leaf holds random keys."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf[rows, steps]
-    return jnp.asarray(np.asarray(leaf)[rows, steps])
-
-
 def _state(cell: Cell, params: Params) -> State:
     return jax.eval_shape(cell.initial_state, params)
 
@@ -254,11 +207,10 @@ def _computes_in_float64(cell: Cell, sequences: Sequences) -> bool:
     with jax.enable_x64(True):
         shapes = jax.eval_shape(lambda s: cast_floats(s, jnp.float64), sequences)
         leaves, tree = jax.tree.flatten(shapes)
-        # A cell that compares by identity may have changed since the last call.
-        check = _check_once if is_value(cell) else _check_float64
-        return check(cell, tree, tuple(leaves))
+        return _check_float64(cell, tree, tuple(leaves))
 
 
+@cached_check
 def _check_float64(cell: Cell, tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> bool:
     sequences = jax.tree.unflatten(tree, leaves)
     flat = flat_map(cell, sequences.params)
@@ -281,6 +233,3 @@ def _draws(jaxpr: Jaxpr) -> bool:
     """Whether a program draws random numbers."""
     inner = [getattr(each, "jaxpr", each) for e in jaxpr.eqns for each in jaxprs_in_params(e.params)]
     return any(e.primitive.name == "random_bits" for e in jaxpr.eqns) or any(map(_draws, inner))
-
-
-_check_once = functools.lru_cache(maxsize=256)(_check_float64)

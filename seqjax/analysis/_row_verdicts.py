@@ -142,8 +142,8 @@ class _Row:
         """Whether a field of the state itself grows about as fast as perturbations do."""
         if self.lam <= self.slack:
             return False
-        slow = self.rate > 0.5 * self.lam and self.rate * self.L > EXPLODED
-        return slow or not self.measured.probes.nonlinear
+        state_grows = self.rate > 0.5 * self.lam and self.rate * self.L > EXPLODED
+        return state_grows or not self.measured.probes.nonlinear
 
     @property
     def peak(self) -> int:
@@ -187,11 +187,8 @@ def _decide(row: _Row) -> tuple[Regime, bool, str]:
     if row.L < 2:
         return "unknown", False, f"too short to tell: it has {row.L} valid step{'s' * (row.L != 1)}"
     if probes.flat[b]:
-        return (
-            "unknown",
-            False,
-            ("the derivative of the step is zero everywhere, although the step depends on the state: it is quantized"),
-        )
+        flat = "the derivative of the step is zero everywhere, although the step depends on the state: it is quantized"
+        return "unknown", False, flat
     if np.isnan(row.mean).any():
         return "unknown", False, "the derivative of a step is not finite"
     doubt = ""
@@ -274,8 +271,7 @@ def _alternatives(regime: Regime, row: _Row) -> dict[Regime, float]:
     width = row.high - row.low
     p = 0.5 if not math.isfinite(width) else float(row.lam > 0)
     if math.isfinite(width) and width > 0 and math.isfinite(row.lam):
-        p = NormalDist(row.lam, width / 3.92).cdf(0.0)
-        p = 1 - p
+        p = 1 - NormalDist(row.lam, width / 3.92).cdf(0.0)
     if regime == "unknown":
         return {"exploding": round(p, 3), "stable": round(1 - p, 3)}
     if regime == "stable" and row.contracting is None and row.mean[-1] > 0:
@@ -294,7 +290,7 @@ def _summary(regime: Regime, row: _Row, lag: float, block: str, reason: str) -> 
     lost = (
         f"from lag {lag:.0f} on a gradient is below {share} of what it was"
         if math.isfinite(lag)
-        else (f"a gradient is not lost within {row.K} steps")
+        else f"a gradient is not lost within {row.K} steps"
     )
     first = {
         "vanishing": f"Vanishing: {lost}{within}.",

@@ -27,6 +27,7 @@ from seqjax.analysis._flow import (
     unflatten,
 )
 from seqjax.analysis._frames import check_count, log_diagonal, sweep
+from seqjax.analysis._padding import valid_steps_first
 from seqjax.analysis._scaled import rescale
 from seqjax.analysis._spans import check_times
 from seqjax.analysis.gradient_flow import EXACT, PROBES, TIMES
@@ -188,7 +189,7 @@ def lag_growth(
 
 
 def _random_rows(rows: int, sequences: Sequences) -> Array:
-    with jax.ensure_compile_time_eval():  # `random_frame` draws other numbers if its key is traced
+    with jax.ensure_compile_time_eval():  # under jit a new key would be traced, and numpy draws with it
         return random_frame(jax.random.key(0), rows, sequences.size, sequences.first.dtype)
 
 
@@ -229,7 +230,7 @@ def _ends(times: Any, sequences: Sequences) -> Array:
 
 def _log_norms(cell: Cell, lags: int, sequences: Sequences, frame: Array, ends: Array) -> Array:
     """ln of the root mean square norm of the rows of a frame (rows, n), pulled back by 0..lags steps from s_t."""
-    inputs, lengths = _valid_steps_first(sequences.inputs)
+    inputs, lengths = valid_steps_first(sequences.inputs)
     sequences = sequences._replace(inputs=inputs)
     flat, params, T = flat_map(cell, sequences.params), sequences.params, sequences.time
 
@@ -256,19 +257,3 @@ def _log_norm(rows: Array, exponent: Array) -> Array:
     scale = exponent.astype(rows.dtype) * math.log(2)
     # Zero is replaced before the logarithm too, whose derivative there would be NaN.
     return jnp.where(some, 0.5 * jnp.log(jnp.where(some, square, 1)) + scale, -jnp.inf)
-
-
-def _valid_steps_first(inputs: Inputs) -> tuple[Inputs, Array]:
-    """`without_held_steps` for traced arrays, which keeps the padded time; and the number of valid steps, (batch,)."""
-    batch, time = inputs.batch, inputs.time
-    if inputs.mask is None:
-        return inputs, jnp.full(batch, time, jnp.int32)
-    lengths = inputs.mask.sum(1, dtype=jnp.int32)
-    order = jnp.argsort(~inputs.mask, axis=1, stable=True)
-    rows, valid = jnp.arange(batch)[:, None], jnp.arange(time, dtype=jnp.int32)[None] < lengths[:, None]
-    x = jax.tree.map(lambda leaf: leaf[rows, order], inputs.x)
-    reset = None
-    if inputs.reset is not None:  # a reset at a held step acts on the state before the next valid step
-        count = jnp.cumsum(inputs.reset, axis=1)[rows, order]
-        reset = (jnp.diff(count, axis=1, prepend=0) > 0) & valid
-    return Inputs(x, valid, reset), lengths

@@ -36,7 +36,8 @@ from seqjax.analysis._frames import (
     strain,
     sweep,
 )
-from seqjax.analysis._recording import Recording, by_sequence, recording, spans
+from seqjax.analysis._padding import spans
+from seqjax.analysis._recording import Recording, by_sequence, recording
 from seqjax.analysis._statistics import MIN_STEPS, mean_interval
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
@@ -234,9 +235,8 @@ def _sweep(record: Recording, k: int, starts: np.ndarray, qr_every: int | None, 
         every //= 2  # growth in a later block was faster than in the steps that the interval was chosen from
     pulled = cached_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)
     steps = np.clip(counted[:, None] - every * np.arange(logs.shape[1]), 0, every)
-    used = np.flatnonzero(steps.any(axis=0))
-    if not used.size:  # no sequence has a step after the burn-in; one empty block gives NaN for all of them
-        used = np.zeros(1, int)
+    used = steps.any(axis=0)
+    used[0] = True  # also if no sequence has a step after the burn-in; its mean is then NaN
     misaligned = np.array(
         [_misalignment(*pair) for pair in zip(np.asarray(pulled[0]), np.asarray(frames), strict=True)]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -10,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from seqjax.cell import Cell, is_value, layers, optional, output_of
+from seqjax.cell import Cell, layers, optional, output_of
+from seqjax.sequence._cached_jit import cached_check
 from seqjax.sequence._parameter_checks import shapes_of_init
 from seqjax.sequence._partition.normalize import share_equal
 from seqjax.sequence._partition.program import Dependencies, inline
@@ -43,7 +43,7 @@ def undeclared_step(cell: Cell, name: str) -> Cell | None:
 def _has_step_of(cell: Cell, kind: type) -> bool:
     if not hasattr(kind, "step"):  # a class without a step declares something for its subclasses
         return True
-    return (_same_recurrence_once if is_value(cell) else _same_recurrence)(cell, kind)
+    return _same_recurrence(cell, kind)
 
 
 def _definer(cell: Cell, name: str) -> type | None:
@@ -53,6 +53,7 @@ def _definer(cell: Cell, name: str) -> type | None:
     return next((kind for kind in type(cell).__mro__ if name in vars(kind)), None)
 
 
+@cached_check
 def _same_recurrence(cell: Any, kind: type) -> bool:
     """Whether the step of a cell computes its new state by the equations of the step of one of its base classes."""
     params, shape = shapes_of_init(cell), optional(cell, "input_shape")
@@ -71,6 +72,3 @@ def _same_recurrence(cell: Any, kind: type) -> bool:
         return False
     half = len(variables) // 2
     return all(a is b for a, b in zip(variables[:half], variables[half:], strict=True))
-
-
-_same_recurrence_once = functools.lru_cache(maxsize=256)(_same_recurrence)

@@ -63,6 +63,7 @@ def normalized(program: ClosedJaxpr, n_params: int, n_state: int) -> ClosedJaxpr
 
 
 def share_equal(program: ClosedJaxpr, depends: Dependencies) -> ClosedJaxpr:
+    """Computes equal equations once."""
     first: dict[Any, Eqn] = {}
     equal: dict[Var, Var] = {}  # a result -> the equal result of an earlier equation
     rules: dict[int, Rule] = {}
@@ -88,6 +89,7 @@ def _copy_results(earlier: Eqn, e: Eqn) -> Rule:
 
 
 def split_concatenated(program: ClosedJaxpr, depends: Dependencies) -> ClosedJaxpr:
+    """Writes the product of W with a concatenation of state and input as a sum of products with parts of W."""
     concatenations = {e.outvars[0]: e for e in depends.eqns if e.primitive.name == "concatenate"}
     rules: dict[int, Rule] = {}
     for e in depends.eqns:

@@ -41,6 +41,7 @@ import functools
 import inspect
 import os
 import types
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -251,3 +252,25 @@ def is_value(part: Any) -> bool:
         return False
     fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
     return all(field.compare and is_value(getattr(part, field.name)) for field in fields)
+
+
+def cached_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a cell and other hashable arguments with a cache, for cells that compare by value.
+
+    A cell that compares by identity may have changed since the last call, so the function is called again.
+
+    Example:
+        >>> import seqjax as sj
+        >>> from seqjax.cell import cached_check
+        >>> calls = []
+        >>> size = cached_check(lambda cell: calls.append(cell) or cell.hidden_size)
+        >>> size(sj.GRU(2, 3)), size(sj.GRU(2, 3)), len(calls)
+        (3, 3, 1)
+    """
+    cached = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def run(cell: Any, *args: Any) -> Any:
+        return (cached if is_value(cell) else function)(cell, *args)
+
+    return run

@@ -334,7 +334,7 @@ def check_analysis(dtype: DTypeLike | None = None) -> AnalysisChecks:
         >>> result.ok, round(float(result.rows[0].got), 3)  # ln 0.8
         (True, -0.223)
     """
-    from seqjax._closed_forms import CASES  # here, because it imports all analyses
+    from seqjax.analysis._closed_forms import CASES  # here, because it imports all analyses
 
     name = jnp.dtype("float32" if dtype is None else dtype).name
     if name not in ("float32", "float64"):

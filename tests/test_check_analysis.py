@@ -10,7 +10,7 @@ import pytest
 from errors import raises
 
 import seqjax as sj
-from seqjax import _closed_forms
+from seqjax.analysis import _closed_forms
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.analysis._floating_state import with_floating_state
-from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import cached_check
+from seqjax.cell import Cell, Params, State, cached_check
 from seqjax.sequence._checks import batch_of_states, check_sequences
 from seqjax.sequence._flat_cell import FlatCell, flat_cell
 from seqjax.sequence._masked_step import Inputs

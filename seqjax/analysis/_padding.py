@@ -6,7 +6,7 @@ lags and blocks count valid steps.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,12 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from seqjax.analysis._flow import Sequences
 from seqjax.sequence._masked_step import Inputs
+
+if TYPE_CHECKING:
+    from seqjax.analysis._flow import Sequences
+else:  # needed only in annotations
+    Sequences = Any
 
 
 def without_held_steps(inputs: Inputs) -> tuple[Inputs, np.ndarray, np.ndarray]:
@@ -78,7 +82,7 @@ def spans(sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Sequen
 
 
 def _in_order(inputs: Inputs, order: Any) -> Inputs:
-    """The steps `order` (batch, steps) of each row, which keeps valid steps in their order, with the resets before them."""
+    """The steps `order` of each row, in which valid steps keep their order, with the resets before them."""
     xp: Any = jnp if isinstance(order, Tracer) else np
     x, mask = jax.tree.map(lambda leaf: _steps(leaf, order), (inputs.x, inputs.mask))
     reset = None

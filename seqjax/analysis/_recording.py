@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from seqjax.analysis._flow import Sequences, cast_floats, check_arguments, flat_map
 from seqjax.analysis._padding import without_held_steps
-from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import cached_check, cached_jit
+from seqjax.cell import Cell, Params, State, cached_check
+from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
 
 

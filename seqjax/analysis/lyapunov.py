@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from seqjax.analysis._exponent_doubts import doubt_of, finite_mean, finite_spread, has_trend, rounding_of
 from seqjax.analysis._flow import random_frame
 from seqjax.analysis._frames import (
     check_count,
@@ -46,7 +47,6 @@ from seqjax.sequence._cached_jit import cached_jit
 PRINTED = 4  # sequences
 MIN_BLOCKS = 32  # if the run is long enough, because the confidence intervals resample the blocks
 PROBED = 32  # steps of the burn-in from which the interval between two QRs is chosen
-TREND = 0.8  # a correlation of the size of the state with time above which the state has not settled
 
 
 class LyapunovExponents(NamedTuple):
@@ -299,7 +299,7 @@ def _result(record: Recording, sweep: _Sweep, starts: np.ndarray) -> LyapunovExp
     with np.errstate(invalid="ignore", divide="ignore"):
         bias = np.diff(sweep.misaligned, axis=1, prepend=0) / total[:, None]
         # A frame that still turns towards faster directions has growth rates that change.
-        bias[high - low <= _rounding(exponents)] = 0.0
+        bias[high - low <= rounding_of(exponents)] = 0.0
         low, high = low - np.maximum(-bias, 0), high + np.maximum(bias, 0)
     # QR orders the directions only in the limit of a long run, and NaN must come last.
     order = np.argsort(-np.where(np.isnan(exponents), -np.inf, exponents), axis=1, kind="stable")
@@ -310,11 +310,11 @@ def _result(record: Recording, sweep: _Sweep, starts: np.ndarray) -> LyapunovExp
     reasons = record.reasons()
     strains = strain(sweep.logs, dtype)
     for b in range(len(lengths)):
-        text = _doubt(
+        text = doubt_of(
             int(total[b]),
             bool(np.isfinite(np.where(lost[b], 0.0, logs[b])).all()),
             (ordered(low)[b, 0], ordered(high)[b, 0], ordered(split_half)[b, 0], abs(bias[b, 0])),
-            _has_trend(record.rms[b, starts[b] + 1 : lengths[b] + 1], record.rms[b, : lengths[b] + 1].max(axis=0)),
+            has_trend(record.rms[b, starts[b] + 1 : lengths[b] + 1], record.rms[b, : lengths[b] + 1].max(axis=0)),
         )
         if every > 1 and not sweep.chosen and strains[b] > 1:
             text = (
@@ -336,8 +336,8 @@ def _result(record: Recording, sweep: _Sweep, starts: np.ndarray) -> LyapunovExp
         dimension = np.where(exponents.sum(axis=1) >= 0, float(k), dimension)
     return LyapunovExponents(
         exponents=exponents,
-        mean=_mean(exponents),
-        spread=_spread(exponents),
+        mean=finite_mean(exponents),
+        spread=finite_spread(exponents),
         low=ordered(low),
         high=ordered(high),
         split_half=ordered(split_half),
@@ -351,74 +351,6 @@ def _result(record: Recording, sweep: _Sweep, starts: np.ndarray) -> LyapunovExp
         reliable=np.array([b not in reasons for b in range(len(logs))]),
         reason="; ".join(by_sequence(reasons | remarks)),
     )
-
-
-def _doubt(steps: int, finite: bool, largest: tuple[float, float, float, float], trend: bool) -> str:
-    """Why the interval of the largest exponent should not be trusted; empty if it should.
-
-    Args:
-        steps: in the mean.
-        finite: whether all growth rates are finite.
-        largest: the ends of the interval of the largest exponent, the difference between the halves of the run, and
-            the part of the interval that comes from the alignment of the frame.
-        trend: whether the state has not settled.
-    """
-    if not steps:
-        return "no valid step is left after the burn-in"
-    if not finite:
-        return "the derivative of a step is not finite"
-    low, high, drift, bias = largest
-    if np.isneginf(low):
-        return ""
-    width = high - low
-    if not math.isfinite(width) or math.isnan(drift):
-        return f"{steps} steps after the burn-in are too few for an interval: use at least {8 * MIN_STEPS} more"
-    rounding = _rounding(low)
-    if abs(drift) > width + rounding:
-        need = steps * max(2, math.ceil(abs(drift) / max(width, rounding)))
-        return f"the halves of the {steps} steps differ by more than the interval: use {min(need, 10**9)} steps or more"
-    if 2 * bias > width and bias > rounding:
-        need = math.ceil(2 * steps * bias / max(width - bias, bias / 2))
-        return f"the frame is not aligned after the burn-in: use at least {need} steps"
-    if trend and width > rounding:
-        return (
-            f"the size of the state still changes in one direction over the {steps} steps after the burn-in, so it has "
-            f"not settled: use at least {5 * steps} steps"
-        )
-    return ""
-
-
-def _rounding(exponent: Any) -> Any:
-    """A width of an interval that is only rounding."""
-    return 1e-9 + 1e-6 * np.abs(exponent)
-
-
-def _has_trend(rms: np.ndarray, largest: np.ndarray) -> bool:
-    """Whether a field's size over time (time, fields) rises or falls steadily, by more than 1 % of its largest size."""
-    if len(rms) < MIN_STEPS:
-        return False
-    time = np.arange(len(rms)) - (len(rms) - 1) / 2
-    rms = rms - rms.mean(axis=0)
-    spread = np.sqrt((rms**2).mean(axis=0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = (time[:, None] * rms).mean(axis=0) / (spread * time.std())
-    return bool(((np.abs(correlation) > TREND) & (spread > 0.01 * largest)).any())
-
-
-def _mean(exponents: np.ndarray) -> np.ndarray:
-    """The mean over the sequences with a finite value; minus infinity if there is none, and NaN if one is NaN."""
-    infinite = np.isneginf(exponents)
-    with np.errstate(invalid="ignore"):
-        mean = np.where(infinite, 0.0, exponents).sum(axis=0) / (~infinite).sum(axis=0)
-    return np.where(infinite.all(axis=0), -np.inf, mean)
-
-
-def _spread(exponents: np.ndarray) -> np.ndarray:
-    """The standard deviation over the same sequences."""
-    infinite = np.isneginf(exponents)
-    with np.errstate(invalid="ignore"):
-        squares = np.where(infinite, 0.0, (exponents - _mean(exponents)) ** 2).sum(axis=0) / (~infinite).sum(axis=0)
-    return np.where(infinite.all(axis=0), 0.0, np.sqrt(squares))
 
 
 def _drift(logs: np.ndarray, steps: np.ndarray) -> np.ndarray:

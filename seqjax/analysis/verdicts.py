@@ -15,7 +15,8 @@ from seqjax.analysis._advice import advice
 from seqjax.analysis._flow import flat_trajectory, random_frame
 from seqjax.analysis._probes import probe
 from seqjax.analysis._recording import Recording, recording
-from seqjax.analysis._row_verdicts import Measurements, Regime, RowVerdict, row_verdict
+from seqjax.analysis._row_measurements import Measurements, Regime
+from seqjax.analysis._row_verdicts import RowVerdict, row_verdict
 from seqjax.analysis.gradient_flow import GradientByLag, gradients_of
 from seqjax.analysis.lyapunov import LyapunovExponents, exponents_of
 from seqjax.cell import Cell, Params, State

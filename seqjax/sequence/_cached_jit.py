@@ -55,28 +55,6 @@ def cached_jit(function: Callable[..., Any], *static: Any) -> Callable[..., Any]
     return run
 
 
-def cached_check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a cell and other hashable arguments with a cache, for cells that compare by value.
-
-    A cell that compares by identity may have changed since the last call, so the function is called again.
-
-    Example:
-        >>> import seqjax as sj
-        >>> from seqjax.sequence._cached_jit import cached_check
-        >>> calls = []
-        >>> size = cached_check(lambda cell: calls.append(cell) or cell.hidden_size)
-        >>> size(sj.GRU(2, 3)), size(sj.GRU(2, 3)), len(calls)
-        (3, 3, 1)
-    """
-    cached = functools.lru_cache(maxsize=256)(function)
-
-    @functools.wraps(function)
-    def run(cell: Any, *args: Any) -> Any:
-        return (cached if is_value(cell) else function)(cell, *args)
-
-    return run
-
-
 # A bound for a loop that makes a new function in every iteration. 1024 is more than a program needs otherwise.
 @functools.lru_cache(maxsize=1024)
 def _cached(function: Callable[..., Any], static: tuple[Any, ...]) -> Callable[..., Any]:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from seqjax.cell import Cell, layers, optional, output_of
-from seqjax.sequence._cached_jit import cached_check
+from seqjax.cell import Cell, cached_check, layers, optional, output_of
 from seqjax.sequence._parameter_checks import shapes_of_init
 from seqjax.sequence._partition.normalize import share_equal
 from seqjax.sequence._partition.program import Dependencies, inline

@@ -288,7 +288,7 @@ def test_the_norm_of_a_non_normal_network_in_float32_is_that_of_float64():
     with jax.enable_x64(True):
         J = np.asarray(jacobians(cell, widen(params), widen(before), widen(xs)))[0]
     norms = []
-    for t in result.times[0]:
+    for t in result.times[0][result.times[0] >= 100]:  # the others have no lag 100
         product = np.eye(n)
         for k in range(100):
             product = product @ J[t - 1 - k]

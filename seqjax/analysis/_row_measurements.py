@@ -88,7 +88,8 @@ class Row:
     @property
     def positive(self) -> bool:
         """Whether perturbations grow: by the interval, or by so much that its width does not matter."""
-        return self.contracting is False or (self.lam > 0 and self.growth > 2 * DISTINCT and self.mean[-1] > EXPLODED)
+        large = self.lam > 0 and self.growth > 2 * DISTINCT and self.mean[-1] > EXPLODED
+        return self.contracting is False or bool(large)
 
     @property
     def forgets(self) -> bool | None:
@@ -103,11 +104,12 @@ class Row:
 
     @property
     def unbounded(self) -> bool:
-        """Whether a field of the state itself grows about as fast as perturbations do."""
+        """Whether a field of the state itself grows about as fast as perturbations do, or tenfold."""
         if self.lam <= self.slack:
             return False
-        state_grows = self.rate > 0.5 * self.lam and self.rate * self.L > EXPLODED
-        return state_grows or not self.measured.probes.nonlinear
+        as_fast = self.rate > 0.5 * self.lam and self.rate * self.L > EXPLODED
+        tenfold = self.rate * self.L / 2 > EXPLODED  # within the second half, which no bounded state does
+        return as_fast or tenfold or not self.measured.probes.nonlinear
 
     @property
     def peak(self) -> int:

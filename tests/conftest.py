@@ -52,6 +52,19 @@ def compile_quickly(request):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drops all compiled programs after a module once they are many.
+
+    Linux lets a process have 65 530 memory maps, and each program on a CPU takes several: a run of all tests in one or
+    two processes would end with a crash inside the compiler.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 THOROUGH = set((Path(__file__).parent / "thorough.txt").read_text().split())
 
 

@@ -81,6 +81,7 @@ def test_a_start_that_runs_out_of_iterations_is_reported_as_unfinished():
     starts = sj.VanillaState(jnp.array([[0.6], [0.0], [-0.6]]))  # 2 tanh'(1.2) = 0.61: Newton's step is too long
     result = sj.analysis.fixed_points(SCALAR, scalar(2.0), starts=starts, max_iterations=1, tolerance=1e-14)
     assert result.search.outcome.tolist() == ["unfinished", "fixed", "unfinished"]
+    assert str(result.search).startswith("3 starts: 1 fixed, 2 unfinished; at most ")
     assert result.search.point.tolist() == [-1, 0, -1]
     assert result.search.converged.tolist() == [False, True, False]
 

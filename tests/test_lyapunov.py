@@ -444,6 +444,19 @@ def test_the_dimension_interpolates_the_zero_of_the_partial_sums():
     assert np.isnan(dimension([np.nan, -1.0]))
 
 
+def test_a_batch_without_a_finite_step_has_no_exponent_and_says_so():
+    cell = sj.VanillaRNN(1, 3)
+    params = cell.init(jax.random.key(0))
+    found = sj.lyapunov_exponents(cell, params, jnp.full((2, 20, 1), jnp.nan))
+    assert np.isnan(found.exponents).all()
+    assert (found.steps == 0).all()
+    assert not found.reliable.any()
+    assert "not finite" in found.reason
+    verdict = sj.verdict(cell, params, jnp.full((2, 20, 1), jnp.nan))
+    assert {row.regime for row in verdict.rows} == {"unknown"}
+    assert len(verdict.evidence) == 1  # once, and not for each measurement
+
+
 def test_bad_arguments_raise_with_a_hint():
     J = constant(np.eye(3), 10)
     for k in (0, 4, 2.0, True):

@@ -183,6 +183,7 @@ def test_the_verdict_is_right_on_a_few_networks():
 @pytest.mark.slow
 @pytest.mark.parametrize("group", groups())
 def test_the_verdict_is_right_on_every_group_of_the_bank(group):
+    jax.clear_caches()  # the hundreds of programs of another group would fill the memory maps of the process
     answers = [a for network in bank(group) for a in judge(network)]
     found = score(answers)
     print(found, confusion(answers), sep="\n")

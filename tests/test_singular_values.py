@@ -360,6 +360,13 @@ def test_the_spectra_of_chosen_steps_are_those_of_their_jacobians(name, x64):
     assert result.times.tolist() == [4, 2]
 
 
+def test_the_steps_of_a_spectrum_are_chosen_where_the_fewest_sequences_are_held():
+    cell = sj.VanillaRNN(1, 2)
+    params, xs = cell.init(jax.random.key(0)), jnp.ones((3, TIME, 1))
+    held = jnp.zeros((3, TIME), bool).at[:2, 1].set(True).at[:2, 4].set(True)  # the third sequence is held throughout
+    assert sj.analysis.spectrum(cell, params, xs, mask=held).times.tolist() == [2, 5]
+
+
 def test_times_outside_the_sequence_raise():
     cell = sj.VanillaRNN(1, 2)
     params, xs = cell.init(jax.random.key(0)), jnp.ones((1, TIME, 1))

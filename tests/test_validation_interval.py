@@ -10,7 +10,7 @@ import pytest
 
 from seqjax.command import character_model, validation
 from seqjax.command.character_model import Settings
-from seqjax.command.validation import mean_interval, validation_bits
+from seqjax.command.validation import batch_means_interval, validation_bits
 
 SETTINGS = Settings(hidden=4, embedding=2, batch=4, window=8)
 VOCABULARY = "abcd"
@@ -53,21 +53,21 @@ def test_the_interval_covers_the_mean_of_correlated_values():
         noise, values = rng.normal(size=(32, 300)), np.zeros((32, 300))
         for t in range(1, 300):  # an autocorrelation time of about 10 steps
             values[:, t] = 0.9 * values[:, t - 1] + noise[:, t]
-        _, low, high, _ = mean_interval(values)
+        _, low, high, _ = batch_means_interval(values)
         covered += low < 0 < high
     assert 0.92 < covered / 400 < 0.98
 
 
 def test_the_interval_is_that_of_students_t():
     values = np.arange(16.0)[:, None] * np.ones(10)
-    mean, low, high, _ = mean_interval(values)
+    mean, low, high, _ = batch_means_interval(values)
     assert mean == 7.5
     # t_{0.975} with 15 degrees of freedom is 2.13145, and the standard deviation of 0..15 is sqrt(68 / 3)
     np.testing.assert_allclose([low, high], 7.5 + np.array([-1, 1]) * 2.13145 * math.sqrt(68 / 3) / 4, rtol=1e-5)
 
 
 def test_a_short_text_has_a_mean_and_no_interval():
-    mean, low, high, pieces = mean_interval(np.ones((1, 15)))
+    mean, low, high, pieces = batch_means_interval(np.ones((1, 15)))
     assert mean == 1
     assert np.isnan([low, high]).all()
     assert str(validation.Estimate(mean, low, high, 15, 16, pieces)) == "1.000"
@@ -82,7 +82,9 @@ def test_the_difference_of_two_models_on_one_text_is_known_better_than_their_mea
     rng = np.random.default_rng(0)
     hard = np.repeat(rng.normal(2, 1, (16, 1)), 50, axis=1)  # parts of the text are harder than others
     a, b = (hard + shift + 0.01 * rng.normal(size=hard.shape) for shift in (0.1, 0.0))
-    first, second = (validation.Estimate(*mean_interval(v)[:3], v.size, v.size, mean_interval(v)[3]) for v in (a, b))
+    first, second = (
+        validation.Estimate(*batch_means_interval(v)[:3], v.size, v.size, batch_means_interval(v)[3]) for v in (a, b)
+    )
     mean, low, high = first.minus(second)
     assert first.low < second.high
     assert mean == pytest.approx(a.mean() - b.mean())

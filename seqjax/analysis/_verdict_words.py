@@ -117,7 +117,7 @@ def _exponent_sentence(row: Row) -> str:
     interval = "no interval" if math.isnan(row.low) else f"{row.low:.4g} to {row.high:.4g}"
     unsure = "" if row.settled else "; not reliable"
     return (
-        f"the largest Lyapunov exponent is {row.lam:.4g} nats per step ({interval}), a factor of "
+        f"the largest Lyapunov exponent is {row.lam:.4g} per step ({interval}), a factor of "
         f"{math.exp(min(row.lam, 700)):.4g} per step, over {steps} steps{unsure}"
     )
 

@@ -52,6 +52,19 @@ class ScoreByLength(NamedTuple):
     split: int
     unit: str
 
+    def __str__(self) -> str:
+        unit = " nats" if self.unit == "nats" else " correct"
+        lines = [
+            f"score by length of {self.length_count.sum()} sequences, {self.length.min()} to {self.length.max()} steps",
+            f"  up to {self.split} steps: {self.short:.4g}{unit}",
+        ]
+        lines.append(
+            "  no sequence is longer"
+            if np.isnan(self.long)
+            else f"  more than {self.split} steps: {self.long:.4g}{unit}"
+        )
+        return "\n".join(lines)
+
 
 def score_by_length(
     model: Model,

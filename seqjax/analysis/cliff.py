@@ -67,6 +67,17 @@ class LossCliff(NamedTuple):
     clip_norm: float
     time: int
 
+    def __str__(self) -> str:
+        lines = [f"loss of one unit over {self.time} steps: {self.loss.min():.3g} to {self.loss.max():.3g}"]
+        names = ("plain", f"clipped at {self.clip_norm:g}")
+        for name, path, norms in zip(names, (self.plain, self.clipped), self.norms, strict=True):
+            step = np.hypot(*np.diff(path, axis=0).T).max()
+            lines.append(
+                f"  {name}: {len(path) - 1} updates end at w = {path[-1, 0]:.4g}, b = {path[-1, 1]:.4g}; largest "
+                f"gradient norm {norms.max():.3g}, longest step {step:.3g}"
+            )
+        return "\n".join(lines)
+
 
 def loss_cliff(
     *,

@@ -46,6 +46,13 @@ class ClippingStatistics(NamedTuple):
     grad_norm: Float[np.ndarray, " steps"]
     by_leaf: dict[str, Float[np.ndarray, " steps"]]
 
+    def __str__(self) -> str:
+        return (
+            f"{self.fraction:.1%} of {len(self.clipped)} updates clipped at a gradient norm of {self.clip_norm:g}: "
+            f"mean factor {self.mean_factor:.3g}, {self.mean_cut:.3g} where clipped, smallest "
+            f"{self.smallest_factor:.3g}; at most {self.longest_run} clipped updates in a row"
+        )
+
 
 def clipping_statistics(history: History, clip_norm: float | None) -> ClippingStatistics:
     """Statistics of clipping, g <- g min(1, c / |g|), over the updates of a run.

@@ -53,6 +53,11 @@ class Search(NamedTuple):
     forward_steps: Int[np.ndarray, " m"]
     at_rest: Bool[np.ndarray, " m"]
 
+    def __str__(self) -> str:
+        outcomes = zip(*np.unique(self.outcome, return_counts=True), strict=True)
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes)
+        return f"{len(self.outcome)} starts: {counts}; at most {self.iterations.max(initial=0)} Newton steps"
+
 
 class FixedPoints(NamedTuple):
     """The k points, in float64: fixed points before slow points, each sorted by increasing spectral radius.

@@ -53,6 +53,14 @@ class FrameGrowth(NamedTuple):
     state: State
     frame: Float[Array, "batch k n"]
 
+    def __str__(self) -> str:
+        largest = np.asarray(self.exponents)[..., 0]
+        return (
+            f"{self.frame.shape[-2]} exponents of {largest.size} sequences, {self.log_growth.shape[-2]} blocks: the "
+            f"largest is {largest.min():.4g} to {largest.max():.4g} nats per step, without an interval "
+            f"(sj.lyapunov_exponents has one)"
+        )
+
     @property
     def exponents(self) -> Float[Array, "*ensemble batch k"]:
         """The mean growth rates of all blocks, in nats per step, also of a result of `jax.vmap`; NaN without a step."""

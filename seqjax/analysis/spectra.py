@@ -192,7 +192,8 @@ def spectrum(
 
     Args:
         cell, params, xs, state, mask, reset: as for `unroll`.
-        times: the steps, from 1 to T; by default 8 spread over the sequence.
+        times: the steps, from 1 to T; by default up to 8, spread over the steps at which the fewest sequences are
+            held. The Jacobian of a held step is the identity.
         gamma: the largest slope of the activation phi of a cell h_t = phi(W_xh x_t + W_hh h_{t-1} + b_h). It is 1 for
             `VanillaRNN`. None for another cell means no bound.
         numerical_radius: whether to compute that of each W_hh, as for `matrix_spectrum`.
@@ -214,8 +215,11 @@ def spectrum(
         (0.8, True)
     """
     analysed, sequences = check_arguments(cell, params, xs, state, mask, reset)
-    T = sequences.time
-    chosen = check_times(times, 1, T)
+    if times is None and mask is not None:
+        valid = np.asarray(mask).sum(axis=0)
+        steps_of_most = 1 + np.flatnonzero(valid == valid.max())
+        times = steps_of_most[check_times(None, 1, len(steps_of_most)) - 1]
+    chosen = check_times(times, 1, sequences.time)
     jacobians, _ = cached_jit(jacobians_at, analysed, False)(sequences, jnp.asarray(chosen - 1))
     steps = matrix_spectrum(np.asarray(jacobians), numerical_radius=False)
     matrices = recurrent_products(cell, params, shapes_of_one(jax.tree.map(jnp.asarray, xs), 2))

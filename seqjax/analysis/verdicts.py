@@ -183,7 +183,9 @@ def _of_batch(
     evidence = list(of_main[0].evidence)
     if len(rows) > 1:
         evidence = [f"sequence {b}: {line}" for b, line in _first_of_each(rows)]
-    evidence += [reason for reason in (exponents.reason, by_lag.reason) if reason]
+    said = {line for row in rows for line in row.evidence}
+    reasons = dict.fromkeys(reason for reason in (exponents.reason, by_lag.reason) if reason)
+    evidence += [reason for reason in reasons if reason.partition(": ")[2] not in said]
     return Verdict(
         regime=main if alike else "mixed",
         rows=rows,

@@ -89,10 +89,10 @@ def validation_bits(
         state, log_p = read(params, state, batch.xs, batch.targets)
         bits = np.concatenate([bits, np.asarray(log_p, np.float64) / -math.log(2)], axis=1)
         start = min(start, time.monotonic())  # after the compilation
-        _, low, high, _ = mean_interval(bits)
+        _, low, high, _ = batch_means_interval(bits)
         if number >= 3 and (high - low < width or time.monotonic() - start > seconds):
             break
-    mean, low, high, pieces = mean_interval(bits)
+    mean, low, high, pieces = batch_means_interval(bits)
     return Estimate(mean, low, high, bits.size, len(tokens), pieces)
 
 
@@ -101,7 +101,9 @@ def with_interval(mean: float, low: float, high: float) -> str:
     return f"{mean:.3f} ({low:.3f} to {high:.3f})" if low < high else f"{mean:.3f}"
 
 
-def mean_interval(values: Float[np.ndarray, "rows time"]) -> tuple[float, float, float, Float[np.ndarray, " pieces"]]:
+def batch_means_interval(
+    values: Float[np.ndarray, "rows time"],
+) -> tuple[float, float, float, Float[np.ndarray, " pieces"]]:
     """The mean of correlated values and its 95 % interval, from the means of contiguous pieces.
 
     The interval is mean +- t_{P-1} sd / sqrt(P) with the standard deviation sd of the means of P >= 16 pieces. It holds
@@ -118,8 +120,8 @@ def mean_interval(values: Float[np.ndarray, "rows time"]) -> tuple[float, float,
 
     Example:
         >>> import numpy as np
-        >>> from seqjax.command.validation import mean_interval
-        >>> mean, low, high, _ = mean_interval(np.random.default_rng(0).normal(size=(4, 1000)))
+        >>> from seqjax.command.validation import batch_means_interval
+        >>> mean, low, high, _ = batch_means_interval(np.random.default_rng(0).normal(size=(4, 1000)))
         >>> low < 0 < high, round(high - low, 1)  # about 4 / sqrt(4000)
         (True, 0.1)
     """

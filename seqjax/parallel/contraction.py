@@ -108,10 +108,10 @@ def warn_not_contracting(method: Method, exponents: Array, converged: Array, tim
         return
     row = int(np.nanargmax(measured))
     warnings.warn(
-        f"the recurrence is not contracting: its largest Lyapunov exponent is {measured[row]:+.3g} nats a step in row "
-        f"{row}, and perturbations grow in {growing.sum()} of {growing.size} rows, so {type(method).__name__} needs "
-        f"up to {time} iterations, one per step ({int(np.sum(converged))} of {growing.size} rows converged): use "
-        f"sj.unroll, or fallback=True for the rows that do not converge",
+        f"perturbations grow along the trajectories of {growing.sum()} of {growing.size} rows (largest Lyapunov "
+        f"exponent {measured[row]:+.3g} per step in row {row}), so {type(method).__name__} needs up to {time} "
+        f"iterations, one per step ({int(np.sum(converged))} of {growing.size} rows converged): use sj.unroll, or "
+        f"fallback=True for the rows that do not converge",
         NotContractingWarning,
         stacklevel=3,
     )

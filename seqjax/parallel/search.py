@@ -54,6 +54,14 @@ class Convergence(NamedTuple):
     exponent: Float[Array, " batch"]
     fell_back: Bool[Array, " batch"]
 
+    def __str__(self) -> str:
+        return (
+            f"{int(self.converged.sum())} of {self.converged.size} rows converged, in {int(self.iterations.min())} to "
+            f"{int(self.iterations.max())} iterations; {int(self.fell_back.sum())} rows come from the sequential scan\n"
+            f"  largest residual {float(self.residual.max()):.2g}, largest Lyapunov exponent "
+            f"{float(self.exponent.max()):.3g} per step"
+        )
+
 
 def combine(layers: list[Convergence]) -> Convergence:
     """Combines the results of all layers: all of them must converge, and the largest exponent counts."""

@@ -88,7 +88,7 @@ def _batch_loss(
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "history", "state"), meta_fields=("reason",))
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What `fit` returns; a pytree.
+    """What `fit` returns; a pytree. Under `jax.vmap` each array has a leading axis; printing shows means over it.
 
     Attributes:
         params: the trained parameters.
@@ -104,6 +104,18 @@ class Fitted:
     history: dict[str, Any]
     state: TrainState
     reason: str
+
+    def __str__(self) -> str:
+        loss, validation = np.asarray(self.history["loss"]), np.asarray(self.history["validation"])
+        lines = [f"{loss.shape[-1]} updates, stopped by: {self.reason}"]
+        if loss.shape[-1]:
+            lines.append(
+                f"  loss {loss[..., 0].mean():.4g} at the first update, {loss[..., -1].mean():.4g} at the last"
+            )
+        if validation.shape[-1]:
+            best = validation.min(axis=-1).mean()
+            lines.append(f"  validation {validation[..., -1].mean():.4g} at the end, {best:.4g} at best")
+        return "\n".join(lines)
 
 
 def fit(

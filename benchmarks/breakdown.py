@@ -7,7 +7,7 @@ chunks. The whole also slices the chunks and computes the loss, which the sum do
 than the sum, because its data may still be in a cache and because it packs the kernel's weights once for all chunks.
 The peak is the fastest square matrix product of XLA in the same minutes.
 
-Needs the kernel (`python -m seqjax.kernels`). Writes breakdown.json and breakdown.md beside this file.
+Needs the kernel (`seqjax info` says whether it is installed). Writes breakdown.json and breakdown.md beside this file.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ SECONDS = 0.4  # per part
 
 def switch(kernel: bool) -> None:
     """Selects the kernel or XLA for the loops, and clears what was compiled for the other."""
-    os.environ["SEQJAX_NATIVE"] = "1" if kernel else "0"
-    kernels.available.cache_clear()
+    os.environ["SEQJAX_KERNEL"] = "" if kernel else "off"
     jax.clear_caches()
     if kernels.available() is not kernel:
-        sys.exit("expected the kernel for these rows, found none: build it with python -m seqjax.kernels")
+        sys.exit(f"expected the kernel for these rows: {kernels.status()}")
 
 
 def peak() -> float:

@@ -13,13 +13,14 @@ import numpy as np
 
 
 def machine(*packages: str) -> str:
-    """One line with the processor, the Python, the package versions, and whether the kernel is available."""
+    """One line with the processor, the Python, the package versions, and the loops that run."""
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = named[0].split(":")[1].strip() if named else platform.processor()
     versions = ", ".join(f"{name} {version(name)}" for name in packages if is_installed(name))
     from seqjax import kernels
 
-    loops = "seqjax with its kernel" if kernels.available() else "seqjax without its kernel"
+    variant = kernels.loaded().variant if kernels.available() else None
+    loops = "seqjax without its kernel" if variant is None else f"seqjax with its kernel ({variant})"
     return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {versions}, {loops}"
 
 

@@ -48,6 +48,8 @@ from .initializers import Uniform as Uniform
 from .interop.equinox import from_equinox as from_equinox
 from .interop.linen import from_linen as from_linen
 from .interop.nnx import from_nnx as from_nnx
+from .kernels.installation import Installation as Installation
+from .kernels.installation import info as info
 from .models.generation import Generated as Generated
 from .models.generation import generate as generate
 from .models.heads import Categorical as Categorical

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["SEQJAX_KERNEL"] = "off"  # most tests are about XLA's loops; test_native_loops.py is about the kernel
 
 from jaxtyping import install_import_hook
 
@@ -69,7 +70,7 @@ def key():
 @pytest.fixture(autouse=True)
 def compile_quickly(request):
     """Compiles without most of XLA's optimizations, because nearly all the time of a quick test is compilation."""
-    optimized = {"slow", "optimized"} & set(request.keywords)
+    optimized = {"optimized"} & set(request.keywords)
     jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

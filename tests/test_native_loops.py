@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,10 @@ from oracles import drawn, drawn_states, like, weighted
 
 import seqjax as sj
 from seqjax import kernels
+from seqjax.kernels.build import build, compiler_command
 from seqjax.sequence._execution import kernel
 
-pytestmark = pytest.mark.skipif(
-    shutil.which((os.environ.get("CXX") or "g++").split()[0]) is None, reason="there is no C++ compiler"
-)
+pytestmark = pytest.mark.skipif(compiler_command() is None, reason="there is no C++ compiler")
 KINDS = {
     "lstm": sj.LSTM,
     "gru": sj.GRU,
@@ -35,16 +33,13 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library(tmp_path_factory):
-    """The kernel, compiled into a folder of its own."""
+def installed():
+    """The kernel that the installation compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("SEQJAX_NATIVE", raising=False)
-        path = kernels.build()
+        patch.delenv("SEQJAX_KERNEL")
         jax.clear_caches()
-        assert kernels.available()
-        yield path
-    kernels.available.cache_clear()
+        assert kernels.available(), kernels.status()
+        yield
     jax.clear_caches()
 
 
@@ -74,9 +69,9 @@ def both(patch, function, *arguments):
     return results
 
 
-def value_and_gradient(cell, params, xs, state, reverse=False):
+def value_and_gradient(cell, params, xs, state, **options):
     def value(params, xs, state):
-        result = sj.unroll(cell, params, xs, state=state, reverse=reverse)
+        result = sj.unroll(cell, params, xs, state=state, **options)
         return weighted(result), result
 
     return jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(params, xs, state)
@@ -126,6 +121,116 @@ def test_values_and_gradients_are_those_of_xla(kind, n, batch, time, reverse, mo
     assert_near(*both(monkeypatch, partial(value_and_gradient, cell, reverse=reverse), params, xs, state))
 
 
+FLAGS = np.random.default_rng(0).random((2, 33, 300))
+
+
+# Rows that are all masked, a step at which no row is valid, and a reset at a masked step are among them.
+@pytest.mark.parametrize(
+    ("kind", "n", "batch", "time", "options"),
+    [
+        ("lstm", 5, 7, 9, "mask"),
+        ("lstm", 33, 20, 300, "mask reset"),
+        ("lstm", 130, 2, 40, "reset reverse"),  # threads share units
+        ("lstm", 264, 9, 20, "mask reset reverse"),
+        ("gru", 33, 20, 100, "mask reset reverse"),
+        ("gru", 130, 1, 20, "mask"),
+        ("vanilla", 96, 33, 40, "mask reset"),
+        ("learned", 9, 6, 300, "mask reset"),  # the initial state has a gradient
+        ("learned", 9, 6, 20, "reset reverse"),
+    ],
+)
+def test_masks_and_resets_are_those_of_xla(kind, n, batch, time, options, monkeypatch):
+    cell, params, xs, state = case(kind, n, batch, time)
+    mask = (FLAGS[0, :batch, :time] < 0.7) & (np.arange(batch)[:, None] != 1) & (np.arange(time) != 2)
+    flags = {"mask": mask, "reset": FLAGS[1, :batch, :time] < 0.1, "reverse": True}
+    run = partial(value_and_gradient, cell, **{name: flags[name] for name in options.split()})
+    assert_near(*both(monkeypatch, run, params, xs, state))
+
+
+def test_a_trajectory_and_nan_behind_a_mask_or_a_reset_are_those_of_xla(monkeypatch):
+    cell, params, xs, state = case("lstm", 9, 6, 12)
+    mask, reset = FLAGS[0, :6, :12] < 0.7, FLAGS[1, :6, :12] < 0.2
+    xs = jnp.where(mask[..., None], xs, jnp.nan)
+    state = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), state)
+    reset[0, 0] = True
+
+    def gradient(params, xs):
+        def value(params, xs):
+            states = sj.trajectory(cell, params, xs, state=state, mask=mask, reset=reset)
+            return weighted(jax.tree.map(lambda leaf: leaf[:, 1:], states)), states  # s_0 has a NaN
+
+        return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, xs)
+
+    got, expected = both(monkeypatch, gradient, params, xs)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got[1]))
+    assert_near(got[1], expected[1])
+    np.testing.assert_array_equal(np.isnan(got[0][1].h), np.isnan(expected[0][1].h))
+
+
+def states_of_kernel(batch, flags=None, n=37, time=30):
+    """The states of an LSTM from drives that are drawn row by row, by a direct call of the kernel."""
+    keys = jax.random.split(jax.random.key(0), 33)[:batch]
+    drives = jax.vmap(lambda key: jax.random.normal(key, (time, 4 * n)), out_axes=1)(keys)
+    W = jax.random.normal(jax.random.key(1), (4 * n, n)) / 6
+    run = jax.jit(lambda *args: kernels.run_forward("lstm", *args, flags or kernels.Flags(), False))
+    return run(W, jnp.ones(4 * n), [jnp.zeros((batch, n))] * 2, drives)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it_to_the_last_bit():
+    whole = states_of_kernel(33)
+    some = kernels.Flags(valid=jnp.asarray(FLAGS[0, :30, :33] < np.linspace(0, 1.5, 33)))
+    masked = states_of_kernel(33, some)
+    for batch in (1, 2, 5, 20):
+        for a, b in zip(states_of_kernel(batch), whole, strict=True):
+            np.testing.assert_array_equal(a, b[:, :batch])
+    for a, b in zip(masked, whole, strict=True):
+        np.testing.assert_array_equal(a[:, 23:], b[:, 23:])  # rows without a masked step
+
+
+ONE_PROCESS = """
+import os, sys
+os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[: int(sys.argv[1])]))
+import hashlib, jax, jax.numpy as jnp, numpy as np, seqjax as sj
+digest, total = hashlib.sha256(), []
+for n, batch in ((64, 33), (264, 9)):
+    cell = sj.LSTM(1, n)
+    params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (batch, 60, 1))
+    reset = np.random.default_rng(0).random((batch, 60)) < 0.1
+    loss = lambda params: (sj.unroll(cell, params, xs, reset=reset)[1] ** 2).sum()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    digest.update(np.asarray(sj.unroll(cell, params, xs, reset=reset)[1]).tobytes())
+    total += [float(value), float(jnp.sqrt((gradient.W_hh**2).sum()))]
+print(sj.kernels.status(), digest.hexdigest(), *total, sep="|")
+"""
+
+
+def in_one_process(threads=2, **environment):
+    environment = {k: v for k, v in os.environ.items() if k != "SEQJAX_KERNEL"} | environment
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS, str(threads)], env=environment, capture_output=True, text=True, check=True
+    )
+    status, digest, *total = result.stdout.strip().split("|")
+    return status, digest, [float(number) for number in total], result.stderr
+
+
+def test_every_variant_of_this_processor_computes_what_xla_does_with_any_number_of_threads():
+    expected = in_one_process(SEQJAX_KERNEL="off")
+    assert expected[0].startswith("XLA runs the loops: SEQJAX_KERNEL=off")
+    assert kernels.loaded().supported
+    for variant in kernels.loaded().supported:
+        status, digest, total, _ = in_one_process(SEQJAX_KERNEL=variant)
+        assert status == f"{variant} of the compiled kernel"
+        np.testing.assert_allclose(total, expected[2], rtol=1e-4)
+    assert digest == in_one_process(threads=1, SEQJAX_KERNEL=variant)[1]
+
+
+def test_a_word_that_is_no_variant_is_said_and_xla_runs_the_loops():
+    status, _, _, warned = in_one_process(SEQJAX_KERNEL="x86-64-v9")
+    for text in (status, warned):
+        assert "expected SEQJAX_KERNEL to be one of off, x86-64" in text.replace("neon", "x86-64")
+    assert "got 'x86-64-v9'" in warned
+
+
 @pytest.mark.parametrize("kind", ["lstm", "gru", "vanilla"])
 def test_no_input_is_too_large_and_nan_and_infinity_pass(kind, monkeypatch):
     cell, params, xs, state = case(kind, 9, 6, 5)
@@ -155,7 +260,7 @@ def test_small_numbers_are_not_flushed_to_zero(monkeypatch):
     assert np.full(100, 1e-40, np.float32).sum() != 0
 
 
-def test_other_types_masks_resets_and_conventions_are_left_to_xla(monkeypatch):
+def test_other_types_and_conventions_are_left_to_xla(monkeypatch):
     def chosen(cell, dtype="float32", change=lambda params: params, **options):
         names = switched(monkeypatch, True)
         with jax.enable_x64(dtype == "float64"):
@@ -168,7 +273,7 @@ def test_other_types_masks_resets_and_conventions_are_left_to_xla(monkeypatch):
     assert chosen(cell) == {"lstm"}
     for dtype in ("float64", "bfloat16"):
         assert chosen(cell, dtype) == {None}
-    assert chosen(cell, mask=flags) == chosen(cell, reset=flags) == {None}
+    assert chosen(cell, mask=flags) == chosen(cell, reset=flags) == chosen(cell, mask=flags, reset=flags) == {"lstm"}
     assert chosen(cell, kernel=False) == set()
     assert chosen(sj.GRU(3, 4, update="writes")) == chosen(sj.VanillaRNN(3, 4, activation="relu")) == {None}
     assert chosen(sj.GRU(3, 4, reset="before")) == {None}
@@ -345,74 +450,65 @@ def test_calls_from_many_threads_agree(monkeypatch):
         assert_near(result, alone[i % 2])
 
 
-def command(**environment):
+def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "seqjax.kernels"],
+        [sys.executable, "-W", "error", "-m", "seqjax.kernels", *arguments],
         env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
-def test_the_command_says_where_the_kernel_lies_and_a_running_process_keeps_its_own(library, monkeypatch):
-    result = command()
-    assert (result.stdout, result.stderr, result.returncode) == (f"compiled {library}\n", "", 0)
-    kernels.available.cache_clear()
-    assert kernels.available()
-    chosen = switched(monkeypatch, True)
-    cell, params, xs, _ = case("gru", 5, 2, 6)
-    assert np.all(np.isfinite(sj.unroll(cell, params, xs)[1]))
-    assert set(chosen) == {"gru"}
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("nonexistent", "expected a C++17 compiler, found no nonexistent"), ("false", "false failed")],
+)
+def test_what_hinders_a_compilation_is_said_and_leaves_the_library_alone(compiler, said):
+    before = kernels.digest(kernels.FOLDER / kernels.LIBRARY)
+    result = command(CXX=compiler)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(said)
+    assert "Traceback" not in result.stderr
+    assert kernels.digest(kernels.FOLDER / kernels.LIBRARY) == before
 
 
-def test_what_hinders_the_command_is_said_in_one_line(library, tmp_path):
+def test_a_folder_that_cannot_be_written_and_an_unknown_processor_are_said(tmp_path):
     (tmp_path / "file").touch()
-    for environment, parts in (
-        ({"CXX": "nonexistent"}, ("expected a C++17 compiler", "'nonexistent'", "XLA runs the same loops")),
-        ({"CXX": str(tmp_path)}, ("expected a C++17 compiler", "XLA runs the same loops")),
-        ({"XDG_CACHE_HOME": str(tmp_path / "file")}, ("expected a folder", "XDG_CACHE_HOME")),
-    ):
-        result = command(**environment)
-        assert result.returncode == 1
-        assert result.stdout == ""
-        assert result.stderr.count("\n") == 1, result.stderr
-        for part in parts:
-            assert part in result.stderr
-    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    with pytest.raises(RuntimeError, match="expected a folder that can be written"):
+        build(jax.ffi.include_dir(), tmp_path / "file")
+    with pytest.raises(RuntimeError, match="expected one of the processors x86_64, aarch64, got sparc"):
+        build(jax.ffi.include_dir(), tmp_path, "sparc")
 
 
 def test_the_command_takes_no_arguments():
     for argument, code, said in (("--help", 0, "$CXX"), ("--hlep", 2, "--hlep")):
-        result = subprocess.run([sys.executable, "-m", "seqjax.kernels", argument], capture_output=True, text=True)
+        result = command(argument)
         assert (result.returncode, said in result.stdout + result.stderr) == (code, True)
-        assert "compiled" not in result.stdout
+        assert "compiled /" not in result.stdout
 
 
-def test_without_a_library_a_home_or_a_wish_xla_runs_the_loops(tmp_path, monkeypatch):
-    kernels.available.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not kernels.available()
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
-    kernels.available.cache_clear()
-    assert not kernels.available()
-    monkeypatch.setattr("pathlib.Path.home", lambda: pytest.fail("raises where a user has no home"))
-    assert kernels.library().name.startswith("loops-")
-    monkeypatch.undo()
-    monkeypatch.setenv("SEQJAX_NATIVE", "0")
-    kernels.available.cache_clear()
-    assert not kernels.available()
-    monkeypatch.undo()
-    kernels.available.cache_clear()
+def test_a_missing_damaged_or_old_library_is_not_loaded(tmp_path):
+    assert "not installed" in kernels._load(tmp_path)[0].reason
+    digests, library = (tmp_path / name for name in (kernels.DIGESTS, kernels.LIBRARY))
+    contents = [(kernels.FOLDER / path.name).read_bytes() for path in (digests, library)]
+    of_sources, of_library = contents[0].decode().split()
+    for written, size, unexpected, said in (
+        (of_sources, None, False, "not installed"),  # a file that was cut short
+        (f"{of_sources} {of_library}", 5000, True, "is damaged; python -m seqjax.kernels compiles it anew"),
+        (f"{of_library} {of_library}", None, True, "was compiled from other sources"),
+    ):
+        digests.write_text(written)
+        library.write_bytes(contents[1][:size])
+        found, is_unexpected = kernels._load(tmp_path)
+        assert (found.variant, is_unexpected) == (None, unexpected)
+        assert said in found.reason
+    library.write_text("not a library")
+    digests.write_text(f"{of_sources} {kernels.digest(library)}")
+    found, is_unexpected = kernels._load(tmp_path)
+    assert is_unexpected
+    assert found.reason.startswith("the kernel does not load (")
+
+
+def test_the_environment_switches_it_off_at_any_time(monkeypatch):
     assert kernels.available()
-
-
-def test_a_library_that_does_not_load_is_named_in_a_warning(tmp_path, monkeypatch):
-    kernels.available.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_loaded", [])
-    kernels.library().parent.mkdir()
-    kernels.library().write_text("not a library")
-    with pytest.warns(UserWarning, match="python -m seqjax.kernels builds it anew"):
-        assert not kernels.available()
-    monkeypatch.undo()
-    kernels.available.cache_clear()
-    assert kernels.available()
+    monkeypatch.setenv("SEQJAX_KERNEL", "off")
+    assert not kernels.available()
+    assert kernels.status() == "XLA runs the loops: SEQJAX_KERNEL=off switches the kernel off"

@@ -6,7 +6,7 @@
 
 The cells are LSTM and GRU of flax linen, flax nnx and equinox, the LSTM of haiku, four cells as a user writes them, and
 the cells that seqjax exports. Without haiku (`pip install dm-haiku`) its cell is left out. Each call of seqjax is
-measured with XLA's loops only, and with the C++ kernel if it is built (`python -m seqjax.kernels`) and the compiled
+measured with XLA's loops only, and with the C++ kernel if it is installed and the compiled
 program calls it.
 
 Writes any_cell.json and any_cell.md beside this package. A partial run replaces the rows that it measures and keeps the
@@ -56,7 +56,7 @@ class Results:
         if out and out.with_suffix(".json").exists():
             self.all = json.loads(out.with_suffix(".json").read_text())
         self.run = time.strftime("%Y-%m-%d %H:%M")
-        kernel = "kernel built" if KERNEL in seqjax_ways() else "kernel not built"
+        kernel = "kernel installed" if KERNEL in seqjax_ways() else "no kernel"
         self.all["runs"][self.run] = f"{machine(*PACKAGES)}; {kernel}; load before {os.getloadavg()[0]:.1f}"
 
     def merge(self, name: str, measured: dict) -> None:

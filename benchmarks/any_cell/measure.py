@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,13 +22,6 @@ from seqjax import kernels
 
 XLA, KERNEL, OWN = "seqjax, XLA's loops", "seqjax, kernel", "own library"
 KERNEL_CALL = 'custom_call_target="seqjax_'
-
-
-class SeqjaxWay(NamedTuple):
-    """`sj.unroll` with or without the kernel."""
-
-    unroll: Callable[..., Any]  # (cell, params, xs) to (state, outputs)
-    compiling: Callable[[], contextlib.AbstractContextManager[None]]  # the context in which a call must be compiled
 
 
 class Program(NamedTuple):
@@ -51,38 +42,10 @@ class Program(NamedTuple):
         return fixed if self.calls_kernel else fixed | {"products": products_per_step(self.text)}
 
 
-def seqjax_ways() -> dict[str, SeqjaxWay]:
-    """`sj.unroll` with XLA's loops only, and with the kernel if it is built.
-
-    `unroll` without the argument `kernel` reads the environment variable SEQJAX_NATIVE instead, and it reads the
-    variable again when JAX differentiates it. So the variable stays set until the call is compiled.
-    """
-    if "kernel" in inspect.signature(sj.unroll).parameters:
-        ways = {
-            XLA: SeqjaxWay(partial(sj.unroll, kernel=False), contextlib.nullcontext),
-            KERNEL: SeqjaxWay(sj.unroll, contextlib.nullcontext),
-        }
-    else:
-        ways = {
-            XLA: SeqjaxWay(sj.unroll, partial(native_variable, "0")),
-            KERNEL: SeqjaxWay(sj.unroll, partial(native_variable, "1")),
-        }
+def seqjax_ways() -> dict[str, Callable[..., Any]]:
+    """`sj.unroll` with XLA's loops only, and with the kernel if it is installed."""
+    ways = {XLA: partial(sj.unroll, kernel=False), KERNEL: sj.unroll}
     return ways if kernels.available() else {XLA: ways[XLA]}
-
-
-@contextlib.contextmanager
-def native_variable(value: str) -> Iterator[None]:
-    """Sets SEQJAX_NATIVE inside a `with` block."""
-    before = os.environ.get("SEQJAX_NATIVE")
-    os.environ["SEQJAX_NATIVE"] = value
-    kernels.available.cache_clear()
-    try:
-        yield
-    finally:
-        os.environ.pop("SEQJAX_NATIVE")
-        if before is not None:
-            os.environ["SEQJAX_NATIVE"] = before
-        kernels.available.cache_clear()
 
 
 def products_per_step(text: str) -> list[int]:
@@ -101,8 +64,8 @@ def compare(name: str, row: Row, directions: list[str], budget: float) -> dict[s
 
     Returns:
         {direction: {way: numbers}}, the largest differences from the own library, and the load of other processes.
-        If the kernel is built but the program with it does not call it, the two ways of seqjax are one program. It is
-        timed once, and both ways get its numbers.
+        If the kernel is installed but the program with it does not call it, the two ways of seqjax are one program.
+        It is timed once, and both ways get its numbers.
 
     Raises:
         Disagreement: the outputs or a gradient of seqjax differ from those of the own library.
@@ -129,10 +92,9 @@ def compile_ways(pair: Pair, direction: str, row: Row) -> dict[str, Program]:
     """The programs of seqjax, then that of the own library."""
     data = jax.device_put(inputs(row))
     programs = {}
-    for name, way in seqjax_ways().items():
-        with way.compiling():
-            unroll = partial(seqjax_outputs, way.unroll, pair.cell)
-            programs[name] = compile_call(unroll, direction, pair.params, *data)
+    for name, unroll in seqjax_ways().items():
+        outputs = partial(seqjax_outputs, unroll, pair.cell)
+        programs[name] = compile_call(outputs, direction, pair.params, *data)
     programs[OWN] = compile_call(pair.own_unroll, direction, pair.own_params, *data)
     return programs
 

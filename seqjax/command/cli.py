@@ -5,6 +5,7 @@ seqjax sample   lets it write
 seqjax score    lets it read
 seqjax report   writes a page on how information and gradients move through it
 seqjax compare  writes a page that lays runs side by side
+seqjax info     says what is installed, and which loops run
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from seqjax.command.character_model import Settings
 from seqjax.command.job import Job, begin, resume, work
 from seqjax.command.run_folder import Run, RunError, restore
 from seqjax.data.text import decode, encode, manual_topics, read_text, unigram_entropy
+from seqjax.kernels import installation
 from seqjax.training.loop import Metrics, NotFinite
 
 
@@ -96,7 +98,12 @@ class Compare:
     """The file to write."""
 
 
-Command = Train | Sample | Score | Report | Compare
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Say what is installed: versions, devices, and whether the compiled kernel runs."""
+
+
+Command = Train | Sample | Score | Report | Compare | Info
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -107,8 +114,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         command = _parse(arguments)
-        function: Any = {Train: train, Sample: sample, Score: score, Report: report, Compare: compare}[type(command)]
-        return function(command)
+        return FUNCTIONS[type(command)](command)
     except (RunError, ValueError, ModuleNotFoundError) as error:
         print(f"seqjax: {error}", file=sys.stderr)
     except BrokenPipeError:
@@ -207,6 +213,22 @@ def compare(command: Compare) -> int:
         written = compare_runs(command.runs, command.out, tell=stages.tell)
     print(written)
     return 0
+
+
+def info(command: Info) -> int:
+    """Prints what is installed."""
+    print(installation.info())
+    return 0
+
+
+FUNCTIONS: dict[type, Any] = {
+    Train: train,
+    Sample: sample,
+    Score: score,
+    Report: report,
+    Compare: compare,
+    Info: info,
+}
 
 
 class _Display:
@@ -321,6 +343,7 @@ def _parse_with(arguments: Sequence[str], defaults: Train) -> Any:
         | Annotated[Score, tyro.conf.subcommand("score")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Info, tyro.conf.subcommand("info")]
     )
     options = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(kinds, args=list(arguments), prog="seqjax", description=__doc__, config=options)

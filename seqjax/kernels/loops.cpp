@@ -4,23 +4,19 @@
 // Every step is one product with the recurrent weights and one pass over the units. The weights are packed into panels
 // of eight units, with all gates of a unit next to each other. So the product with one panel is enough for the new
 // state of its units. XLA moves the packing out of the loop over chunks. Threads share the rows of the batch, which are
-// independent. If there are too few rows, the threads share units instead and wait for each other once per step.
+// independent. If there are too few rows, the threads share units instead and wait for each other once per step. A row
+// whose step is masked takes part in no product.
+//
+// The result of a row depends neither on the other rows nor on the number of threads, to the last bit.
 //
 // Names: of_x is the cotangent of x, dL/dx. A drive is the part of a gate's argument that does not depend on the state,
 // and `recurrent` is the product with the recurrent weights.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
+#include "loops.h"
+
 #include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-
+namespace seqjax {
 namespace {
 
 constexpr int W = 8;  // floats per vector; the compiler splits or joins vectors to match the width of the processor
@@ -88,15 +84,15 @@ inline void keep(V& v) {
 
 // One k of sum[product][row][column] += a[row][k] panel[product][k][column], where the panels are `apart` floats apart.
 template <int P, int R, int N>
-inline void add_product(const float* a, int64_t stride, const float* panel, int64_t apart, V (&sum)[P][R][N]) {
+inline void add_product(const float* const (&a)[R], int64_t k, const float* panel, int64_t apart, V (&sum)[P][R][N]) {
   for (int p = 0; p < P; ++p) {
     V columns[N];
     for (int v = 0; v < N; ++v) {
-      columns[v] = load(panel + p * apart + v * W);
+      columns[v] = load(panel + p * apart + (k * N + v) * W);
       if (R > 1) keep(columns[v]);
     }
     for (int r = 0; r < R; ++r) {
-      const V x = splat(a[r * stride]);
+      const V x = splat(a[r][k]);
       for (int v = 0; v < N; ++v) sum[p][r][v] += x * columns[v];
     }
   }
@@ -104,25 +100,36 @@ inline void add_product(const float* a, int64_t stride, const float* panel, int6
 
 // sum_k a[row][k] panel[product][k][column] for R rows and N vectors of columns of P products, with all sums in
 // registers. Six rows of two vectors, or four rows of three, fit into sixteen registers and hide the latency of an
-// addition. Not inlined, because together with other code the compiler runs out of registers inside the loop.
+// addition. Fewer sums do not hide it, so they add up both halves of the k at the same time. More sums add up one half
+// after the other, so that the result does not depend on the number of rows. Not inlined, because together with other
+// code the compiler runs out of registers inside the loop.
 template <int P, int R, int N>
-__attribute__((noinline)) void product(const float* a, int64_t stride, const float* panel, int64_t depth,
+__attribute__((noinline)) void product(const float* const (&rows)[R], const float* panel, int64_t depth,
                                        V (*sum)[R][N]) {
-  // If there are few sums, each is split into several, to hide the latency of an addition.
-  constexpr int sets = P * R * N >= 8 ? 1 : P * R * N >= 4 ? 2 : 4;
-  const int64_t apart = depth * N * W;
-  V all[sets][P][R][N] = {};
+  const float* a[R];
+  for (int r = 0; r < R; ++r) a[r] = rows[r];
+  const int64_t apart = depth * N * W, half = depth < 16 ? 0 : depth / 2;
+  V first[P][R][N] = {}, second[P][R][N] = {};
   int64_t k = 0;
-  for (; k + sets <= depth; k += sets)
-    for (int i = 0; i < sets; ++i) add_product<P, R, N>(a + k + i, stride, panel + (k + i) * N * W, apart, all[i]);
-  for (; k < depth; ++k) add_product<P, R, N>(a + k, stride, panel + k * N * W, apart, all[0]);
+  if (P * R * N < 8)
+    for (; k < half; ++k) {
+      add_product<P, R, N>(a, k, panel, apart, first);
+      add_product<P, R, N>(a, half + k, panel, apart, second);
+    }
+  else
+    for (; k < half; ++k) add_product<P, R, N>(a, k, panel, apart, first);
+  for (k = P * R * N < 8 ? 2 * half : half; k < depth; ++k) add_product<P, R, N>(a, k, panel, apart, second);
   for (int p = 0; p < P; ++p)
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < N; ++v) {
-        sum[p][r][v] = all[0][p][r][v];
-        for (int i = 1; i < sets; ++i) sum[p][r][v] += all[i][p][r][v];
-      }
+      for (int v = 0; v < N; ++v) sum[p][r][v] = first[p][r][v] + second[p][r][v];
 }
+
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Calls body(R, row) for blocks of R <= `most` rows that cover first..last, with blocks as equal as possible.
 template <int most, class Body>
@@ -133,64 +140,23 @@ inline void in_blocks(int64_t first, int64_t last, Body&& body) {
       if constexpr (decltype(rows)::value <= most)
         if (height == decltype(rows)::value) body(rows, first);
     };
-    call(std::integral_constant<int, 1>{});
-    call(std::integral_constant<int, 2>{});
-    call(std::integral_constant<int, 3>{});
-    call(std::integral_constant<int, 4>{});
-    call(std::integral_constant<int, 5>{});
-    call(std::integral_constant<int, 6>{});
+    call(Number<1>{});
+    call(Number<2>{});
+    call(Number<3>{});
+    call(Number<4>{});
+    call(Number<5>{});
+    call(Number<6>{});
     first += height;
   }
 }
 
-struct Barrier {
-  std::atomic<int> arrived{0}, round{0};
-  void wait(int parts) {
-    if (parts == 1) return;
-    const int mine = round.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) {
-      arrived.store(0, std::memory_order_relaxed);
-      round.store(mine + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round.load(std::memory_order_acquire) == mine; ++spins)
-      if (spins > 4000) std::this_thread::yield();
-  }
-};
-
-// Runs body(part, parts, barrier) on this thread and on the threads of XLA's pool that arrive within a short time,
-// which is longer for more work. The number of parts is the number of threads that arrived, so no thread waits for
-// another one that is busy elsewhere.
+// Calls body(part, parts, barrier) on up to `wanted` threads.
 template <class Body>
-void in_parallel(ffi::ThreadPool& pool, int64_t wanted, int64_t work, const Body& body) {
-  struct Shared {
-    std::atomic<int> joined{0}, parts{0}, left{0};
-    Barrier barrier;
+void in_parallel(const Pool& pool, int64_t wanted, int64_t work, const Body& body) {
+  const auto call = [](const void* argument, int part, int parts, Barrier* barrier) {
+    (*static_cast<const Body*>(argument))(part, parts, barrier);
   };
-  constexpr int closed = 1 << 20;
-  wanted = std::min<int64_t>(wanted, pool.num_threads());
-  auto shared = std::make_shared<Shared>();
-  if (wanted <= 1) return body(0, 1, shared->barrier);
-  const auto caller = std::this_thread::get_id();
-  for (int64_t i = 1; i < wanted; ++i)
-    pool.Schedule([shared, caller, &body] {
-      if (std::this_thread::get_id() == caller) return;  // a thread of the pool would wait for itself
-      const int mine = shared->joined.fetch_add(1) + 1;
-      if (mine >= closed) return;
-      int parts;
-      while ((parts = shared->parts.load(std::memory_order_acquire)) == 0) {
-      }
-      body(mine, parts, shared->barrier);
-      shared->left.fetch_add(1, std::memory_order_release);
-    });
-  const int64_t patience = 20000 + std::min<int64_t>(work / 1000, 200000);
-  for (int64_t spins = 0; shared->joined.load() < wanted - 1 && spins < patience; ++spins) {
-  }
-  const int parts = 1 + shared->joined.fetch_add(closed);
-  shared->parts.store(parts, std::memory_order_release);
-  body(0, parts, shared->barrier);
-  for (int spins = 0; shared->left.load(std::memory_order_acquire) < parts - 1; ++spins)
-    if (spins > 4000) std::this_thread::yield();
+  pool.run(pool.threads, wanted, work, call, &body);
 }
 
 struct Range {
@@ -198,12 +164,6 @@ struct Range {
 };
 
 inline Range share(int64_t size, int part, int parts) { return {size * part / parts, size * (part + 1) / parts}; }
-
-struct Sizes {
-  int64_t time, batch, n;
-  bool reverse;
-  int64_t step(int64_t i) const { return reverse ? time - 1 - i : i; }
-};
 
 // A cell has: the number of gates; the size of its panel of packed weights, in vectors of eight units; the columns of
 // one product, in vectors; the number of rows per product; and the forward and backward passes over eight units. `a` is
@@ -289,268 +249,281 @@ inline int64_t threads(const Sizes& s, int gates, int64_t most) {
   return work(s, gates) > 1000000 && (by_rows(s, gates) || work(s, gates) / s.time > 10000) ? most : 1;
 }
 
-template <class Cell>
-void run_forward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float* panels, const float* bias,
-                 const float* h_0, const float* c_0, float* h, float* c) {
+// The rows of a step that are valid, each with the state from which its step starts: the state before, or the one after
+// a reset. Without flags, these are all rows, and nothing is stored.
+template <bool flagged>
+class Rows {
+ public:
+  Rows(const Sizes& s, const Flags& flags) : n(s.n), batch(s.batch), flags(flags) {
+    if (flagged) rows = new Row[batch];
+  }
+  ~Rows() { delete[] rows; }
+  Rows(const Rows&) = delete;
+
+  // The valid rows of step t among `range`. `held` is called with each other row.
+  template <class Held>
+  Range select(int64_t t, Range range, ConstState before, const Held& held) {
+    start = before;
+    if (!flagged) return range;
+    int64_t count = 0;
+    for (int64_t row = range.first; row < range.last; ++row) {
+      const bool anew = flags.reset && flags.reset[t * batch + row];
+      const Row chosen = {row, anew ? flags.h : before.h + row * n, !before.c ? nullptr : anew ? flags.c : before.c + row * n};
+      if (!flags.valid || flags.valid[t * batch + row])
+        rows[count++] = chosen;
+      else
+        held(chosen.row, chosen.h, chosen.c);
+    }
+    return {0, count};
+  }
+  int64_t row(int64_t i) const { return flagged ? rows[i].row : i; }
+  const float* h(int64_t i) const { return flagged ? rows[i].h : start.h + i * n; }
+  const float* c(int64_t i) const { return flagged ? rows[i].c : start.c + i * n; }
+
+ private:
+  struct Row {
+    int64_t row;
+    const float *h, *c;
+  };
+  const int64_t n, batch;
+  const Flags flags;
+  ConstState start;
+  Row* rows = nullptr;
+};
+
+inline void copy(float* to, const float* from, int64_t first, int64_t last) {
+  if (last > first) std::memcpy(to + first, from + first, sizeof(float) * (last - first));
+}
+
+template <class Cell, bool flagged>
+void run_forward(const Pool& pool, const Forward& f) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns, parts_of_panel = G * U / N;
+  const Sizes& s = f.sizes;
   const int64_t n = s.n, state = s.batch * n, sub = n * N * W, count = (n + U * W - 1) / (U * W);
   const bool rowwise = by_rows(s, G);
-  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : count / 2), work(s, G), [&](int part, int parts, Barrier& barrier) {
-    const Range rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
+  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : count / 2), work(s, G), [&](int part, int parts, Barrier* barrier) {
+    const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
     const Range mine = rowwise ? Range{0, count} : share(count, part, parts);
-    const float *h_before = h_0, *c_before = c_0;
+    const int64_t first_unit = mine.first * U * W, last_unit = smaller(n, mine.last * U * W);
+    Rows<flagged> rows(s, f.flags);
+    ConstState before = f.first;
     for (int64_t i = 0; i < s.time; ++i) {
       const int64_t t = s.step(i);
-      float *h_t = h + t * state, *c_t = Cell::has_c ? c + t * state : nullptr;
+      const State after = {f.states.h + t * state, Cell::has_c ? f.states.c + t * state : nullptr};
+      const Range active = rows.select(t, share_of_rows, before, [&](int64_t row, const float* h, const float* c) {
+        copy(after.h + row * n, h, first_unit, last_unit);
+        if (Cell::has_c) copy(after.c + row * n, c, first_unit, last_unit);
+      });
       for (int64_t p = mine.first; p < mine.last; ++p)
-        in_blocks<Cell::rows>(rows.first, rows.last, [&](auto height, int64_t row) {
+        in_blocks<Cell::rows>(active.first, active.last, [&](auto height, int64_t first) {
           constexpr int R = decltype(height)::value;
+          const float* h[R];
+          for (int r = 0; r < R; ++r) h[r] = rows.h(first + r);
           V sums[parts_of_panel][R][N];
           constexpr int P = R == 1 ? parts_of_panel : 1;  // one row has too few sums to hide their latency
           for (int k = 0; k < parts_of_panel; k += P)
-            product<P, R, N>(h_before + row * n, n, panels + (p * parts_of_panel + k) * sub, n, sums + k);
+            product<P, R, N>(h, f.panels + (p * parts_of_panel + k) * sub, n, sums + k);
           for (int r = 0; r < R; ++r)
             for (int w = 0; w < U; ++w) {
-              const int64_t u = (p * U + w) * W, left = n - u, at = (row + r) * n + u;
+              const int64_t u = (p * U + w) * W, left = n - u, row = rows.row(first + r), at = row * n + u;
               if (left <= 0) continue;
-              const float* d = drive + ((t * s.batch + row + r) * G) * n + u;
-              V drives[G], recurrent[G], a[G], cell = Cell::has_c ? load(c_before + at, left) : V{};
+              const float* d = f.drive + ((t * s.batch + row) * G) * n + u;
+              V drives[G], recurrent[G], a[G], cell = Cell::has_c ? load(rows.c(first + r) + u, left) : V{};
               for (int g = 0; g < G; ++g) {
                 const int column = w * G + g;
                 drives[g] = load(d + g * n, left);
                 recurrent[g] = sums[column / N][r][column % N];
-                if (bias) recurrent[g] += load(bias + g * n + u, left);
+                if (f.bias) recurrent[g] += load(f.bias + g * n + u, left);
               }
               join<Cell>(drives, recurrent, a);
-              store(h_t + at, Cell::forward(a, recurrent, load(h_before + at, left), cell), left);
-              if (Cell::has_c) store(c_t + at, cell, left);
+              store(after.h + at, Cell::forward(a, recurrent, load(h[r] + u, left), cell), left);
+              if (Cell::has_c) store(after.c + at, cell, left);
             }
         });
-      h_before = h_t;
-      c_before = c_t;
-      if (!rowwise) barrier.wait(parts);
+      before = {after.h, after.c};
+      if (!rowwise) pool.wait(barrier, parts);
     }
   });
 }
 
-// of_h and of_c are lambda of the state after the chunk on entry, and lambda of the state before the chunk on return.
-template <class Cell>
-void run_backward(Sizes s, ffi::ThreadPool& pool, const float* drive, const float* recurrent, const float* panels,
-                  const float* h_before, const float* c_before, const float* of_kept, float* of_h, float* of_c,
-                  float* of_drive, float* of_recurrent) {
-  constexpr int G = Cell::gates, N = 2, R_MAX = 6;
+template <class Cell, bool flagged>
+void run_backward(const Pool& pool, const Backward& b) {
+  constexpr int G = Cell::gates, N = 2, most = 6;
+  const Sizes& s = b.sizes;
   const int64_t n = s.n, state = s.batch * n, wide = (n + N * W - 1) / (N * W);
-  const bool rowwise = by_rows(s, G);
-  float* passes = Cell::two_cotangents ? of_recurrent : of_drive;  // the cotangent that the product reads
-  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : wide / 2), work(s, G), [&](int part, int parts, Barrier& barrier) {
-    const Range rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
+  const bool rowwise = by_rows(s, G), has_reset = flagged && b.flags.reset;
+  float* passes = Cell::two_cotangents ? b.of_recurrent : b.of_drive;  // the cotangent that the product reads
+  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : wide / 2), work(s, G), [&](int part, int parts, Barrier* barrier) {
+    const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
     const Range mine = rowwise ? Range{0, wide} : share(wide, part, parts);
+    const int64_t first_unit = mine.first * N * W, last_unit = smaller(n, mine.last * N * W);
+    Rows<flagged> rows(s, b.flags);
     for (int64_t i = s.time - 1; i >= 0; --i) {
       const int64_t t = s.step(i);
-      for (int64_t row = rows.first; row < rows.last; ++row)
-        for (int64_t u = mine.first * N * W; u < std::min(n, mine.last * N * W); u += W) {
-          const int64_t count = std::min<int64_t>(W, n - u), at = row * n + u, here = t * state + at;
-          const int64_t gate = ((t * s.batch + row) * G) * n + u;
-          V d[G], r[G], a[G], of_a[G], of_r[G], of_cell = Cell::has_c ? load(of_c + at, count) : V{};
+      const ConstState before = {b.before.h + t * state, Cell::has_c ? b.before.c + t * state : nullptr};
+      const float* of_output = b.of_outputs + t * state;
+      const Range active = rows.select(t, share_of_rows, before, [&](int64_t row, const float*, const float*) {
+        for (int64_t u = first_unit; u < last_unit; u += W) {
+          const int64_t left = n - u, at = row * n + u, gate = ((t * s.batch + row) * G) * n + u;
+          store(b.of_state.h + at, load(b.of_state.h + at, left) + load(of_output + at, left), left);
           for (int g = 0; g < G; ++g) {
-            d[g] = load(drive + gate + g * n, count);
-            r[g] = load(recurrent + gate + g * n, count);
-          }
-          join<Cell>(d, r, a);
-          const V of = load(of_h + at, count) + load(of_kept + here, count);
-          const V cell = Cell::has_c ? load(c_before + here, count) : V{};
-          store(of_h + at, Cell::backward(a, r, load(h_before + here, count), cell, of, of_cell, of_a, of_r), count);
-          if (Cell::has_c) store(of_c + at, of_cell, count);
-          for (int g = 0; g < G; ++g) {
-            store(of_drive + gate + g * n, of_a[g], count);
-            if (Cell::two_cotangents) store(of_recurrent + gate + g * n, of_r[g], count);
+            store(b.of_drive + gate + g * n, V{}, left);
+            if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, V{}, left);
           }
         }
-      if (!rowwise) barrier.wait(parts);
+      });
+      for (int64_t j = active.first; j < active.last; ++j) {
+        const int64_t row = rows.row(j);
+        for (int64_t u = first_unit; u < last_unit; u += W) {
+          const int64_t left = n - u, at = row * n + u, gate = ((t * s.batch + row) * G) * n + u;
+          V d[G], r[G], a[G], of_a[G], of_r[G], of_cell = Cell::has_c ? load(b.of_state.c + at, left) : V{};
+          for (int g = 0; g < G; ++g) {
+            d[g] = load(b.drive + gate + g * n, left);
+            r[g] = load(b.recurrent + gate + g * n, left);
+          }
+          join<Cell>(d, r, a);
+          const V of = load(b.of_state.h + at, left) + load(of_output + at, left);
+          const V cell = Cell::has_c ? load(rows.c(j) + u, left) : V{};
+          store(b.of_state.h + at, Cell::backward(a, r, load(rows.h(j) + u, left), cell, of, of_cell, of_a, of_r), left);
+          if (Cell::has_c) store(b.of_state.c + at, of_cell, left);
+          for (int g = 0; g < G; ++g) {
+            store(b.of_drive + gate + g * n, of_a[g], left);
+            if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, of_r[g], left);
+          }
+        }
+      }
+      if (!rowwise) pool.wait(barrier, parts);
       for (int64_t p = mine.first; p < mine.last; ++p)
-        in_blocks<R_MAX>(rows.first, rows.last, [&](auto height, int64_t row) {
+        in_blocks<most>(active.first, active.last, [&](auto height, int64_t first) {
           constexpr int R = decltype(height)::value;
+          const float* of_gates[R];
+          for (int r = 0; r < R; ++r) of_gates[r] = passes + (t * s.batch + rows.row(first + r)) * G * n;
           V sum[1][R][N];
-          product<1, R, N>(passes + (t * s.batch + row) * G * n, G * n, panels + p * G * n * N * W, G * n, sum);
+          product<1, R, N>(of_gates, b.panels + p * G * n * N * W, G * n, sum);
           for (int r = 0; r < R; ++r)
             for (int v = 0; v < N; ++v) {
-              const int64_t u = (p * N + v) * W, count = std::min<int64_t>(W, n - u);
-              if (count <= 0) continue;
-              float* to = of_h + (row + r) * n + u;
-              store(to, load(to, count) + sum[0][r][v], count);
+              const int64_t u = (p * N + v) * W, left = n - u;
+              if (left <= 0) continue;
+              float* to = b.of_state.h + rows.row(first + r) * n + u;
+              store(to, load(to, left) + sum[0][r][v], left);
             }
         });
+      // The state before a reset has no effect on what follows, and the state after it is the initial one.
+      for (int64_t row = share_of_rows.first; has_reset && row < share_of_rows.last; ++row)
+        if (b.flags.reset[t * s.batch + row])
+          for (int64_t u = first_unit; u < last_unit; u += W) {
+            const int64_t left = n - u, at = row * n + u;
+            const auto move = [&](float* of_initial, float* of_state) {
+              store(of_initial + at, load(of_initial + at, left) + load(of_state + at, left), left);
+              store(of_state + at, V{}, left);
+            };
+            move(b.of_initial.h, b.of_state.h);
+            if (Cell::has_c) move(b.of_initial.c, b.of_state.c);
+          }
     }
   });
 }
 
 // c_{t-1} of every step of an LSTM's chunk, step by step from c_0. All products with the weights are known.
-void run_replay(Sizes s, ffi::ThreadPool& pool, const float* drive, const float* recurrent, const float* c_0,
-                float* c_before) {
+void run_replay(const Pool& pool, const Replay& f) {
+  const Sizes& s = f.sizes;
   const int64_t n = s.n, state = s.batch * n;
-  in_parallel(pool, s.time * state > 100000 ? s.batch : 1, s.time * state, [&](int part, int parts, Barrier&) {
+  in_parallel(pool, s.time * state > 100000 ? s.batch : 1, s.time * state, [&](int part, int parts, Barrier*) {
     const Range rows = share(s.batch, part, parts);
     for (int64_t i = 0; i < s.time; ++i) {
       const int64_t t = s.step(i), next = s.step(i + 1);
-      for (int64_t row = rows.first; row < rows.last; ++row)
+      for (int64_t row = rows.first; row < rows.last; ++row) {
+        const bool valid = !f.flags.valid || f.flags.valid[t * s.batch + row];
+        const bool anew = f.flags.reset && f.flags.reset[t * s.batch + row];
         for (int64_t u = 0; u < n; u += W) {
           const int64_t left = n - u, at = row * n + u, gate = (t * s.batch + row) * 4 * n + u;
-          if (i == 0) store(c_before + t * state + at, load(c_0 + at, left), left);
+          if (i == 0) store(f.c_before + t * state + at, load(f.c_0 + at, left), left);
           if (i + 1 == s.time) continue;
-          V a[4];
-          for (int g = 0; g < 3; ++g) a[g] = load(drive + gate + g * n, left) + load(recurrent + gate + g * n, left);
-          const V c = sigmoid(a[1]) * load(c_before + t * state + at, left) + sigmoid(a[0]) * tangent(a[2]);
-          store(c_before + next * state + at, c, left);
+          V c = load(anew ? f.flags.c + u : f.c_before + t * state + at, left);
+          if (valid) {
+            V a[3];
+            for (int g = 0; g < 3; ++g) a[g] = load(f.drive + gate + g * n, left) + load(f.recurrent + gate + g * n, left);
+            c = sigmoid(a[1]) * c + sigmoid(a[0]) * tangent(a[2]);
+          }
+          store(f.c_before + next * state + at, c, left);
         }
+      }
     }
   });
 }
 
-using F32 = ffi::Buffer<ffi::F32>;
-using Out = ffi::ResultBuffer<ffi::F32>;
-
 // Calls body(piece) for every piece, on several threads if there are many floats in total.
 template <class Body>
-void for_pieces(ffi::ThreadPool& pool, int64_t pieces, int64_t floats, const Body& body) {
-  in_parallel(pool, floats > 100000 ? pieces : 1, floats, [&](int part, int parts, Barrier&) {
+void for_pieces(const Pool& pool, int64_t pieces, int64_t floats, const Body& body) {
+  in_parallel(pool, floats > 100000 ? pieces : 1, floats, [&](int part, int parts, Barrier*) {
     const Range mine = share(pieces, part, parts);
     for (int64_t p = mine.first; p < mine.last; ++p) body(p);
   });
 }
 
-ffi::Error expected(int64_t floats, Out panels) {
-  if (static_cast<int64_t>(panels->element_count()) == floats) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "the panels of the kernel have another size than their caller gave");
-}
-
-// Packs W_hh (G n, n) in the order in which the forward loop reads it: [panel][product][k][column][8].
+// In the order in which the forward loop reads the weights: [panel][product][k][column][8].
 template <class Cell>
-ffi::Error pack(ffi::ThreadPool& pool, F32 weights, Out panels) {
+int64_t pack(const Pool& pool, int64_t n, const float* weights, float* panels) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns;
-  const int64_t n = weights.dimensions()[1], columns = (n + U * W - 1) / (U * W) * U * G;
-  const float* from = weights.typed_data();
-  float* to = panels->typed_data();
-  if (ffi::Error error = expected(columns * n * W, panels); error.failure()) return error;
-  for_pieces(pool, columns, columns * n * W, [&](int64_t column) {
-    const int64_t g = column % G, first = column / G * W, units = std::min<int64_t>(W, n - first);
-    const float* rows = from + (g * n + first) * n;
-    float* panel = to + column / N * n * N * W + column % N * W;
+  const int64_t columns = (n + U * W - 1) / (U * W) * U * G;
+  if (panels) for_pieces(pool, columns, columns * n * W, [&](int64_t column) {
+    const int64_t g = column % G, first = column / G * W, units = smaller(W, n - first);
+    const float* rows = weights + (g * n + first) * n;
+    float* panel = panels + column / N * n * N * W + column % N * W;
     for (int64_t k = 0; k < n; ++k, panel += N * W)
       if (units == W)
         for (int64_t j = 0; j < W; ++j) panel[j] = rows[j * n + k];
       else
         for (int64_t j = 0; j < W; ++j) panel[j] = j < units ? rows[j * n + k] : 0.0f;
   });
-  return ffi::Error::Success();
+  return columns * n * W;
 }
 
-// Packs W_hh (G n, n) in the order in which the backward loop reads it: [column / 16][row][16].
-ffi::Error pack_backward(ffi::ThreadPool pool, F32 weights, Out panels) {
+// Calls run with the cell.
+template <class Run>
+auto of_cell(Cell cell, Run&& run) {
+  switch (cell) {
+    case lstm: return run(LSTM{});
+    case gru: return run(GRU{});
+    default: return run(Vanilla{});
+  }
+}
+
+int64_t pack_forward(const Pool& pool, Cell cell, int64_t n, const float* weights, float* panels) {
+  return of_cell(cell, [&](auto cell) { return pack<decltype(cell)>(pool, n, weights, panels); });
+}
+
+// In the order in which the backward loop reads the weights: [column / 16][row][16].
+int64_t pack_backward(const Pool& pool, Cell cell, int64_t n, const float* weights, float* panels) {
   constexpr int64_t N = 2 * W;
-  const int64_t depth = weights.dimensions()[0], n = weights.dimensions()[1], wide = (n + N - 1) / N;
-  if (ffi::Error error = expected(wide * depth * N, panels); error.failure()) return error;
-  for_pieces(pool, wide, depth * n, [&](int64_t p) {
-    const int64_t units = std::min(N, n - p * N);
-    const float* from = weights.typed_data() + p * N;
-    float* to = panels->typed_data() + p * depth * N;
+  const int64_t depth = n * of_cell(cell, [](auto cell) { return decltype(cell)::gates; }), wide = (n + N - 1) / N;
+  if (panels) for_pieces(pool, wide, depth * n, [&](int64_t p) {
+    const int64_t units = smaller(N, n - p * N);
+    const float* from = weights + p * N;
+    float* to = panels + p * depth * N;
     for (int64_t k = 0; k < depth; ++k, from += n, to += N)
       for (int64_t j = 0; j < N; ++j) to[j] = j < units ? from[j] : 0.0f;
   });
-  return ffi::Error::Success();
+  return wide * depth * N;
 }
 
-Sizes sizes(F32 states, bool reverse) {
-  const auto d = states.dimensions();
-  return {d[0], d[1], d[2], reverse};
-}
-
-// Calls run with the cell that has this number of gates.
-template <class Run>
-void of_gates(int64_t gates, Run&& run) {
-  if (gates == 4) run(LSTM{});
-  if (gates == 3) run(GRU{});
-  if (gates == 1) run(Vanilla{});
-}
-
-ffi::Error pack_forward(ffi::ThreadPool pool, int64_t gates, F32 weights, Out panels) {
-  ffi::Error error = ffi::Error::Success();
-  of_gates(gates, [&](auto cell) { error = pack<decltype(cell)>(pool, weights, panels); });
-  return error;
-}
-
-ffi::Error forward(ffi::ThreadPool pool, int64_t gates, bool reverse, F32 drive, F32 panels, F32 bias, F32 h_0, F32 c_0,
-                   Out h, Out c) {
-  const auto d = drive.dimensions();
-  const Sizes s{d[0], d[1], h_0.dimensions()[1], reverse};
-  const float* b = bias.element_count() ? bias.typed_data() : nullptr;
-  of_gates(gates, [&](auto cell) {
-    run_forward<decltype(cell)>(s, pool, drive.typed_data(), panels.typed_data(), b, h_0.typed_data(),
-                                c_0.typed_data(), h->typed_data(), c->typed_data());
+void forward(const Pool& pool, Cell cell, const Forward& f) {
+  of_cell(cell, [&](auto cell) {
+    if (f.flags.valid || f.flags.reset) return run_forward<decltype(cell), true>(pool, f);
+    run_forward<decltype(cell), false>(pool, f);
   });
-  return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, int64_t gates, bool reverse, F32 drive, F32 recurrent, F32 panels,
-                    F32 h_before, F32 c_before, F32 of_kept, F32 of_h, F32 of_c, Out of_h_0, Out of_c_0, Out of_drive,
-                    Out of_recurrent) {
-  std::memcpy(of_h_0->typed_data(), of_h.typed_data(), of_h.size_bytes());
-  std::memcpy(of_c_0->typed_data(), of_c.typed_data(), of_c.size_bytes());
-  of_gates(gates, [&](auto cell) {
-    run_backward<decltype(cell)>(sizes(h_before, reverse), pool, drive.typed_data(), recurrent.typed_data(),
-                                 panels.typed_data(), h_before.typed_data(), c_before.typed_data(),
-                                 of_kept.typed_data(), of_h_0->typed_data(), of_c_0->typed_data(),
-                                 of_drive->typed_data(), of_recurrent->typed_data());
+void backward(const Pool& pool, Cell cell, const Backward& b) {
+  of_cell(cell, [&](auto cell) {
+    if (b.flags.valid || b.flags.reset) return run_backward<decltype(cell), true>(pool, b);
+    run_backward<decltype(cell), false>(pool, b);
   });
-  return ffi::Error::Success();
-}
-
-ffi::Error replay(ffi::ThreadPool pool, bool reverse, F32 drive, F32 recurrent, F32 c_0, Out c_before) {
-  const auto d = c_before->dimensions();
-  run_replay({d[0], d[1], d[2], reverse}, pool, drive.typed_data(), recurrent.typed_data(), c_0.typed_data(),
-             c_before->typed_data());
-  return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_replay, replay,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<bool>("reverse")
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack_forward, pack_forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("gates").Arg<F32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack_backward, pack_backward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_forward, forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("gates")
-                                  .Attr<bool>("reverse")
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_backward, backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("gates")
-                                  .Attr<bool>("reverse")
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>());
+extern const Loops SEQJAX_VARIANT;
+const Loops SEQJAX_VARIANT = {pack_forward, pack_backward, forward, backward, run_replay};
+
+}  // namespace seqjax

@@ -175,11 +175,14 @@ class BackwardLoop:
         parts, kernel, hoisted, active = self.loop.parts, self.loop.kernel, self.hoisted, self.active
         if kernel is not None and kernel.runs_backward:
             steps = self._with_biases(known)
-            ct_before, ct_drives, ct_cuts = kernel.backward(
-                hoisted.weights, steps, ct_state, ct_outputs, self.loop.reverse
+            ct_before, ct_values, ct_drives, ct_cuts = kernel.backward(
+                hoisted, steps, ct_state, ct_outputs, self.loop.reverse
             )
-            # A kernel supports only loops that read no hoisted value beside the weights.
-            return ct_before, [], (pick(ct_drives, active.drives), pick(ct_cuts, active.cuts))
+            return (
+                ct_before,
+                pick(ct_values, active.read_in_loop),
+                (pick(ct_drives, active.drives), pick(ct_cuts, active.cuts)),
+            )
 
         wanted = (self.is_inexact, active.drives, active.cuts, active.read_in_loop)
 
@@ -216,7 +219,7 @@ class BackwardLoop:
         """
         parts, kernel, reverse = self.loop.parts, self.loop.kernel, self.loop.reverse
         if kernel is not None:
-            return kernel.rematerialized(first, self._with_biases(known), reverse)
+            return kernel.rematerialized(self.hoisted, first, self._with_biases(known), reverse)
 
         def fill(some: Leaves, others: Leaves) -> Leaves:
             return [other if leaf is None else leaf for leaf, other in zip(some, others, strict=True)]

@@ -138,9 +138,8 @@ def run_chunk(
         return [leaf for leaf, is_saved in zip(states, parts.is_saved, strict=True) if is_saved]
 
     if kernel is not None:
-        # The kernel returns all states in one call, so the outputs, which are leaves of the state, need no computation.
-        states = kernel.forward(hoisted.weights, state, parts.add_biases(hoisted, inputs), loop.reverse)
-        outputs = [states[leaf] for leaf in kernel.outputs]
+        # The kernel returns all states in one call, and the outputs are leaves of the state.
+        states, outputs = kernel.forward(hoisted, state, parts.add_biases(hoisted, inputs), loop.reverse)
         return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs)
 
     def step(state: Leaves, at: tuple[Leaves, Array]) -> tuple[Leaves, Any]:

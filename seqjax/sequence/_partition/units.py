@@ -170,6 +170,7 @@ class Units:
         new_state: the formula of each leaf of the new state. It may depend on other leaves of the new state.
         order: the leaves in an order in which each depends on earlier ones only.
         operands: the blocks of the operand of each cut.
+        outputs: the blocks of each output; None for an output that is no vector of these units.
     """
 
     def __init__(self, parts: Parts, terms: Terms, rename: Callable[[Symbol], Symbol] = lambda name: name) -> None:
@@ -197,6 +198,7 @@ class Units:
             if k not in self.order:  # a leaf that the step returns unchanged
                 self._add_new_leaf(k, v, env)
         self.operands = [self._lookup(c.operand, env) for c in parts.cuts]
+        self.outputs = [None if isinstance(v, Literal) else env.get(v) for v in parts.outputs]
 
     def _inputs(self, parts: Parts) -> dict[Var, Blocks]:
         env = {v: self._symbols("state", k, v) for k, v in enumerate(parts.state)}

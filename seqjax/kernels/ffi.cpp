@@ -1,0 +1,257 @@
+// The functions that XLA calls, for the variant of the loops that this process has chosen, and their threads.
+
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "loops.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace seqjax {
+
+struct Barrier {
+  std::atomic<int> arrived{0}, round{0};
+  void wait(int parts) {
+    if (parts == 1) return;
+    const int mine = round.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(mine + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == mine; ++spins)
+      if (spins > 4000) std::this_thread::yield();
+  }
+};
+
+#if defined(__x86_64__)
+extern const Loops x86_64_v2, x86_64_v3, x86_64_v4;
+#elif defined(__aarch64__)
+extern const Loops neon;
+#endif
+
+namespace {
+
+struct Variant {
+  const char* name;
+  const Loops* loops;
+  bool (*is_supported)();
+};
+
+// The fastest variant first.
+const Variant variants[] = {
+#if defined(__x86_64__)
+    {"x86-64-v4", &x86_64_v4,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
+     }},
+    {"x86-64-v3", &x86_64_v3,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+              __builtin_cpu_supports("bmi2");
+     }},
+    {"x86-64-v2", &x86_64_v2,
+     [] {
+       return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt");
+     }},
+#elif defined(__aarch64__)
+    {"neon", &neon, [] { return true; }},
+#endif
+};
+
+const Loops* loops = nullptr;
+
+// Runs body on this thread and on the threads of XLA's pool that arrive within a short time, which is longer for more
+// work. The number of parts is the number of threads that arrived, so no thread waits for another one that is busy
+// elsewhere.
+void run_in_parallel(void* threads, int64_t wanted, int64_t work, void (*body)(const void*, int, int, Barrier*),
+                     const void* argument) {
+  struct Shared {
+    std::atomic<int> joined{0}, parts{0}, left{0};
+    Barrier barrier;
+  };
+  constexpr int closed = 1 << 20;
+  auto& pool = *static_cast<ffi::ThreadPool*>(threads);
+  wanted = std::min<int64_t>(wanted, pool.num_threads());
+  if (wanted <= 1) {
+    Barrier alone;
+    return body(argument, 0, 1, &alone);
+  }
+  const auto shared = std::make_shared<Shared>();
+  const auto caller = std::this_thread::get_id();
+  for (int64_t i = 1; i < wanted; ++i)
+    pool.Schedule([shared, caller, body, argument] {
+      if (std::this_thread::get_id() == caller) return;  // a thread of the pool would wait for itself
+      const int mine = shared->joined.fetch_add(1) + 1;
+      if (mine >= closed) return;
+      int parts;
+      while ((parts = shared->parts.load(std::memory_order_acquire)) == 0) {
+      }
+      body(argument, mine, parts, &shared->barrier);
+      shared->left.fetch_add(1, std::memory_order_release);
+    });
+  const int64_t patience = 20000 + std::min<int64_t>(work / 1000, 200000);
+  for (int64_t spins = 0; shared->joined.load() < wanted - 1 && spins < patience; ++spins) {
+  }
+  const int parts = 1 + shared->joined.fetch_add(closed);
+  shared->parts.store(parts, std::memory_order_release);
+  body(argument, 0, parts, &shared->barrier);
+  for (int spins = 0; shared->left.load(std::memory_order_acquire) < parts - 1; ++spins)
+    if (spins > 4000) std::this_thread::yield();
+}
+
+Pool pool_of(ffi::ThreadPool& threads) {
+  return {&threads, run_in_parallel, [](Barrier* barrier, int parts) { barrier->wait(parts); }};
+}
+
+using F32 = ffi::Buffer<ffi::F32>;
+using Flag = ffi::Buffer<ffi::PRED>;
+using Out = ffi::ResultBuffer<ffi::F32>;
+
+// An argument that a cell does not have is an empty buffer.
+template <class Buffer>
+auto data(const Buffer& buffer) {
+  return buffer.element_count() ? buffer.typed_data() : nullptr;
+}
+float* data(Out& buffer) { return buffer->element_count() ? buffer->typed_data() : nullptr; }
+
+ffi::Error pack(ffi::ThreadPool threads, bool backward, int64_t cell, F32 weights, Out panels) {
+  const auto run = backward ? loops->pack_backward : loops->pack_forward;
+  const Pool pool = pool_of(threads);
+  const int64_t n = weights.dimensions()[1];
+  if (run(pool, Cell(cell), n, nullptr, nullptr) != static_cast<int64_t>(panels->element_count()))
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "the panels of the kernel have another size than expected");
+  run(pool, Cell(cell), n, weights.typed_data(), panels->typed_data());
+  return ffi::Error::Success();
+}
+
+Sizes sizes(F32 drive, int64_t n, bool reverse) {
+  const auto d = drive.dimensions();
+  return {d[0], d[1], n, reverse};
+}
+
+ffi::Error forward(ffi::ThreadPool threads, int64_t cell, bool reverse, F32 drive, F32 panels, F32 bias, F32 h_0, F32 c_0,
+                   Flag valid, Flag reset, F32 initial_h, F32 initial_c, Out h, Out c) {
+  loops->forward(pool_of(threads), Cell(cell),
+                 {sizes(drive, h_0.dimensions()[1], reverse),
+                  {data(valid), data(reset), data(initial_h), data(initial_c)},
+                  data(drive), data(panels), data(bias), {data(h_0), data(c_0)}, {data(h), data(c)}});
+  return ffi::Error::Success();
+}
+
+ffi::Error backward(ffi::ThreadPool threads, int64_t cell, bool reverse, F32 drive, F32 recurrent, F32 panels,
+                    F32 h_before, F32 c_before, F32 of_outputs, F32 of_h, F32 of_c, Flag valid, Flag reset,
+                    F32 initial_h, F32 initial_c, Out of_h_0, Out of_c_0, Out of_initial_h, Out of_initial_c,
+                    Out of_drive, Out of_recurrent) {
+  std::memcpy(of_h_0->typed_data(), of_h.typed_data(), of_h.size_bytes());
+  std::memcpy(of_c_0->typed_data(), of_c.typed_data(), of_c.size_bytes());
+  std::memset(of_initial_h->typed_data(), 0, of_initial_h->size_bytes());
+  std::memset(of_initial_c->typed_data(), 0, of_initial_c->size_bytes());
+  loops->backward(pool_of(threads), Cell(cell),
+                  {sizes(drive, h_before.dimensions()[2], reverse),
+                   {data(valid), data(reset), data(initial_h), data(initial_c)},
+                   data(drive), data(recurrent), data(panels), data(of_outputs), {data(h_before), data(c_before)},
+                   {data(of_h_0), data(of_c_0)}, {data(of_initial_h), data(of_initial_c)}, data(of_drive),
+                   data(of_recurrent)});
+  return ffi::Error::Success();
+}
+
+ffi::Error replay(ffi::ThreadPool threads, bool reverse, F32 drive, F32 recurrent, F32 c_0, Flag valid, Flag reset,
+                  F32 initial_c, Out c_before) {
+  loops->replay(pool_of(threads), {sizes(drive, c_0.dimensions()[1], reverse),
+                                   {data(valid), data(reset), nullptr, data(initial_c)},
+                                   data(drive), data(recurrent), data(c_0), data(c_before)});
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace seqjax
+
+// All else is hidden, so that nothing clashes with another library in the process.
+#pragma GCC visibility push(default)
+
+// The name of the k-th variant that this processor can run, the fastest first; null after the last one.
+extern "C" const char* seqjax_variant(int k) {
+  for (const auto& variant : seqjax::variants)
+    if (variant.is_supported() && k-- == 0) return variant.name;
+  return nullptr;
+}
+
+// Chooses the variant of this process. Returns whether this processor can run it.
+extern "C" bool seqjax_choose(const char* name) {
+  for (const auto& variant : seqjax::variants)
+    if (variant.is_supported() && std::strcmp(variant.name, name) == 0) {
+      seqjax::loops = variant.loops;
+      return true;
+    }
+  return false;
+}
+
+using seqjax::F32;
+using seqjax::Flag;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack, seqjax::pack,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("backward")
+                                  .Attr<int64_t>("cell")
+                                  .Arg<F32>()
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_forward, seqjax::forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("cell")
+                                  .Attr<bool>("reverse")
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<Flag>()
+                                  .Arg<Flag>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Ret<F32>()
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_backward, seqjax::backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("cell")
+                                  .Attr<bool>("reverse")
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<Flag>()
+                                  .Arg<Flag>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Ret<F32>()
+                                  .Ret<F32>()
+                                  .Ret<F32>()
+                                  .Ret<F32>()
+                                  .Ret<F32>()
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_replay, seqjax::replay,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("reverse")
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<Flag>()
+                                  .Arg<Flag>()
+                                  .Arg<F32>()
+                                  .Ret<F32>());
+
+#pragma GCC visibility pop

@@ -55,7 +55,7 @@ def _advice(regime: str, parts: list[tuple[Cell, Params]], lag: float, rate: flo
 
 def _forget_bias(cell: LSTM, params: Params) -> str:
     n = cell.hidden_size
-    bias = float(np.mean(np.asarray(params.b_h[n : 2 * n], np.float64)))
+    bias = float(np.mean(np.asarray(params.b_h, np.float64)[n : 2 * n]))
     span = -1 / math.log(1 / (1 + math.exp(-bias))) if bias < 30 else math.inf
     return (
         f"the mean forget bias of the LSTM is {bias:.2f}, with which its gates alone keep about {span:.1f} steps: for "

@@ -22,6 +22,9 @@ from seqjax.sequence._flat_cell import FlatCell, flat_cell
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._parameter_checks import check_params
 
+# Streams of a key: what is drawn for one purpose is independent of what is drawn for another.
+LOSS, FRAME, DIRECTION, STARTS, AWAY = range(1, 6)
+
 
 class Sequences(NamedTuple):
     """The checked arguments of an analysis, as arrays for compiled code.
@@ -239,15 +242,15 @@ def orthonormal(frame: Array) -> tuple[Array, Array]:
     return (Q * sign[None]).T, R * sign[:, None]
 
 
-def random_frame(key: Array, rows: int, size: int, dtype: DTypeLike) -> Array:
-    """`rows` random orthonormal rows of length `size`."""
+def random_frame(key: Array, rows: int, size: int, dtype: DTypeLike, stream: int = 0) -> Array:
+    """`rows` random orthonormal rows of length `size`; each `stream` of a key is independent of the others."""
     # numpy, because to compile the drawing and the QR takes longer than many an analysis.
-    Q, R = np.linalg.qr(normal_numbers(key, (size, rows)))
+    Q, R = np.linalg.qr(normal_numbers(key, (size, rows), stream))
     return jnp.asarray((Q * np.sign(np.diagonal(R))).T, dtype)
 
 
-def normal_numbers(key: Array, shape: tuple[int, ...]) -> np.ndarray:
-    """Independent numbers from N(0, 1) in float64, drawn by numpy with the key as the seed."""
+def normal_numbers(key: Array, shape: tuple[int, ...], stream: int = 0) -> np.ndarray:
+    """Independent numbers from N(0, 1) in float64, drawn by numpy with the key and the stream as the seed."""
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     # The first number keeps the stream apart from that of a user who seeds numpy with 0.
-    return np.random.default_rng([2013, *np.asarray(data).ravel().tolist()]).normal(size=shape)
+    return np.random.default_rng([2013, *np.asarray(data).ravel().tolist(), stream]).normal(size=shape)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from seqjax.analysis._flow import Sequences, flat_map, normal_numbers, random_frame
+from seqjax.analysis._flow import DIRECTION, STARTS, Sequences, flat_map, normal_numbers, random_frame
 from seqjax.analysis._gradient_traces import is_nonlinear
 from seqjax.analysis._recording import Recording
 from seqjax.cell import Cell
@@ -60,15 +60,15 @@ def probe(record: Recording, states: Array, key: Array) -> Probes:
     spread = np.sqrt(np.where(inside[..., None], values**2, 0).sum(axis=1) / inside.sum(axis=1)[:, None])
     size = np.linalg.norm(spread, axis=1)
     size = np.where(size > 0, size, 1.0)
-    key_direction, key_starts = jax.random.split(key)
-    u = random_frame(key_direction, 1, n, dtype)[0]
-    starts = _starts(values, lengths, np.where(spread > 0, spread, size[:, None] / math.sqrt(n)), key_starts)
+    u = np.asarray(random_frame(key, 1, n, dtype, DIRECTION))[0]
+    starts = _starts(values, lengths, np.where(spread > 0, spread, size[:, None] / math.sqrt(n)), key)
     nearby = np.asarray(sequences.first) + NEARBY * size[:, None] * np.asarray(u)
     starts = jnp.asarray(np.concatenate([nearby[:, None], starts], axis=1), dtype)
     checked = np.linspace(np.minimum(1, lengths), lengths, CHECKED).round().astype(int).T
     distances, products, small, large = cached_jit(_trajectories, record.cell)(
         sequences, states, starts, jnp.asarray(checked), u, jnp.asarray(size, dtype)
     )
+    products, small, large = (np.asarray(each) for each in (products, small, large))
     relative = np.asarray(distances, np.float64).transpose(0, 2, 1) / size[:, None, None]
     with np.errstate(invalid="ignore"):
         moved = np.linalg.norm(np.diff(values, axis=1), axis=2)
@@ -80,18 +80,19 @@ def probe(record: Recording, states: Array, key: Array) -> Probes:
         nearby=relative[:, 0],
         others=relative[:, 1:],
         nonlinear=_is_nonlinear(record, states, products, large),
-        flat=np.asarray((products == 0).all(axis=(1, 2)) & (large != 0).any(axis=(1, 2))),
-        mismatch=_mismatch(np.asarray(products, np.float64), np.asarray(small, np.float64), dtype),
+        flat=(products == 0).all(axis=(1, 2)) & (large != 0).any(axis=(1, 2)),
+        mismatch=_mismatch(products.astype(np.float64), small.astype(np.float64), dtype),
     )
 
 
-def _is_nonlinear(record: Recording, states: Array, products: Array, differences: Array) -> bool:
+def _is_nonlinear(record: Recording, states: Array, products: np.ndarray, differences: np.ndarray) -> bool:
     """Whether the derivative changes along a sequence, or differs from a difference over the size of the states."""
-    J_u, differences_u = np.asarray(products, np.float64), np.asarray(differences, np.float64)
+    J_u, differences_u = products.astype(np.float64), differences.astype(np.float64)
     size = max(float(np.abs(J_u).max(initial=0)), float(np.abs(differences_u).max(initial=0)))
+    # The differences come first, because they are known already and decide almost always.
     return bool(
-        cached_jit(is_nonlinear, record.cell)(record.sequences, states)
-        or np.abs(J_u - differences_u).max(initial=0) > 1e-3 * size
+        np.abs(J_u - differences_u).max(initial=0) > 1e-3 * size
+        or cached_jit(is_nonlinear, record.cell)(record.sequences, states)
     )
 
 
@@ -99,7 +100,7 @@ def _starts(states: np.ndarray, lengths: np.ndarray, spread: np.ndarray, key: Ar
     """Other initial states: mirrored, the last state of the next row and of this one, and two random ones."""
     rows = np.arange(len(states))
     last = states[rows, lengths]
-    noise = normal_numbers(key, (len(states), 2, states.shape[2]))
+    noise = normal_numbers(key, (len(states), 2, states.shape[2]), STARTS)
     others = [-states[:, 0], np.roll(last, -1, axis=0), -last, *(2 * spread * noise[:, i] for i in range(2))]
     return np.stack(others, axis=1)
 

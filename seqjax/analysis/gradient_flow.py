@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.analysis._flow import flat_map, flat_trajectory, random_frame, unflatten
+from seqjax.analysis._flow import FRAME, LOSS, flat_map, flat_trajectory, random_frame, unflatten
 from seqjax.analysis._gradient_traces import is_nonlinear, log_loss_gradients, norms_by_lag, pulled_by_zero
 from seqjax.analysis._memory import Memory, memory_of
 from seqjax.analysis._recording import Recording, by_sequence, recording
@@ -133,11 +133,13 @@ def gradient_by_lag(
         (0.0115, 21.0)
     """
     with recording(cell, params, xs, state, mask, reset, backward=True) as record:
-        return gradients_of(record, horizon, threshold, exact=exact, key=key, times=times, loss=loss)
+        states = cached_jit(flat_trajectory, record.cell)(record.sequences)
+        return gradients_of(record, states, horizon, threshold, exact=exact, key=key, times=times, loss=loss)
 
 
 def gradients_of(
     record: Recording,
+    states: Array,
     horizon: int | None,
     threshold: float,
     *,
@@ -146,15 +148,14 @@ def gradients_of(
     times: Sequence[int] | Int[Any, " times"] | None = None,
     loss: Callable[[State], Array] | None = None,
 ) -> GradientByLag:
-    """`gradient_by_lag` of a recording."""
+    """`gradient_by_lag` of a recording with its `flat_trajectory`."""
     K = check_horizon(horizon, record.time, record.time)
     chosen = _times(times, record)
-    key_loss, key_frame = jax.random.split(jax.random.key(0) if key is None else key)
-    states = cached_jit(flat_trajectory, record.cell)(record.sequences)
-    log_gradient, log_gradient_parts = _loss_gradients(record, states, loss, key_loss)
+    key = jax.random.key(0) if key is None else key
+    log_gradient, log_gradient_parts = _loss_gradients(record, states, loss, key)
     n, dtype = record.sequences.size, record.sequences.first.dtype
     exact = n <= EXACT if exact is None else exact
-    frame = jnp.asarray(np.eye(n, dtype=dtype)) if exact else random_frame(key_frame, min(PROBES, n), n, dtype)
+    frame = jnp.asarray(np.eye(n, dtype=dtype)) if exact else random_frame(key, min(PROBES, n), n, dtype, FRAME)
     until = math.log(threshold) if horizon is None and threshold > 0 else None
     table, worst, by_part = _by_lag(record, states, chosen, frame, K, until)
     reasons = _reasons(record, np.asarray(states), log_gradient, table, chosen)
@@ -212,7 +213,7 @@ def _loss_gradients(
     cell, sequences, rows = record.cell, record.sequences, np.arange(len(record.lengths))
     if loss is None:
         arriving = np.zeros(states.shape, states.dtype)
-        arriving[rows, record.lengths] = random_frame(key, 1, sequences.size, states.dtype)[0]
+        arriving[rows, record.lengths] = np.asarray(random_frame(key, 1, sequences.size, states.dtype, LOSS))[0]
     else:
         position = np.minimum(record.position[:, 1:], record.lengths[:, None])
 

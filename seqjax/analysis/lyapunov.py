@@ -238,7 +238,7 @@ def _sweep(record: Recording, k: int, starts: np.ndarray, qr_every: int | None, 
     used = steps.any(axis=0)
     used[0] = True  # also if no sequence has a step after the burn-in; its mean is then NaN
     misaligned = np.array(
-        [_misalignment(*pair) for pair in zip(np.asarray(pulled[0]), np.asarray(frames), strict=True)]
+        [_misalignment(*pair) for pair in zip(np.asarray(pulled)[0], np.asarray(frames), strict=True)]
     )
     return _Sweep(logs[:, used], steps[:, used], every, qr_every is None, misaligned)
 

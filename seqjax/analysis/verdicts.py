@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.analysis._advice import advice
-from seqjax.analysis._flow import flat_trajectory, random_frame
+from seqjax.analysis._flow import AWAY, flat_trajectory, random_frame
 from seqjax.analysis._probes import probe
 from seqjax.analysis._recording import Recording, recording
 from seqjax.analysis._row_measurements import Measurements, Regime
@@ -24,7 +24,9 @@ from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_sequences
 from seqjax.sequence._masked_step import Inputs
 
-AWAY = 0.1  # the first distance of the trajectory whose exponents are measured too, relative to the size of the states
+FIRST_DISTANCE = (
+    0.1  # the first distance of the trajectory whose exponents are measured too, relative to the size of the states
+)
 
 
 class Verdict(NamedTuple):
@@ -123,13 +125,13 @@ def verdict(
     key = jax.random.key(0) if key is None else key
     state, mask, segments = _longest_segments(cell, params, Inputs(xs, mask, reset), state)
     with recording(cell, params, xs, state, mask, None, backward=True) as record:
-        by_lag = gradients_of(record, horizon, threshold, exact=exact, key=key)
-        exponents = exponents_of(record, k, key=key)
         states = cached_jit(flat_trajectory, record.cell)(record.sequences)
-        probes = probe(record, states, jax.random.fold_in(key, 1))
+        by_lag = gradients_of(record, states, horizon, threshold, exact=exact, key=key)
+        exponents = exponents_of(record, k, key=key)
+        probes = probe(record, states, key)
         nearby = None
         if probes.nonlinear and (exponents.exponents[:, 0] > 0).any():
-            nearby = exponents_of(_away(record, probes.size, jax.random.fold_in(key, 2)), k, key=key)
+            nearby = exponents_of(_away(record, probes.size, key), k, key=key)
     measured = Measurements(record, by_lag, exponents, probes, nearby, segments)
     rows = tuple(row_verdict(measured, b) for b in range(len(record.lengths)))
     return _of_batch(cell, params, rows, exponents, by_lag)
@@ -163,8 +165,8 @@ def _longest_segments(
 def _away(record: Recording, size: np.ndarray, key: Array) -> Recording:
     """The recording with initial states that are moved by a tenth of the size of the states."""
     sequences = record.sequences
-    u = np.asarray(random_frame(key, 1, sequences.size, sequences.first.dtype)[0])
-    first = np.asarray(sequences.first) + AWAY * size[:, None] * u
+    u = np.asarray(random_frame(key, 1, sequences.size, sequences.first.dtype, AWAY))[0]
+    first = np.asarray(sequences.first) + FIRST_DISTANCE * size[:, None] * u
     return record._replace(sequences=sequences._replace(first=jnp.asarray(first, sequences.first.dtype)))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("loops.h", "loops.cpp", "ffi.cpp")
-LIBRARY = "loops.so"
+LIBRARY = "loops.library"  # not .so, which Python takes for a module of its own
 # Written beside the library: a line with the digest of the sources, and one with the digest of the library.
 DIGESTS = "loops.sha256"
 # By processor, the options of every variant that ffi.cpp names.

@@ -26,7 +26,7 @@ from jaxtyping import Array
 
 from seqjax.kernels.build import DIGESTS, FOLDER, LIBRARY, SOURCES, digest
 
-LANES = 8  # the number of floats in one vector of the source
+LANES = 16  # the largest number of floats in one vector of the source
 TARGETS = ("seqjax_pack", "seqjax_forward", "seqjax_backward", "seqjax_replay")
 CELLS = ("lstm", "gru", "vanilla")  # in the order of the source
 OFF = ("off", "0")
@@ -153,7 +153,7 @@ def run_forward(
     """
     rows, n = W_hh.shape
     gates = rows // n
-    units = LANES * (2 if gates == 1 else 1)  # per panel, as in the source
+    units = LANES * (2 if gates == 1 else 1)  # per panel, at most
     panels = _packed(cell, W_hh, -(-n // units) * units * gates * n, backward=False)
     h_0, c_0 = _pair(state)
     shape = (drives.shape[0], *h_0.shape)

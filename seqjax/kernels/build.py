@@ -22,7 +22,11 @@ LIBRARY = "loops.library"  # not .so, which Python takes for a module of its own
 DIGESTS = "loops.sha256"
 # By processor, the options of every variant that ffi.cpp names.
 VARIANTS = {
-    "x86_64": {f"x86_64_{level}": [f"-march=x86-64-{level}"] for level in ("v2", "v3", "v4")},
+    "x86_64": {
+        "x86_64_v2": ["-march=x86-64-v2"],
+        "x86_64_v3": ["-march=x86-64-v3"],
+        "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    },
     "aarch64": {"neon": []},
 }
 # Not -ffast-math, because a library with it makes the whole process flush subnormal numbers to zero. Without errno and

@@ -122,11 +122,11 @@ auto data(const Buffer& buffer) {
 float* data(Out& buffer) { return buffer->element_count() ? buffer->typed_data() : nullptr; }
 
 ffi::Error pack(ffi::ThreadPool threads, bool backward, int64_t cell, F32 weights, Out panels) {
+  const int64_t n = weights.dimensions()[1];
   const auto run = backward ? loops->pack_backward : loops->pack_forward;
   const Pool pool = pool_of(threads);
-  const int64_t n = weights.dimensions()[1];
-  if (run(pool, Cell(cell), n, nullptr, nullptr) != static_cast<int64_t>(panels->element_count()))
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "the panels of the kernel have another size than expected");
+  if (run(pool, Cell(cell), n, nullptr, nullptr) > static_cast<int64_t>(panels->element_count()))
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "the panels of the kernel are larger than expected");
   run(pool, Cell(cell), n, weights.typed_data(), panels->typed_data());
   return ffi::Error::Success();
 }

@@ -2,7 +2,7 @@
 // the backward recurrence of lambda_t = dL/ds_t; and the recomputation of an LSTM's c_t if only h_t was saved.
 //
 // Every step is one product with the recurrent weights and one pass over the units. The weights are packed into panels
-// of eight units, with all gates of a unit next to each other. So the product with one panel is enough for the new
+// of one vector of units, with all gates of a unit next to each other. So the product with one panel is enough for the new
 // state of its units. XLA moves the packing out of the loop over chunks. Threads share the rows of the batch, which are
 // independent. If there are too few rows, the threads share units instead and wait for each other once per step. A row
 // whose step is masked takes part in no product.
@@ -16,30 +16,51 @@
 
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace seqjax {
 namespace {
 
-constexpr int W = 8;  // floats per vector; the compiler splits or joins vectors to match the width of the processor
+// Floats per vector. The compiler splits vectors that are wider than those of the processor.
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
 typedef float V __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
-inline V splat(float x) { return V{x, x, x, x, x, x, x, x}; }
+inline V splat(float x) { return x - V{}; }
 inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
 
+// The first `count` floats of a vector, if it has so many; zeros take the place of the others.
+#if defined(__AVX512F__)
+inline __mmask16 first(int64_t count) { return count >= W ? 0xffff : (1 << count) - 1; }
+inline V load(const float* p, int64_t count) { return V(_mm512_maskz_loadu_ps(first(count), p)); }
+inline void store(float* p, V v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), __m512(v)); }
+#elif defined(__AVX2__)
+inline __m256i first(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count >= W ? W : count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline V load(const float* p, int64_t count) { return V(_mm256_maskload_ps(p, first(count))); }
+inline void store(float* p, V v, int64_t count) { _mm256_maskstore_ps(p, first(count), __m256(v)); }
+#else
 inline V load(const float* p, int64_t count) {
   if (count >= W) return load(p);
   float part[W] = {};
   std::memcpy(part, p, 4 * count);
   return load(part);
 }
-
 inline void store(float* p, V v, int64_t count) {
   if (count >= W) return store(p, v);
   float part[W];
   store(part, v);
   std::memcpy(p, part, 4 * count);
 }
+#endif
 
 // exp as 2^k exp(r) with |r| <= ln(2)/2, by the minimax polynomial of Cephes. NaN propagates.
 inline V exponential(V x) {
@@ -77,7 +98,9 @@ inline V tangent(V x) {
 
 // Forces a vector into a register, because the compiler would read it from memory again for every row.
 inline void keep(V& v) {
-#ifdef __AVX__
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#elif defined(__AVX__)
   asm volatile("" : "+x"(v));
 #endif
 }
@@ -165,8 +188,8 @@ struct Range {
 
 inline Range share(int64_t size, int part, int parts) { return {size * part / parts, size * (part + 1) / parts}; }
 
-// A cell has: the number of gates; the size of its panel of packed weights, in vectors of eight units; the columns of
-// one product, in vectors; the number of rows per product; and the forward and backward passes over eight units. `a` is
+// A cell has: the number of gates; the size of its panel of packed weights, in vectors of units; the columns of
+// one product, in vectors; the number of rows per product; and the forward and backward passes over one vector of units. `a` is
 // the argument of the gates. All arrays have one vector per gate.
 struct LSTM {
   static constexpr int gates = 4, vectors = 1, columns = 2, rows = 6;
@@ -461,7 +484,7 @@ void for_pieces(const Pool& pool, int64_t pieces, int64_t floats, const Body& bo
   });
 }
 
-// In the order in which the forward loop reads the weights: [panel][product][k][column][8].
+// In the order in which the forward loop reads the weights: [panel][product][k][column][W].
 template <class Cell>
 int64_t pack(const Pool& pool, int64_t n, const float* weights, float* panels) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns;
@@ -493,7 +516,7 @@ int64_t pack_forward(const Pool& pool, Cell cell, int64_t n, const float* weight
   return of_cell(cell, [&](auto cell) { return pack<decltype(cell)>(pool, n, weights, panels); });
 }
 
-// In the order in which the backward loop reads the weights: [column / 16][row][16].
+// In the order in which the backward loop reads the weights: [column / 2W][row][2W].
 int64_t pack_backward(const Pool& pool, Cell cell, int64_t n, const float* weights, float* panels) {
   constexpr int64_t N = 2 * W;
   const int64_t depth = n * of_cell(cell, [](auto cell) { return decltype(cell)::gates; }), wide = (n + N - 1) / N;

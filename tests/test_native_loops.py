@@ -20,6 +20,7 @@ from oracles import drawn, drawn_states, like, weighted
 
 import seqjax as sj
 from seqjax import kernels
+from seqjax.command import cli
 from seqjax.kernels.build import build, compiler_command
 from seqjax.sequence._execution import kernel
 
@@ -143,8 +144,8 @@ def test_masks_and_resets_are_those_of_xla(kind, n, batch, time, options, monkey
     cell, params, xs, state = case(kind, n, batch, time)
     mask = (FLAGS[0, :batch, :time] < 0.7) & (np.arange(batch)[:, None] != 1) & (np.arange(time) != 2)
     flags = {"mask": mask, "reset": FLAGS[1, :batch, :time] < 0.1, "reverse": True}
-    run = partial(value_and_gradient, cell, **{name: flags[name] for name in options.split()})
-    assert_near(*both(monkeypatch, run, params, xs, state))
+    function = partial(value_and_gradient, cell, **{name: flags[name] for name in options.split()})
+    assert_near(*both(monkeypatch, function, params, xs, state))
 
 
 def test_a_trajectory_and_nan_behind_a_mask_or_a_reset_are_those_of_xla(monkeypatch):
@@ -172,8 +173,8 @@ def states_of_kernel(batch, flags=None, n=37, time=30):
     keys = jax.random.split(jax.random.key(0), 33)[:batch]
     drives = jax.vmap(lambda key: jax.random.normal(key, (time, 4 * n)), out_axes=1)(keys)
     W = jax.random.normal(jax.random.key(1), (4 * n, n)) / 6
-    run = jax.jit(lambda *args: kernels.run_forward("lstm", *args, flags or kernels.Flags(), False))
-    return run(W, jnp.ones(4 * n), [jnp.zeros((batch, n))] * 2, drives)
+    loop = jax.jit(lambda *args: kernels.run_forward("lstm", *args, flags or kernels.Flags(), False))
+    return loop(W, jnp.ones(4 * n), [jnp.zeros((batch, n))] * 2, drives)
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it_to_the_last_bit():
@@ -237,8 +238,8 @@ def test_no_input_is_too_large_and_nan_and_infinity_pass(kind, monkeypatch):
     payload = np.array(0x7FC00001, np.uint32).view(np.float32)
     bad = np.array([1e4, -1e4, np.inf, -np.inf, np.nan, payload], np.float32)
     xs = jnp.asarray(np.where(np.arange(5)[:, None] == 2, bad[:, None, None], xs))
-    run = partial(sj.unroll, cell)
-    got, expected = both(monkeypatch, lambda params, xs, state: run(params, xs, state=state), params, xs, state)
+    unroll = lambda params, xs, state: sj.unroll(cell, params, xs, state=state)  # noqa: E731
+    got, expected = both(monkeypatch, unroll, params, xs, state)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
         np.testing.assert_allclose(a, b, 1e-4, 1e-5)
@@ -247,7 +248,7 @@ def test_no_input_is_too_large_and_nan_and_infinity_pass(kind, monkeypatch):
     # A NaN whose bits are not the usual ones, in one gate and one unit alone.
     for row in range(params.b_h.size):
         one = params._replace(b_h=params.b_h.at[row].set(payload))
-        (_, outputs), unit = run(one, xs[:2, :1], state=jax.tree.map(lambda leaf: leaf[:2], state)), row % 9
+        (_, outputs), unit = unroll(one, xs[:2, :1], jax.tree.map(lambda leaf: leaf[:2], state)), row % 9
         assert np.all(np.isnan(outputs[..., unit]))
 
 
@@ -512,3 +513,13 @@ def test_the_environment_switches_it_off_at_any_time(monkeypatch):
     monkeypatch.setenv("SEQJAX_KERNEL", "off")
     assert not kernels.available()
     assert kernels.status() == "XLA runs the loops: SEQJAX_KERNEL=off switches the kernel off"
+
+
+def test_info_names_the_variant_that_runs_and_the_command_prints_it(capfd):
+    found = sj.info()
+    assert found.kernel == kernels.loaded().variant == found.variants[0]
+    assert found.versions["jax"] == jax.__version__
+    assert cli.run(["info"]) == 0
+    printed = capfd.readouterr().out.splitlines()
+    assert printed == str(found).splitlines()
+    assert printed[-1].startswith(f"kernel    {found.kernel} of the compiled kernel")

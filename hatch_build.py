@@ -10,6 +10,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+SYSTEMS = {"manylinux2014": "Linux", "macosx": "Darwin"}
 kernel = runpy.run_path(str(Path(__file__).parent / "seqjax" / "kernels" / "build.py"))
 
 
@@ -38,7 +39,8 @@ class CustomBuildHook(BuildHookInterface):
         try:
             import jaxlib
 
-            library = kernel["build"](Path(jaxlib.__file__).parent / "include", machine=machine or None)
+            headers = Path(jaxlib.__file__).parent / "include"
+            library = kernel["build"](headers, machine=machine or None, system=SYSTEMS.get(platform.split("_")[0]))
         except (ImportError, RuntimeError) as error:
             if os.environ.get("SEQJAX_BUILD_KERNEL") == "1":
                 raise

@@ -98,9 +98,11 @@ def _load(folder: Path) -> tuple[Loaded, bool]:
     try:
         library = ctypes.CDLL(str(folder / LIBRARY))
         supported = _supported(library)
-        wanted = os.environ.get("SEQJAX_KERNEL") or next(iter(supported), None)
-        if wanted is None:
+        if not supported:
             return Loaded(None, reason="this processor is older than every variant of the kernel"), False
+        wanted = os.environ.get("SEQJAX_KERNEL", "")
+        if wanted in ("", *OFF):  # if it is off now, it may be switched on later
+            wanted = supported[0]
         if wanted not in supported:
             names = ", ".join(("off", *supported))
             return Loaded(None, supported, f"expected SEQJAX_KERNEL to be one of {names}, got {wanted!r}"), True

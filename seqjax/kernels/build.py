@@ -35,7 +35,8 @@ OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno
            "-ffp-contract=fast", "-w")  # fmt: skip
 
 
-STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-s")
+# On Linux the C++ library is linked in, because another machine may have another version of it, or none.
+LINKING = {"Linux": ("-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-s"), "Darwin": ()}
 
 
 def compiler_command() -> list[str] | None:
@@ -56,7 +57,7 @@ def digest(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def build(headers: str | Path, folder: Path = FOLDER, machine: str | None = None) -> Path:
+def build(headers: str | Path, folder: Path = FOLDER, machine: str | None = None, system: str | None = None) -> Path:
     """Compiles the kernel.
 
     Args:
@@ -64,6 +65,7 @@ def build(headers: str | Path, folder: Path = FOLDER, machine: str | None = None
             later ones.
         folder: where the library and its digests are written.
         machine: the processor that it is for, "x86_64" or "aarch64"; by default that of this machine.
+        system: the operating system that it is for, "Linux" or "Darwin"; by default that of this machine.
 
     Returns:
         The library.
@@ -72,9 +74,9 @@ def build(headers: str | Path, folder: Path = FOLDER, machine: str | None = None
         RuntimeError: there is no compiler, it does not compile the sources, the kernel does not know the processor, or
             the library cannot be written.
     """
-    machine, command = machine or processor(), compiler_command()
-    if platform.system() == "Windows":
-        raise RuntimeError("the kernel is not built on Windows")
+    machine, system, command = machine or processor(), system or platform.system(), compiler_command()
+    if system not in LINKING:
+        raise RuntimeError(f"expected one of the systems {', '.join(LINKING)}, got {system}")
     if machine not in VARIANTS:
         raise RuntimeError(f"expected one of the processors {', '.join(VARIANTS)}, got {machine}")
     if command is None:
@@ -100,11 +102,7 @@ def build(headers: str | Path, folder: Path = FOLDER, machine: str | None = None
         with concurrent.futures.ThreadPoolExecutor() as pool:
             list(pool.map(compile_one, objects.items()))
         linked = Path(work) / LIBRARY
-        # The C++ library is linked in, so that the library runs where another version of it is installed, or none.
-        static = (
-            [] if platform.system() == "Darwin" else ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
-        )
-        _run([*command, "-shared", *static, *map(str, objects), "-o", str(linked)])
+        _run([*command, "-shared", *LINKING[system], *map(str, objects), "-o", str(linked)])
         return _install(linked, folder)
 
 

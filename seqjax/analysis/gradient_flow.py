@@ -24,7 +24,7 @@ from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import cached_jit
 
 EXACT = 256  # the largest state, in numbers, for which every column is pulled back by default
-PROBES = 64  # random columns for larger states
+PROBES = 32  # random columns for larger states
 TIMES = 12  # steps t in the last three quarters of each sequence
 FIRST_LAGS = 100  # lags of one compiled program, and of the first one whatever the norms are
 LARGEST_COST = 3e11  # multiplications; about a minute

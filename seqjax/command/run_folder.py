@@ -172,7 +172,7 @@ class Run:
         """The newest checkpoint that can be read.
 
         Args:
-            like: a training state with the shapes and dtypes of this run, such as its first state.
+            like: the shapes and dtypes of a training state of this run, such as those of its first state.
 
         Raises:
             RunError: no checkpoint can be read.
@@ -204,7 +204,8 @@ def restore(run: Run) -> tuple[Model, TrainState]:
         RunError: there is no finished checkpoint.
     """
     model = build(run.settings, run.corpus.vocabulary)
-    return model, run.restore(first_state(run.settings, model))
+    # Only shapes and dtypes are needed, and to draw the first parameters takes seconds, most of them to compile.
+    return model, run.restore(jax.eval_shape(lambda: first_state(run.settings, model)))
 
 
 class MetricsTable:

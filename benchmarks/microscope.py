@@ -208,8 +208,8 @@ def peak(what: str | None, hidden: int, time_steps: int, k: int) -> dict:
     return {"peak": most, "seconds": seconds, "inputs": xs.nbytes / 2**20}
 
 
-def jacobians() -> dict:
-    """Times all J_t (n, n) of 300 steps, from given states and inputs."""
+def jacobians(hidden: int = 128, steps: int = 300) -> dict:
+    """Times all J_t (n, n), from given states and inputs."""
     import jax
     import jax.numpy as jnp
     from equinox.nn import GRUCell
@@ -219,19 +219,21 @@ def jacobians() -> dict:
     import seqjax as sj
     from benchmarks.any_cell.cells import Peephole
     from seqjax.sequence._execution.jacobian import step_jacobian
+    from seqjax.sequence._masked_step import emit_nothing
+    from seqjax.sequence._partition.tracing import traced_one
 
     cells = {
-        "VanillaRNN": sj.VanillaRNN(32, 128),
-        "GRU": sj.GRU(32, 128),
-        "GRU, reset before": sj.GRU(32, 128, reset="before"),
-        "LSTM": sj.LSTM(32, 128),
-        "flax LSTMCell": sj.from_linen(LSTMCell(128), 32),
-        "equinox GRUCell": sj.from_equinox(GRUCell, 32, 128),
-        "peephole LSTM": Peephole(32, 128),
+        "VanillaRNN": sj.VanillaRNN(32, hidden),
+        "GRU": sj.GRU(32, hidden),
+        "GRU, reset before": sj.GRU(32, hidden, reset="before"),
+        "LSTM": sj.LSTM(32, hidden),
+        "flax LSTMCell": sj.from_linen(LSTMCell(hidden), 32),
+        "equinox GRUCell": sj.from_equinox(GRUCell, 32, hidden),
+        "peephole LSTM": Peephole(32, hidden),
     }
     found = {}
     for name, cell in cells.items():
-        params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (300, 32))
+        params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (steps, 32))
         states = sj.trajectory(cell, params, xs[None])
         before = jax.tree.map(lambda leaf: leaf[0, :-1], states)
 
@@ -242,7 +244,7 @@ def jacobians() -> dict:
         def by_parts(params, states, xs, cell=cell):
             at = (jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype), None, None, None)
             one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), states)
-            jacobian = step_jacobian(cell, params, one, at)
+            jacobian = step_jacobian(traced_one(cell, emit_nothing, params, one, at), params)
             return jax.vmap(lambda state, x: jacobian(state, (x, None, None, None)))(states, xs)
 
         def written(params, state, x):

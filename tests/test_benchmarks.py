@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import breakdown
+from benchmarks import breakdown, microscope
 from benchmarks.any_cell import tables as any_cell_tables
 from benchmarks.any_cell.bars import BARS, summarize, verdicts
 from benchmarks.any_cell.measure import KERNEL, OWN, XLA
@@ -190,3 +190,8 @@ def test_the_gpu_script_runs_dry_and_says_where_there_is_no_gpu():
     without = python("-m", "benchmarks.gpu")
     assert without.returncode == 2
     assert without.stderr.startswith("no GPU here")
+
+
+def test_the_jacobians_that_are_timed_agree(lenient):
+    found = microscope.jacobians(hidden=4, steps=3)
+    assert all(numbers["difference"] < 1e-5 for numbers in found.values())

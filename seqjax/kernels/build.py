@@ -42,7 +42,7 @@ LINKING = {"Linux": ("-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections",
 def compiler_command() -> list[str] | None:
     """The C++ compiler in $CXX, or one that is installed; None without one."""
     wanted = os.environ.get("CXX")
-    candidates = [wanted] if wanted else ["g++", "clang++", "c++"]
+    candidates = [wanted] if wanted else ["g++", "c++"]
     return next((words for words in map(shlex.split, candidates) if words and shutil.which(words[0])), None)
 
 
@@ -81,15 +81,15 @@ def build(headers: str | Path, folder: Path = FOLDER, machine: str | None = None
         raise RuntimeError(f"expected one of the processors {', '.join(VARIANTS)}, got {machine}")
     if command is None:
         missing = os.environ.get("CXX")
-        raise RuntimeError(
-            f"expected a C++17 compiler, found no {missing or 'g++, clang++ or c++'}: install one, or set CXX"
-        )
+        raise RuntimeError(f"expected a C++17 compiler, found no {missing or 'g++ or c++'}: install one, or set CXX")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RuntimeError(f"expected a folder that can be written, got {error}") from None
     if not os.access(folder, os.W_OK):
         raise RuntimeError(f"expected a folder that can be written, got {folder}")
+    if "clang" in _run([*command, "--version"]).lower():
+        raise RuntimeError(f"expected GCC, got clang as {command[0]}: kernels compiled by it are not tested; set CXX")
     with tempfile.TemporaryDirectory() as work:
         objects = {Path(work) / "ffi.o": ["ffi.cpp", f"-I{headers}"]}
         for name, options in VARIANTS[machine].items():
@@ -117,9 +117,10 @@ def _install(linked: Path, folder: Path) -> Path:
     return folder / LIBRARY
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """Runs a command and returns what it printed."""
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except OSError as error:
         raise RuntimeError(f"{command[0]} does not run: {error}") from None
     except subprocess.CalledProcessError as error:

@@ -6,6 +6,10 @@
 #include <memory>
 #include <thread>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "loops.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -39,29 +43,40 @@ namespace {
 struct Variant {
   const char* name;
   const Loops* loops;
-  bool (*is_supported)();
+  bool is_supported;
 };
+
+#if defined(__x86_64__)
+// By cpuid itself and not by __builtin_cpu_supports, which needs a runtime that not every compiler brings.
+struct Processor {
+  unsigned leaf_1 = 0, leaf_7 = 0, states = 0;
+  Processor() {
+    unsigned a, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d)) leaf_1 = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf_7 = b;
+    // Which registers the operating system saves.
+    if (leaf_1 & bit_OSXSAVE) asm volatile("xgetbv" : "=a"(states), "=d"(d) : "c"(0));
+  }
+  bool has(unsigned of_leaf_1, unsigned of_leaf_7, unsigned of_states) const {
+    return (leaf_1 & of_leaf_1) == of_leaf_1 && (leaf_7 & of_leaf_7) == of_leaf_7 && (states & of_states) == of_states;
+  }
+};
+
+constexpr unsigned v2 = bit_SSSE3 | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT, v3 = v2 | bit_AVX | bit_FMA | bit_MOVBE | bit_F16C;
+constexpr unsigned v3_leaf_7 = bit_AVX2 | bit_BMI | bit_BMI2;
+constexpr unsigned v4_leaf_7 = v3_leaf_7 | bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
+constexpr unsigned ymm = 0x6, zmm = 0xe6;  // the bits of xgetbv
+const Processor processor;
+#endif
 
 // The fastest variant first.
 const Variant variants[] = {
 #if defined(__x86_64__)
-    {"x86-64-v4", &x86_64_v4,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl");
-     }},
-    {"x86-64-v3", &x86_64_v3,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-              __builtin_cpu_supports("bmi2");
-     }},
-    {"x86-64-v2", &x86_64_v2,
-     [] {
-       return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt");
-     }},
+    {"x86-64-v4", &x86_64_v4, processor.has(v3, v4_leaf_7, zmm)},
+    {"x86-64-v3", &x86_64_v3, processor.has(v3, v3_leaf_7, ymm)},
+    {"x86-64-v2", &x86_64_v2, processor.has(v2, 0, 0)},
 #elif defined(__aarch64__)
-    {"neon", &neon, [] { return true; }},
+    {"neon", &neon, true},
 #endif
 };
 
@@ -179,14 +194,14 @@ ffi::Error replay(ffi::ThreadPool threads, bool reverse, F32 drive, F32 recurren
 // The name of the k-th variant that this processor can run, the fastest first; null after the last one.
 extern "C" const char* seqjax_variant(int k) {
   for (const auto& variant : seqjax::variants)
-    if (variant.is_supported() && k-- == 0) return variant.name;
+    if (variant.is_supported && k-- == 0) return variant.name;
   return nullptr;
 }
 
 // Chooses the variant of this process. Returns whether this processor can run it.
 extern "C" bool seqjax_choose(const char* name) {
   for (const auto& variant : seqjax::variants)
-    if (variant.is_supported() && std::strcmp(variant.name, name) == 0) {
+    if (variant.is_supported && std::strcmp(variant.name, name) == 0) {
       seqjax::loops = variant.loops;
       return true;
     }

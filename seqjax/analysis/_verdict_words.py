@@ -11,6 +11,7 @@ from seqjax.analysis._row_measurements import DISTINCT, EXPLODED, Regime, Row
 
 
 def summary_of(regime: Regime, row: Row, lag: float, block: str, reason: str) -> str:
+    """The regime in a sentence, with a second one on whether perturbations shrink."""
     share = f"{row.measured.by_lag.threshold:.3g}"
     factor = f"{math.exp(min(row.lam, 700)):.4g}" if row.L > 1 and not math.isnan(row.lam) else ""
     several = len(row.parts) > 1

@@ -28,8 +28,8 @@ from benchmarks.peers.rows import GATES, Row
 from seqjax import kernels
 from seqjax.sequence._execution.backward import BackwardLoop, KnownSteps
 from seqjax.sequence._execution.chunks import chunk_length
+from seqjax.sequence._execution.formulas import kernel_for
 from seqjax.sequence._execution.forward import Loop, over_chunk, run_chunk
-from seqjax.sequence._execution.kernel import kernel_for
 from seqjax.sequence._masked_step import emit_output
 from seqjax.sequence._partition.plan import plan_of
 from seqjax.sequence._partition.tracing import traced_one

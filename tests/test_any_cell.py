@@ -142,6 +142,17 @@ def test_chunks_and_a_remainder_change_nothing(name, x64):
     compare(ZOO[name], 6, 203)
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "time"),
+    [("linen-gru", 6, 203), ("counter", 6, 203), ("peephole-lstm", 2, 6), ("learned-stack", 2, 6), ("tokens", 2, 6)],
+)
+def test_saved_products_change_nothing(name, batch, time, x64):
+    cell = sj.stack([sj.Embedding(TOKENS, D), sj.GRU(D, N, reset="before")]) if name == "tokens" else ZOO[name]
+    params, xs = drawn(cell, batch, time)
+    got = jax.jit(partial(everything, partial(sj.unroll, save="products"), cell))(params, xs)
+    assert_same(got, jax.jit(partial(everything, plain, cell))(params, xs))
+
+
 @pytest.mark.parametrize("name", ["layer-norm-lstm", "equinox-gru"])
 def test_checkpoints_change_nothing(name, x64):
     params, xs = drawn(ZOO[name], time=7)
@@ -240,7 +251,7 @@ def test_side_effects_run_step_by_step_and_explain_says_why(capfd):
 
 
 def test_a_partition_that_fails_falls_back_and_explain_says_why(monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **options):
         raise KeyError("an equation of another release of JAX")
 
     cell = PeepholeLSTM(D, 5)

@@ -21,8 +21,9 @@ from oracles import drawn, drawn_states, like, weighted
 import seqjax as sj
 from seqjax import kernels
 from seqjax.command import cli
+from seqjax.kernels import calls
 from seqjax.kernels.build import build, compiler_command
-from seqjax.sequence._execution import kernel
+from seqjax.sequence._execution import formulas
 
 pytestmark = pytest.mark.skipif(compiler_command() is None, reason="there is no C++ compiler")
 KINDS = {
@@ -49,7 +50,7 @@ def switched(patch, on):
     chosen = []
 
     def kernel_for(parts):
-        found = kernel.kernel_for(parts) if on else None
+        found = formulas.kernel_for(parts) if on else None
         chosen.append(None if found is None else found.name)
         return found
 
@@ -60,8 +61,13 @@ def switched(patch, on):
 
 def both(patch, function, *arguments):
     """The results by the kernel and by XLA, with a compilation of each."""
+    return by_each(patch, [(function, True), (function, False)], *arguments)
+
+
+def by_each(patch, functions, *arguments):
+    """The results of functions, each with the kernel or without it, with a compilation of each."""
     results = []
-    for on in (True, False):
+    for function, on in functions:
         chosen = switched(patch, on)
         results.append(jax.block_until_ready(jax.jit(function)(*arguments)))
         assert chosen
@@ -119,7 +125,7 @@ def case(kind, n, batch, time, d=3):
 )
 def test_values_and_gradients_are_those_of_xla(kind, n, batch, time, reverse, monkeypatch):
     cell, params, xs, state = case(kind, n, batch, time)
-    assert_near(*both(monkeypatch, partial(value_and_gradient, cell, reverse=reverse), params, xs, state))
+    assert_same_by_all(monkeypatch, partial(value_and_gradient, cell, reverse=reverse), params, xs, state)
 
 
 FLAGS = np.random.default_rng(0).random((2, 33, 300))
@@ -145,7 +151,42 @@ def test_masks_and_resets_are_those_of_xla(kind, n, batch, time, options, monkey
     mask = (FLAGS[0, :batch, :time] < 0.7) & (np.arange(batch)[:, None] != 1) & (np.arange(time) != 2)
     flags = {"mask": mask, "reset": FLAGS[1, :batch, :time] < 0.1, "reverse": True}
     function = partial(value_and_gradient, cell, **{name: flags[name] for name in options.split()})
-    assert_near(*both(monkeypatch, function, params, xs, state))
+    assert_same_by_all(monkeypatch, function, params, xs, state)
+
+
+def assert_same_by_all(patch, function, *arguments):
+    """The kernel in chunks and the kernel with saved gates compute what XLA's loops compute."""
+    with_gates = partial(function, save="products")
+    in_chunks, saved, expected = by_each(patch, [(function, True), (with_gates, True), (function, False)], *arguments)
+    assert_near(in_chunks, expected)
+    assert_near(saved, expected)
+
+
+# Tokens outside the vocabulary give NaN, and those of masked steps reach nothing.
+@pytest.mark.parametrize(
+    ("kind", "n", "batch", "time"), [("lstm", 33, 9, 60), ("gru", 130, 2, 40), ("vanilla", 5, 33, 7)]
+)
+def test_embedded_tokens_are_rows_of_a_table_without_a_product(kind, n, batch, time, monkeypatch):
+    inner, params, _, _ = case(kind, n, batch, time)
+    cell = sj.stack([sj.Embedding(6, 3), inner])
+    params = (sj.EmbeddingParams(jax.random.normal(jax.random.key(0), (6, 3))), params)
+    mask = FLAGS[1, :batch, :time] < 0.8
+    tokens = jnp.asarray(np.where(mask, (FLAGS[0, :batch, :time] * 6).astype(np.int32), 99))
+
+    def function(params, tokens, save="states"):
+        def value(params):
+            result = sj.unroll(cell, params, tokens, mask=mask, save=save)
+            return weighted(result), result
+
+        return jax.value_and_grad(value, has_aux=True)(params)
+
+    assert_same_by_all(monkeypatch, function, params, tokens)
+    assert f"tensor<{batch * time}x3xf32>" not in jax.jit(function).lower(params, tokens).as_text()
+    row, t = np.argwhere(mask)[3]
+    for wrong in (6, -1):
+        (_, (_, outputs)), _ = jax.jit(partial(function, save="products"))(params, tokens.at[row, t].set(wrong))
+        assert np.isnan(outputs[row, t]).all()
+        assert np.isfinite(np.delete(outputs, row, axis=0)).all()
 
 
 def test_a_trajectory_and_nan_behind_a_mask_or_a_reset_are_those_of_xla(monkeypatch):
@@ -168,19 +209,18 @@ def test_a_trajectory_and_nan_behind_a_mask_or_a_reset_are_those_of_xla(monkeypa
     np.testing.assert_array_equal(np.isnan(got[0][1].h), np.isnan(expected[0][1].h))
 
 
-def states_of_kernel(batch, flags=None, n=37, time=30):
+def states_of_kernel(batch, valid=None, n=37, time=30):
     """The states of an LSTM from drives that are drawn row by row, by a direct call of the kernel."""
     keys = jax.random.split(jax.random.key(0), 33)[:batch]
     drives = jax.vmap(lambda key: jax.random.normal(key, (time, 4 * n)), out_axes=1)(keys)
     W = jax.random.normal(jax.random.key(1), (4 * n, n)) / 6
-    loop = jax.jit(lambda *args: kernels.run_forward("lstm", *args, flags or kernels.Flags(), False))
-    return loop(W, jnp.ones(4 * n), [jnp.zeros((batch, n))] * 2, drives)
+    loop = calls.Loop("lstm", W, jnp.ones(4 * n), valid=valid)
+    return jax.jit(partial(calls.run_forward, loop))([jnp.zeros((batch, n))] * 2, drives)
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it_to_the_last_bit():
     whole = states_of_kernel(33)
-    some = kernels.Flags(valid=jnp.asarray(FLAGS[0, :30, :33] < np.linspace(0, 1.5, 33)))
-    masked = states_of_kernel(33, some)
+    masked = states_of_kernel(33, jnp.asarray(FLAGS[0, :30, :33] < np.linspace(0, 1.5, 33)))
     for batch in (1, 2, 5, 20):
         for a, b in zip(states_of_kernel(batch), whole, strict=True):
             np.testing.assert_array_equal(a, b[:, :batch])

@@ -5,6 +5,8 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -127,6 +129,7 @@ Pool pool_of(ffi::ThreadPool& threads) {
 
 using F32 = ffi::Buffer<ffi::F32>;
 using Flag = ffi::Buffer<ffi::PRED>;
+using S32 = ffi::Buffer<ffi::S32>;
 using Out = ffi::ResultBuffer<ffi::F32>;
 
 // An argument that a cell does not have is an empty buffer.
@@ -146,44 +149,115 @@ ffi::Error pack(ffi::ThreadPool threads, bool backward, int64_t cell, F32 weight
   return ffi::Error::Success();
 }
 
-Sizes sizes(F32 drive, int64_t n, bool reverse) {
-  const auto d = drive.dimensions();
-  return {d[0], d[1], n, reverse};
+Sizes sizes(ffi::Span<const int64_t> d, int64_t n, bool reverse, bool batch_major) {
+  return {d[batch_major], d[!batch_major], n, reverse, batch_major};
 }
 
-ffi::Error forward(ffi::ThreadPool threads, int64_t cell, bool reverse, F32 drive, F32 panels, F32 bias, F32 h_0, F32 c_0,
-                   Flag valid, Flag reset, F32 initial_h, F32 initial_c, Out h, Out c) {
-  loops->forward(pool_of(threads), Cell(cell),
-                 {sizes(drive, h_0.dimensions()[1], reverse),
-                  {data(valid), data(reset), data(initial_h), data(initial_c)},
-                  data(drive), data(panels), data(bias), {data(h_0), data(c_0)}, {data(h), data(c)}});
-  return ffi::Error::Success();
-}
-
-ffi::Error backward(ffi::ThreadPool threads, int64_t cell, bool reverse, F32 drive, F32 recurrent, F32 panels,
-                    F32 h_before, F32 c_before, F32 of_outputs, F32 of_h, F32 of_c, Flag valid, Flag reset,
-                    F32 initial_h, F32 initial_c, Out of_h_0, Out of_c_0, Out of_initial_h, Out of_initial_c,
-                    Out of_drive, Out of_recurrent) {
+// The cotangents of the state start from those of the state after the last step, and those of the initial state from 0.
+void begin(const F32& of_h, const F32& of_c, Out& of_h_0, Out& of_c_0, Out& of_initial_h, Out& of_initial_c) {
   std::memcpy(of_h_0->typed_data(), of_h.typed_data(), of_h.size_bytes());
   std::memcpy(of_c_0->typed_data(), of_c.typed_data(), of_c.size_bytes());
   std::memset(of_initial_h->typed_data(), 0, of_initial_h->size_bytes());
   std::memset(of_initial_c->typed_data(), 0, of_initial_c->size_bytes());
-  loops->backward(pool_of(threads), Cell(cell),
-                  {sizes(drive, h_before.dimensions()[2], reverse),
-                   {data(valid), data(reset), data(initial_h), data(initial_c)},
-                   data(drive), data(recurrent), data(panels), data(of_outputs), {data(h_before), data(c_before)},
-                   {data(of_h_0), data(of_c_0)}, {data(of_initial_h), data(of_initial_c)}, data(of_drive),
-                   data(of_recurrent)});
+}
+
+constexpr int64_t BLOCK = 100000000;  // multiplications in a block of steps, about a millisecond
+
+// The gates may be in the same memory as the drives. With tokens, the drives are the rows of a table.
+ffi::Error forward(ffi::ThreadPool threads, int64_t cell, bool reverse, bool saves, F32 drive, F32 drive_bias, F32 panels,
+                   F32 bias, F32 h_0, F32 c_0, F32 initial_h, F32 initial_c, Flag valid, Flag reset, S32 tokens, Out h,
+                   Out c, Out gates, Out candidate) {
+  const Sizes s = sizes(h->dimensions(), h_0.dimensions()[1], reverse, saves);
+  std::vector<float> buffer_h(saves ? 2 * h_0.element_count() : 0), buffer_c(saves ? 2 * c_0.element_count() : 0);
+  const Pool pool = pool_of(threads);
+  // Whole sequences run in blocks of steps, because a thread that is busy elsewhere can join only between two of them.
+  const int64_t of_step = s.batch * static_cast<int64_t>(panels.element_count()), steps = saves ? std::max<int64_t>(BLOCK / of_step, 1) : s.time;
+  for (int64_t first = 0; first < s.time; first += steps)
+    loops->forward(pool, Cell(cell),
+                   {s, {data(valid), data(reset), data(initial_h), data(initial_c)}, first, std::min(first + steps, s.time),
+                    data(drive), data(drive_bias), data(panels), data(bias), data(tokens), {data(h_0), data(c_0)},
+                    {data(h), data(c)}, data(gates), data(candidate), {buffer_h.data(), buffer_c.data()}});
   return ffi::Error::Success();
 }
 
-ffi::Error replay(ffi::ThreadPool threads, bool reverse, F32 drive, F32 recurrent, F32 c_0, Flag valid, Flag reset,
-                  F32 initial_c, Out c_before) {
-  loops->replay(pool_of(threads), {sizes(drive, c_0.dimensions()[1], reverse),
-                                   {data(valid), data(reset), nullptr, data(initial_c)},
-                                   data(drive), data(recurrent), data(c_0), data(c_before)});
+ffi::Error backward(ffi::ThreadPool threads, int64_t cell, bool reverse, F32 drive, F32 drive_bias, F32 recurrent,
+                    F32 panels, F32 h_before, F32 c_before, F32 of_outputs, F32 of_h, F32 of_c, F32 initial_h,
+                    F32 initial_c, Flag valid, Flag reset, Out of_h_0, Out of_c_0, Out of_initial_h, Out of_initial_c,
+                    Out of_drive, Out of_recurrent) {
+  begin(of_h, of_c, of_h_0, of_c_0, of_initial_h, of_initial_c);
+  const Sizes s = sizes(drive.dimensions(), h_before.dimensions()[2], reverse, false);
+  loops->backward(pool_of(threads), Cell(cell),
+                  {s, {data(valid), data(reset), data(initial_h), data(initial_c)}, 0, s.time, false,
+                   data(drive), data(drive_bias), data(recurrent), data(panels), data(of_outputs), {},
+                   {data(h_before), data(c_before)}, {data(of_h_0), data(of_c_0)},
+                   {data(of_initial_h), data(of_initial_c)}, data(of_drive), data(of_recurrent), {}});
   return ffi::Error::Success();
 }
+
+// The backward loop of whole sequences, in blocks of steps whose rows stay in a cache until the gradient of the weights
+// has read them. The cotangents of the drives may be in the same memory as the gates.
+ffi::Error backward_from_gates(ffi::ThreadPool threads, int64_t cell, bool reverse, F32 gates, F32 candidate, F32 panels,
+                               F32 h_0, F32 c_0, F32 h, F32 c, F32 of_outputs, F32 of_h, F32 of_c, F32 initial_h,
+                               F32 initial_c, Flag valid, Flag reset, S32 tokens, Out of_h_0, Out of_c_0,
+                               Out of_initial_h, Out of_initial_c, Out of_drive, Out of_weights, Out of_bias,
+                               Out of_table) {
+  begin(of_h, of_c, of_h_0, of_c_0, of_initial_h, of_initial_c);
+  const int64_t n = h.dimensions()[2], outputs = gates.dimensions()[2];
+  const Sizes s = sizes(gates.dimensions(), n, reverse, true);
+  const int64_t rows = std::min<int64_t>(std::max<int64_t>((1 << 18) / outputs, 256), 512);
+  const int64_t steps = std::min(std::max<int64_t>(rows / s.batch, 1), s.time);
+  // Whole vectors of operands are read, at most 64 floats.
+  const int64_t products_stride = (outputs + 15) / 16 * 16 + 16, operands_stride = (n + 63) / 64 * 64 + 16;
+  std::vector<float> memory(steps * s.batch * (products_stride + operands_stride) + 16);
+  float* aligned = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
+  const StepRows of_rows = {aligned, aligned + steps * s.batch * products_stride, products_stride, operands_stride};
+  std::memset(of_weights->typed_data(), 0, of_weights->size_bytes());
+  std::memset(of_bias->typed_data(), 0, of_bias->size_bytes());
+  std::memset(of_table->typed_data(), 0, of_table->size_bytes());
+  const Pool pool = pool_of(threads);
+  for (int64_t last = s.time; last > 0; last -= steps) {
+    const int64_t first = std::max<int64_t>(last - steps, 0);
+    loops->backward(pool, Cell(cell),
+                    {s, {data(valid), data(reset), data(initial_h), data(initial_c)}, first, last, true,
+                     data(gates), nullptr, data(candidate), data(panels), data(of_outputs), {data(h_0), data(c_0)},
+                     {data(h), data(c)}, {data(of_h_0), data(of_c_0)}, {data(of_initial_h), data(of_initial_c)},
+                     data(of_drive), nullptr, of_rows});
+    if (of_weights->element_count())
+      loops->gradient(pool, {(last - first) * s.batch, outputs, n, of_rows, data(of_weights), data(of_bias)});
+    if (of_table->element_count())
+      loops->table_gradient(pool, {s, outputs, first, last, data(of_drive), data(tokens), data(of_table)});
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error replay(ffi::ThreadPool threads, bool reverse, F32 drive, F32 drive_bias, F32 recurrent, F32 c_0,
+                  F32 initial_c, Flag valid, Flag reset, Out c_before) {
+  loops->replay(pool_of(threads), {sizes(drive.dimensions(), c_0.dimensions()[1], reverse, false),
+                                   {data(valid), data(reset), nullptr, data(initial_c)},
+                                   data(drive), data(drive_bias), data(recurrent), data(c_0), data(c_before)});
+  return ffi::Error::Success();
+}
+
+// A binding with further arguments and results, all float32, except for the mask and the resets.
+template <int count, class Binding>
+auto arguments(Binding&& binding) {
+  if constexpr (count == 1)
+    return std::move(binding).template Arg<F32>();
+  else
+    return arguments<count - 1>(std::move(binding).template Arg<F32>());
+}
+template <class Binding>
+auto flags(Binding&& binding) {
+  return std::move(binding).template Arg<Flag>().template Arg<Flag>();
+}
+template <int count, class Binding>
+auto results(Binding&& binding) {
+  if constexpr (count == 1)
+    return std::move(binding).template Ret<F32>();
+  else
+    return results<count - 1>(std::move(binding).template Ret<F32>());
+}
+auto threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 }  // namespace
 }  // namespace seqjax
@@ -208,65 +282,22 @@ extern "C" bool seqjax_choose(const char* name) {
   return false;
 }
 
-using seqjax::F32;
-using seqjax::Flag;
+using namespace seqjax;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack, seqjax::pack,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<bool>("backward")
-                                  .Attr<int64_t>("cell")
-                                  .Arg<F32>()
-                                  .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_forward, seqjax::forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("cell")
-                                  .Attr<bool>("reverse")
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<Flag>()
-                                  .Arg<Flag>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_backward, seqjax::backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("cell")
-                                  .Attr<bool>("reverse")
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<Flag>()
-                                  .Arg<Flag>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_replay, seqjax::replay,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<bool>("reverse")
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<Flag>()
-                                  .Arg<Flag>()
-                                  .Arg<F32>()
-                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_pack, pack,
+                              results<1>(arguments<1>(threads().Attr<bool>("backward").Attr<int64_t>("cell"))));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_forward, forward,
+                              results<4>(flags(arguments<8>(threads()
+                                                               .Attr<int64_t>("cell")
+                                                               .Attr<bool>("reverse")
+                                                               .Attr<bool>("saves")))
+                                             .Arg<S32>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_backward, backward,
+                              results<6>(flags(arguments<11>(threads().Attr<int64_t>("cell").Attr<bool>("reverse")))));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_backward_from_gates, backward_from_gates,
+                              results<8>(flags(arguments<12>(threads().Attr<int64_t>("cell").Attr<bool>("reverse")))
+                                             .Arg<S32>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_replay, replay,
+                              results<1>(flags(arguments<5>(threads().Attr<bool>("reverse")))));
 
 #pragma GCC visibility pop

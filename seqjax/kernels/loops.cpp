@@ -189,32 +189,28 @@ struct Range {
 inline Range share(int64_t size, int part, int parts) { return {size * part / parts, size * (part + 1) / parts}; }
 
 // A cell has: the number of gates; the size of its panel of packed weights, in vectors of units; the columns of
-// one product, in vectors; the number of rows per product; and the forward and backward passes over one vector of units. `a` is
-// the argument of the gates. All arrays have one vector per gate.
+// one product, in vectors; the number of rows per product; and its equations for one vector of units. All arrays have one
+// vector per gate. `a` is the argument of the gates, and `s` are the gates.
 struct LSTM {
   static constexpr int gates = 4, vectors = 1, columns = 2, rows = 6;
   static constexpr bool has_c = true, two_cotangents = false;
-  struct Gates {
-    V i, f, g, o;
-  };
-  static Gates activate(const V* a) { return {sigmoid(a[0]), sigmoid(a[1]), tangent(a[2]), sigmoid(a[3])}; }
-
-  static V forward(const V* a, const V*, V, V& c) {
-    const Gates s = activate(a);
-    c = s.f * c + s.i * s.g;
-    return s.o * tangent(c);
+  static void activate(const V* a, V, V* s) {
+    s[0] = sigmoid(a[0]), s[1] = sigmoid(a[1]), s[2] = tangent(a[2]), s[3] = sigmoid(a[3]);
+  }
+  static V next(const V* s, V, V& c) {
+    c = s[1] * c + s[0] * s[2];
+    return s[3] * tangent(c);
   }
   // Reads dL/dh_t and dL/dc_t. Writes dL/da_t and dL/dc_{t-1}, and returns the part of dL/dh_{t-1} that does not pass
   // through the product.
-  static V backward(const V* a, const V*, V, V c, V of_h, V& of_c, V* of_a, V*) {
-    const Gates s = activate(a);
-    const V one = splat(1.0f), t = tangent(s.f * c + s.i * s.g);
-    const V through = of_c + of_h * s.o * (one - t * t);
-    of_a[0] = through * s.g * s.i * (one - s.i);
-    of_a[1] = through * c * s.f * (one - s.f);
-    of_a[2] = through * s.i * (one - s.g * s.g);
-    of_a[3] = of_h * t * s.o * (one - s.o);
-    of_c = through * s.f;
+  static V backward(const V* s, V, V, V c, V of_h, V& of_c, V* of_a, V*) {
+    const V i = s[0], f = s[1], g = s[2], o = s[3], one = splat(1.0f), t = tangent(f * c + i * g);
+    const V through = of_c + of_h * o * (one - t * t);
+    of_a[0] = through * g * i * (one - i);
+    of_a[1] = through * c * f * (one - f);
+    of_a[2] = through * i * (one - g * g);
+    of_a[3] = of_h * t * o * (one - o);
+    of_c = through * f;
     return V{};
   }
 };
@@ -222,29 +218,28 @@ struct LSTM {
 struct Vanilla {
   static constexpr int gates = 1, vectors = 2, columns = 2, rows = 6;
   static constexpr bool has_c = false, two_cotangents = false;
-  static V forward(const V* a, const V*, V, V&) { return tangent(a[0]); }
-  static V backward(const V* a, const V*, V, V, V of_h, V&, V* of_a, V*) {
-    const V h = tangent(a[0]);
-    of_a[0] = of_h * (splat(1.0f) - h * h);
+  static void activate(const V* a, V, V* s) { s[0] = tangent(a[0]); }
+  static V next(const V* s, V, V&) { return s[0]; }
+  static V backward(const V* s, V, V, V, V of_h, V&, V* of_a, V*) {
+    of_a[0] = of_h * (splat(1.0f) - s[0] * s[0]);
     return V{};
   }
 };
 
 // With the reset gate after the product, and with the update gate z as the factor of the old state. `a` is drive +
-// recurrent, except for the candidate: a[2] is only its drive, and recurrent[2] is its recurrent product.
+// recurrent, except for the candidate: a[2] is only its drive, and `product` is its recurrent product.
 struct GRU {
   static constexpr int gates = 3, vectors = 1, columns = 3, rows = 4;
   static constexpr bool has_c = false, two_cotangents = true;
-  static V forward(const V* a, const V* recurrent, V h, V&) {
-    const V r = sigmoid(a[0]), z = sigmoid(a[1]), candidate = tangent(a[2] + r * recurrent[2]);
-    return candidate + z * (h - candidate);
+  static void activate(const V* a, V product, V* s) {
+    s[0] = sigmoid(a[0]), s[1] = sigmoid(a[1]), s[2] = tangent(a[2] + s[0] * product);
   }
-  static V backward(const V* a, const V* recurrent, V h, V, V of_h, V&, V* of_a, V* of_recurrent) {
-    const V one = splat(1.0f);
-    const V r = sigmoid(a[0]), z = sigmoid(a[1]), candidate = tangent(a[2] + r * recurrent[2]);
+  static V next(const V* s, V h, V&) { return s[2] + s[1] * (h - s[2]); }
+  static V backward(const V* s, V product, V h, V, V of_h, V&, V* of_a, V* of_recurrent) {
+    const V r = s[0], z = s[1], candidate = s[2], one = splat(1.0f);
     of_a[2] = of_h * (one - z) * (one - candidate * candidate);
     of_a[1] = of_h * (h - candidate) * z * (one - z);
-    of_a[0] = of_a[2] * recurrent[2] * r * (one - r);
+    of_a[0] = of_a[2] * product * r * (one - r);
     of_recurrent[0] = of_a[0];
     of_recurrent[1] = of_a[1];
     of_recurrent[2] = of_a[2] * r;
@@ -252,24 +247,35 @@ struct GRU {
   }
 };
 
-// a = drive + recurrent, except for the candidate of a cell that needs the two separately.
+// The gates from the drives, to which the recurrent products are added, except for the candidate of a GRU.
 template <class Cell>
-inline void join(const V* drive, const V* recurrent, V* a) {
+inline void activate(const V* drive, const V* recurrent, V* s) {
+  V a[Cell::gates];
   for (int g = 0; g < Cell::gates; ++g)
     a[g] = Cell::two_cotangents && g == Cell::gates - 1 ? drive[g] : drive[g] + recurrent[g];
+  Cell::activate(a, recurrent[Cell::gates - 1], s);
+}
+
+// The drives of one vector of units, with their biases. `d` and `bias` are the first gate's.
+template <class Cell>
+inline void load_drives(const float* d, const float* bias, int64_t n, int64_t count, V* drives) {
+  for (int g = 0; g < Cell::gates; ++g) {
+    drives[g] = load(d + g * n, count);
+    if (bias) drives[g] += load(bias + g * n, count);
+  }
 }
 
 // Whether threads share rows, which needs no synchronization. They do not if there are few rows, or if the weights are
 // so large that each thread would load all of them into its cache at every step.
 inline bool by_rows(const Sizes& s, int gates) { return s.batch >= 8 && 4 * gates * s.n * s.n <= (1 << 20); }
 
-// The number of multiplications of a loop.
-inline int64_t work(const Sizes& s, int gates) { return s.time * s.batch * s.n * s.n * gates; }
+// The number of multiplications of some steps.
+inline int64_t work(const Sizes& s, int gates, int64_t steps) { return steps * s.batch * s.n * s.n * gates; }
 
 // Several threads only if they save more time than their start takes. Threads that share units also wait for each other
 // at every step, which takes as long as thousands of multiplications.
-inline int64_t threads(const Sizes& s, int gates, int64_t most) {
-  return work(s, gates) > 1000000 && (by_rows(s, gates) || work(s, gates) / s.time > 10000) ? most : 1;
+inline int64_t threads(const Sizes& s, int gates, int64_t steps, int64_t most) {
+  return work(s, gates, steps) > 1000000 && (by_rows(s, gates) || work(s, gates, 1) > 10000) ? most : 1;
 }
 
 // The rows of a step that are valid, each with the state from which its step starts: the state before, or the one after
@@ -277,22 +283,25 @@ inline int64_t threads(const Sizes& s, int gates, int64_t most) {
 template <bool flagged>
 class Rows {
  public:
-  Rows(const Sizes& s, const Flags& flags) : n(s.n), batch(s.batch), flags(flags) {
-    if (flagged) rows = new Row[batch];
+  Rows(const Sizes& s, const Flags& flags) : s(s), flags(flags) {
+    if (flagged) rows = new Row[s.batch];
   }
   ~Rows() { delete[] rows; }
   Rows(const Rows&) = delete;
 
-  // The valid rows of step t among `range`. `held` is called with each other row.
+  // The valid rows of step t among `range`, where the states before the step are `apart` floats apart. `held` is called
+  // with each other row.
   template <class Held>
-  Range select(int64_t t, Range range, ConstState before, const Held& held) {
+  Range select(int64_t t, Range range, ConstState before, int64_t apart, const Held& held) {
     start = before;
+    stride = apart;
     if (!flagged) return range;
     int64_t count = 0;
     for (int64_t row = range.first; row < range.last; ++row) {
-      const bool anew = flags.reset && flags.reset[t * batch + row];
-      const Row chosen = {row, anew ? flags.h : before.h + row * n, !before.c ? nullptr : anew ? flags.c : before.c + row * n};
-      if (!flags.valid || flags.valid[t * batch + row])
+      const int64_t at = s.at(t, row), from = row * apart;
+      const bool anew = flags.reset && flags.reset[at];
+      const Row chosen = {row, anew ? flags.h : before.h + from, !before.c ? nullptr : anew ? flags.c : before.c + from};
+      if (!flags.valid || flags.valid[at])
         rows[count++] = chosen;
       else
         held(chosen.row, chosen.h, chosen.c);
@@ -300,23 +309,20 @@ class Rows {
     return {0, count};
   }
   int64_t row(int64_t i) const { return flagged ? rows[i].row : i; }
-  const float* h(int64_t i) const { return flagged ? rows[i].h : start.h + i * n; }
-  const float* c(int64_t i) const { return flagged ? rows[i].c : start.c + i * n; }
+  const float* h(int64_t i) const { return flagged ? rows[i].h : start.h + i * stride; }
+  const float* c(int64_t i) const { return flagged ? rows[i].c : start.c + i * stride; }
 
  private:
   struct Row {
     int64_t row;
     const float *h, *c;
   };
-  const int64_t n, batch;
+  const Sizes s;
   const Flags flags;
   ConstState start;
+  int64_t stride = 0;
   Row* rows = nullptr;
 };
-
-inline void copy(float* to, const float* from, int64_t first, int64_t last) {
-  if (last > first) std::memcpy(to + first, from + first, sizeof(float) * (last - first));
-}
 
 template <class Cell, bool flagged>
 void run_forward(const Pool& pool, const Forward& f) {
@@ -324,18 +330,35 @@ void run_forward(const Pool& pool, const Forward& f) {
   const Sizes& s = f.sizes;
   const int64_t n = s.n, state = s.batch * n, sub = n * N * W, count = (n + U * W - 1) / (U * W);
   const bool rowwise = by_rows(s, G);
-  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : count / 2), work(s, G), [&](int part, int parts, Barrier* barrier) {
+  const int64_t steps = f.last_step - f.first_step;
+  in_parallel(pool, threads(s, G, steps, rowwise ? s.batch / 4 : count / 2), work(s, G, steps), [&](int part, int parts, Barrier* barrier) {
     const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
     const Range mine = rowwise ? Range{0, count} : share(count, part, parts);
     const int64_t first_unit = mine.first * U * W, last_unit = smaller(n, mine.last * U * W);
     Rows<flagged> rows(s, f.flags);
     ConstState before = f.first;
-    for (int64_t i = 0; i < s.time; ++i) {
+    if (f.first_step > 0) {
+      const int64_t at = (f.first_step + 1) % 2 * state;
+      before = {f.buffers.h + at, Cell::has_c ? f.buffers.c + at : nullptr};
+    }
+    for (int64_t i = f.first_step; i < f.last_step; ++i) {
       const int64_t t = s.step(i);
-      const State after = {f.states.h + t * state, Cell::has_c ? f.states.c + t * state : nullptr};
-      const Range active = rows.select(t, share_of_rows, before, [&](int64_t row, const float* h, const float* c) {
-        copy(after.h + row * n, h, first_unit, last_unit);
-        if (Cell::has_c) copy(after.c + row * n, c, first_unit, last_unit);
+      // The rows of one step of batch-major arrays are far apart, often by a multiple of the size of a cache way. So the
+      // products read the states from a buffer, and the states are stored a second time.
+      const float* next_h = s.batch_major ? f.buffers.h + i % 2 * state : f.states.h + t * state;
+      const float* next_c = !Cell::has_c ? nullptr : s.batch_major ? f.buffers.c + i % 2 * state : f.states.c + t * state;
+      const State after = {const_cast<float*>(next_h), const_cast<float*>(next_c)};
+      const auto store_state = [&](int64_t row, int64_t u, V h, V c, int64_t left) {
+        store(after.h + row * n + u, h, left);
+        if (Cell::has_c) store(after.c + row * n + u, c, left);
+        if (!s.batch_major) return;
+        const int64_t to = s.at(t, row) * n + u;
+        store(f.states.h + to, h, left);
+        if (Cell::has_c) store(f.states.c + to, c, left);
+      };
+      const Range active = rows.select(t, share_of_rows, before, n, [&](int64_t row, const float* h, const float* c) {
+        for (int64_t u = first_unit; u < last_unit; u += W)
+          store_state(row, u, load(h + u, n - u), Cell::has_c ? load(c + u, n - u) : V{}, n - u);
       });
       for (int64_t p = mine.first; p < mine.last; ++p)
         in_blocks<Cell::rows>(active.first, active.last, [&](auto height, int64_t first) {
@@ -348,19 +371,22 @@ void run_forward(const Pool& pool, const Forward& f) {
             product<P, R, N>(h, f.panels + (p * parts_of_panel + k) * sub, n, sums + k);
           for (int r = 0; r < R; ++r)
             for (int w = 0; w < U; ++w) {
-              const int64_t u = (p * U + w) * W, left = n - u, row = rows.row(first + r), at = row * n + u;
+              const int64_t u = (p * U + w) * W, left = n - u, row = rows.row(first + r), at = s.at(t, row);
               if (left <= 0) continue;
-              const float* d = f.drive + ((t * s.batch + row) * G) * n + u;
-              V drives[G], recurrent[G], a[G], cell = Cell::has_c ? load(rows.c(first + r) + u, left) : V{};
+              V drives[G], recurrent[G], gates[G], c = Cell::has_c ? load(rows.c(first + r) + u, left) : V{};
+              const float* drive = f.drive + (f.tokens ? f.tokens[at] : at) * G * n + u;
+              load_drives<Cell>(drive, f.drive_bias ? f.drive_bias + u : nullptr, n, left, drives);
               for (int g = 0; g < G; ++g) {
                 const int column = w * G + g;
-                drives[g] = load(d + g * n, left);
                 recurrent[g] = sums[column / N][r][column % N];
                 if (f.bias) recurrent[g] += load(f.bias + g * n + u, left);
               }
-              join<Cell>(drives, recurrent, a);
-              store(after.h + at, Cell::forward(a, recurrent, load(h[r] + u, left), cell), left);
-              if (Cell::has_c) store(after.c + at, cell, left);
+              activate<Cell>(drives, recurrent, gates);
+              const V next = Cell::next(gates, load(h[r] + u, left), c);
+              store_state(row, u, next, c, left);
+              if (!f.gates) continue;
+              for (int g = 0; g < G; ++g) store(f.gates + (at * G + g) * n + u, gates[g], left);
+              if (Cell::two_cotangents) store(f.candidate + at * n + u, recurrent[G - 1], left);
             }
         });
       before = {after.h, after.c};
@@ -373,46 +399,61 @@ template <class Cell, bool flagged>
 void run_backward(const Pool& pool, const Backward& b) {
   constexpr int G = Cell::gates, N = 2, most = 6;
   const Sizes& s = b.sizes;
-  const int64_t n = s.n, state = s.batch * n, wide = (n + N * W - 1) / (N * W);
+  const int64_t n = s.n, wide = (n + N * W - 1) / (N * W);
   const bool rowwise = by_rows(s, G), has_reset = flagged && b.flags.reset;
-  float* passes = Cell::two_cotangents ? b.of_recurrent : b.of_drive;  // the cotangent that the product reads
-  in_parallel(pool, threads(s, G, rowwise ? s.batch / 4 : wide / 2), work(s, G), [&](int part, int parts, Barrier* barrier) {
+  // The cotangents that the product reads.
+  float* const passes = b.saved ? b.rows.of_products : Cell::two_cotangents ? b.of_recurrent : b.of_drive;
+  const int64_t passes_stride = b.saved ? b.rows.products_stride : G * n;
+  const int64_t steps = b.last_step - b.first_step;
+  in_parallel(pool, threads(s, G, steps, rowwise ? s.batch / 4 : wide / 2), work(s, G, steps), [&](int part, int parts, Barrier* barrier) {
     const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
     const Range mine = rowwise ? Range{0, wide} : share(wide, part, parts);
     const int64_t first_unit = mine.first * N * W, last_unit = smaller(n, mine.last * N * W);
     Rows<flagged> rows(s, b.flags);
-    for (int64_t i = s.time - 1; i >= 0; --i) {
-      const int64_t t = s.step(i);
-      const ConstState before = {b.before.h + t * state, Cell::has_c ? b.before.c + t * state : nullptr};
-      const float* of_output = b.of_outputs + t * state;
-      const Range active = rows.select(t, share_of_rows, before, [&](int64_t row, const float*, const float*) {
+    for (int64_t i = b.last_step - 1; i >= b.first_step; --i) {
+      const int64_t t = s.step(i), in_rows = (i - b.first_step) * s.batch, apart = n * (s.at(t, 1) - s.at(t, 0));
+      const int64_t from = s.at(b.saved && i > 0 ? s.step(i - 1) : t, 0) * n;
+      const bool is_first = b.saved && i == 0;
+      const float *h = is_first ? b.first.h : b.states.h + from, *c = is_first ? b.first.c : b.states.c + from;
+      const ConstState before = {h, Cell::has_c ? c : nullptr};
+      const Range active = rows.select(t, share_of_rows, before, is_first ? n : apart, [&](int64_t row, const float*, const float*) {
         for (int64_t u = first_unit; u < last_unit; u += W) {
-          const int64_t left = n - u, at = row * n + u, gate = ((t * s.batch + row) * G) * n + u;
-          store(b.of_state.h + at, load(b.of_state.h + at, left) + load(of_output + at, left), left);
+          const int64_t left = n - u, to = row * n + u, at = s.at(t, row), gate = at * G * n + u;
+          store(b.of_state.h + to, load(b.of_state.h + to, left) + load(b.of_outputs + at * n + u, left), left);
           for (int g = 0; g < G; ++g) {
             store(b.of_drive + gate + g * n, V{}, left);
-            if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, V{}, left);
+            if (b.saved) store(passes + (in_rows + row) * passes_stride + g * n + u, V{}, left);
+            else if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, V{}, left);
           }
+          if (b.saved) store(b.rows.operands + (in_rows + row) * b.rows.operands_stride + u, V{}, left);
         }
       });
       for (int64_t j = active.first; j < active.last; ++j) {
-        const int64_t row = rows.row(j);
+        const int64_t row = rows.row(j), at = s.at(t, row);
         for (int64_t u = first_unit; u < last_unit; u += W) {
-          const int64_t left = n - u, at = row * n + u, gate = ((t * s.batch + row) * G) * n + u;
-          V d[G], r[G], a[G], of_a[G], of_r[G], of_cell = Cell::has_c ? load(b.of_state.c + at, left) : V{};
-          for (int g = 0; g < G; ++g) {
-            d[g] = load(b.drive + gate + g * n, left);
-            r[g] = load(b.recurrent + gate + g * n, left);
+          const int64_t left = n - u, to = row * n + u, gate = at * G * n + u;
+          V gates[G], product{}, of_a[G], of_r[G], of_cell = Cell::has_c ? load(b.of_state.c + to, left) : V{};
+          if (b.saved) {
+            for (int g = 0; g < G; ++g) gates[g] = load(b.drive + gate + g * n, left);
+            if (Cell::two_cotangents) product = load(b.recurrent + at * n + u, left);
+          } else {
+            V d[G], r[G];
+            load_drives<Cell>(b.drive + gate, b.drive_bias ? b.drive_bias + u : nullptr, n, left, d);
+            for (int g = 0; g < G; ++g) r[g] = load(b.recurrent + gate + g * n, left);
+            activate<Cell>(d, r, gates);
+            product = r[G - 1];
           }
-          join<Cell>(d, r, a);
-          const V of = load(b.of_state.h + at, left) + load(of_output + at, left);
-          const V cell = Cell::has_c ? load(rows.c(j) + u, left) : V{};
-          store(b.of_state.h + at, Cell::backward(a, r, load(rows.h(j) + u, left), cell, of, of_cell, of_a, of_r), left);
-          if (Cell::has_c) store(b.of_state.c + at, of_cell, left);
+          const V of = load(b.of_state.h + to, left) + load(b.of_outputs + at * n + u, left);
+          const V h = load(rows.h(j) + u, left), c = Cell::has_c ? load(rows.c(j) + u, left) : V{};
+          store(b.of_state.h + to, Cell::backward(gates, product, h, c, of, of_cell, of_a, of_r), left);
+          if (Cell::has_c) store(b.of_state.c + to, of_cell, left);
           for (int g = 0; g < G; ++g) {
             store(b.of_drive + gate + g * n, of_a[g], left);
-            if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, of_r[g], left);
+            const V of_product = Cell::two_cotangents ? of_r[g] : of_a[g];
+            if (b.saved) store(passes + (in_rows + row) * passes_stride + g * n + u, of_product, left);
+            else if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, of_product, left);
           }
+          if (b.saved) store(b.rows.operands + (in_rows + row) * b.rows.operands_stride + u, h, left);
         }
       }
       if (!rowwise) pool.wait(barrier, parts);
@@ -420,7 +461,10 @@ void run_backward(const Pool& pool, const Backward& b) {
         in_blocks<most>(active.first, active.last, [&](auto height, int64_t first) {
           constexpr int R = decltype(height)::value;
           const float* of_gates[R];
-          for (int r = 0; r < R; ++r) of_gates[r] = passes + (t * s.batch + rows.row(first + r)) * G * n;
+          for (int r = 0; r < R; ++r) {
+            const int64_t row = rows.row(first + r);
+            of_gates[r] = passes + (b.saved ? in_rows + row : s.at(t, row)) * passes_stride;
+          }
           V sum[1][R][N];
           product<1, R, N>(of_gates, b.panels + p * G * n * N * W, G * n, sum);
           for (int r = 0; r < R; ++r)
@@ -433,7 +477,7 @@ void run_backward(const Pool& pool, const Backward& b) {
         });
       // The state before a reset has no effect on what follows, and the state after it is the initial one.
       for (int64_t row = share_of_rows.first; has_reset && row < share_of_rows.last; ++row)
-        if (b.flags.reset[t * s.batch + row])
+        if (b.flags.reset[s.at(t, row)])
           for (int64_t u = first_unit; u < last_unit; u += W) {
             const int64_t left = n - u, at = row * n + u;
             const auto move = [&](float* of_initial, float* of_state) {
@@ -444,6 +488,73 @@ void run_backward(const Pool& pool, const Backward& b) {
             if (Cell::has_c) move(b.of_initial.c, b.of_state.c);
           }
     }
+  });
+}
+
+// sum[g][v] of a[row][g] b[row][v] over the rows, for R <= 6 outputs and N vectors of operands.
+template <int R, int N>
+__attribute__((noinline)) void outer_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                             int64_t rows, V (*sum)[N]) {
+  V s[R][N] = {};
+  for (int64_t i = 0; i < rows; ++i, a += a_stride, b += b_stride) {
+    V columns[N];
+    for (int v = 0; v < N; ++v) {
+      columns[v] = load(b + v * W);
+      keep(columns[v]);
+    }
+    for (int r = 0; r < R; ++r) {
+      const V x = splat(a[r]);
+      for (int v = 0; v < N; ++v) s[r][v] += x * columns[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) sum[r][v] = s[r][v];
+}
+
+// Threads share the outputs, so the order of the sums does not depend on their number.
+void run_gradient(const Pool& pool, const Gradient& f) {
+  constexpr int N = W == 16 ? 4 : 2, most = 6;
+  const StepRows& rows = f.of_rows;
+  const int64_t blocks = (f.outputs + most - 1) / most;
+  in_parallel(pool, f.rows * f.outputs * f.n > 1000000 ? blocks : 1, f.rows * f.outputs * f.n, [&](int part, int parts, Barrier*) {
+    const Range mine = share(blocks, part, parts);
+    in_blocks<most>(mine.first * most, smaller(f.outputs, mine.last * most), [&](auto height, int64_t first) {
+      constexpr int R = decltype(height)::value;
+      for (int64_t u = 0; u < f.n; u += N * W) {
+        V sum[R][N];
+        outer_product<R, N>(rows.of_products + first, rows.products_stride, rows.operands + u, rows.operands_stride, f.rows, sum);
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < N; ++v) {
+            const int64_t left = f.n - u - v * W;
+            if (left <= 0) continue;
+            float* to = f.of_weights + (first + r) * f.n + u + v * W;
+            store(to, load(to, left) + sum[r][v], left);
+          }
+      }
+      if (!f.of_bias) return;
+      float sums[R] = {};
+      for (int64_t i = 0; i < f.rows; ++i)
+        for (int r = 0; r < R; ++r) sums[r] += rows.of_products[i * rows.products_stride + first + r];
+      for (int r = 0; r < R; ++r) f.of_bias[first + r] += sums[r];
+    });
+  });
+}
+
+// Threads share the outputs.
+void run_table_gradient(const Pool& pool, const TableGradient& f) {
+  const int64_t vectors = (f.outputs + W - 1) / W, floats = (f.last_step - f.first_step) * f.sizes.batch * f.outputs;
+  in_parallel(pool, floats > 100000 ? vectors : 1, floats, [&](int part, int parts, Barrier*) {
+    const Range mine = share(vectors, part, parts);
+    for (int64_t row = 0; row < f.sizes.batch; ++row)
+      for (int64_t i = f.first_step; i < f.last_step; ++i) {
+        const int64_t at = f.sizes.at(f.sizes.step(i), row);
+        const float* from = f.of_drive + at * f.outputs;
+        float* to = f.of_table + f.tokens[at] * f.outputs;
+        for (int64_t v = mine.first; v < mine.last; ++v) {
+          const int64_t u = v * W, left = f.outputs - u;
+          store(to + u, load(to + u, left) + load(from + u, left), left);
+        }
+      }
   });
 }
 
@@ -464,8 +575,9 @@ void run_replay(const Pool& pool, const Replay& f) {
           if (i + 1 == s.time) continue;
           V c = load(anew ? f.flags.c + u : f.c_before + t * state + at, left);
           if (valid) {
-            V a[3];
-            for (int g = 0; g < 3; ++g) a[g] = load(f.drive + gate + g * n, left) + load(f.recurrent + gate + g * n, left);
+            V a[4];
+            load_drives<LSTM>(f.drive + gate, f.drive_bias ? f.drive_bias + u : nullptr, n, left, a);
+            for (int g = 0; g < 3; ++g) a[g] += load(f.recurrent + gate + g * n, left);
             c = sigmoid(a[1]) * c + sigmoid(a[0]) * tangent(a[2]);
           }
           store(f.c_before + next * state + at, c, left);
@@ -547,6 +659,7 @@ void backward(const Pool& pool, Cell cell, const Backward& b) {
 }  // namespace
 
 extern const Loops SEQJAX_VARIANT;
-const Loops SEQJAX_VARIANT = {pack_forward, pack_backward, forward, backward, run_replay};
+const Loops SEQJAX_VARIANT = {pack_forward, pack_backward, forward, backward, run_replay, run_gradient,
+                              run_table_gradient};
 
 }  // namespace seqjax

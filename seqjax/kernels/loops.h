@@ -23,10 +23,13 @@ struct Pool {
 
 enum Cell : int64_t { lstm, gru, tanh_network };
 
+// The arrays of a chunk have the axes (time, batch, ...). Those of a whole sequence have the axes (batch, time, ...).
 struct Sizes {
   int64_t time, batch, n;
-  bool reverse;
+  bool reverse, batch_major;
   int64_t step(int64_t i) const { return reverse ? time - 1 - i : i; }
+  // The position of a row at a step.
+  int64_t at(int64_t t, int64_t row) const { return batch_major ? row * time + t : t * batch + row; }
 };
 
 // Which steps are valid and before which steps the state is reset, (time, batch); null if all steps are valid, or if
@@ -47,25 +50,60 @@ struct ConstState {
 struct Forward {
   Sizes sizes;
   Flags flags;
-  const float *drive, *panels, *bias;  // the bias is null if there is none
-  ConstState first;                    // (batch, n)
-  State states;                        // (time, batch, n)
+  int64_t first_step, last_step;  // which steps run, in the order of the loop, without the last one
+  const float *drive, *drive_bias, *panels, *bias;  // a bias is null if there is none
+  const int32_t* tokens;  // if not null, `drive` is a table, and this is the row of each step
+  ConstState first;                                 // (batch, n)
+  State states;                                     // of every step, (n,)
+  // What the backward loop reads of every step: the gates, (gates * n,), which may lie where the drives were; and the
+  // recurrent product of the candidate of a GRU, (n,). Null if nothing is saved.
+  float *gates, *candidate;
+  State buffers;  // (2, batch, n), for batch-major arrays; they hold the state between two calls
+};
+
+// What the backward loop of a whole sequence writes for each row of each of its steps, and the gradient of the weights
+// reads: rows in the order of the steps, with strides that are no multiple of the size of a cache way.
+struct StepRows {
+  float *of_products, *operands;  // dL/d(recurrent product), and h before the step
+  int64_t products_stride, operands_stride;
 };
 
 struct Backward {
   Sizes sizes;
   Flags flags;
-  const float *drive, *recurrent, *panels, *of_outputs;
-  ConstState before;            // of each step, before a reset, (time, batch, n)
-  State of_state;               // of the state after the chunk on entry, and of the state before it on return, (batch, n)
-  State of_initial;             // of the state after a reset, summed over the steps, (batch, n); null without resets
+  int64_t first_step, last_step;  // as for the forward loop
+  // Of a chunk, the drives and the recurrent products. Of a whole sequence, `gates` and `candidate` of the forward loop.
+  bool saved;
+  const float *drive, *drive_bias, *recurrent, *panels, *of_outputs;
+  ConstState first;  // if `saved`, the state before the first step, (batch, n)
+  // If `saved`, the state after each step. Otherwise the state before each step and before a reset.
+  ConstState states;
+  State of_state;    // of the state after the last step on entry, and of the first state on return, (batch, n)
+  State of_initial;  // of the state after a reset, summed over the steps, (batch, n); null without resets
   float *of_drive, *of_recurrent;
+  StepRows rows;  // if `saved`, in place of `of_recurrent`
+};
+
+// Adds sum_rows of_products^T operands to dL/dW_hh, (gates * n, n), and sum_rows of_products to dL/db, (gates * n,).
+struct Gradient {
+  int64_t rows, outputs, n;
+  StepRows of_rows;
+  float *of_weights, *of_bias;
+};
+
+// Adds the cotangents of the drives of some steps to those of the rows of a table.
+struct TableGradient {
+  Sizes sizes;
+  int64_t outputs, first_step, last_step;
+  const float* of_drive;
+  const int32_t* tokens;
+  float* of_table;
 };
 
 struct Replay {
   Sizes sizes;
   Flags flags;
-  const float *drive, *recurrent, *c_0;
+  const float *drive, *drive_bias, *recurrent, *c_0;
   float* c_before;  // of each step, before a reset, (time, batch, n)
 };
 
@@ -76,6 +114,8 @@ struct Loops {
   void (*forward)(const Pool&, Cell, const Forward&);
   void (*backward)(const Pool&, Cell, const Backward&);
   void (*replay)(const Pool&, const Replay&);
+  void (*gradient)(const Pool&, const Gradient&);
+  void (*table_gradient)(const Pool&, const TableGradient&);
 };
 
 }  // namespace seqjax

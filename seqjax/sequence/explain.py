@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 from seqjax import kernels
 from seqjax.cell import Cell, Params, names_of_state, strong_type
 from seqjax.sequence._checks import check_methods
+from seqjax.sequence._execution.formulas import kernel_supports
 from seqjax.sequence._execution.jacobian import units_of
-from seqjax.sequence._execution.kernel import kernel_supports
 from seqjax.sequence._masked_step import emit_output
 from seqjax.sequence._parameter_checks import check_params
 from seqjax.sequence._partition.loops import Stage

@@ -215,7 +215,9 @@ def _update(
 
     def batch_loss(params: ModelParams) -> tuple[Array, State]:
         carried = detach(state.carried)  # for a gradient of the user's through several updates
-        final, outputs = unroll(model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn)
+        final, outputs = unroll(
+            model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn, save="products"
+        )
         return loss(model.head, params.head, outputs, targets, mask), final
 
     (value, final), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params)

@@ -45,7 +45,7 @@ class KnownSteps(NamedTuple):
 
     Attributes:
         before: the states s_{t-1}; None for a leaf that is not rematerialized yet.
-        drives: the drives; with their biases for a kernel, and without them for XLA's loops, which add them per step.
+        drives: the drives without their biases, which the loops add.
         results: the results of the cuts.
     """
 
@@ -77,14 +77,17 @@ def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted
         x = steps_of_chunk(xs, start, steps)
         first = [leaf[start // length] for leaf in saved.first]
         before = _states_before(loop, first, steps_of_chunk(saved.states, start, steps))
-        known, pull = _before_loop(parts, active, (hoisted, x, before), wanted_xs, (steps, batch))
+        known, pull = before_loop(parts, active, (hoisted, x, before), wanted_xs, (steps, batch))
+        if saved.results:
+            known = known._replace(results=steps_of_chunk(saved.results, start, steps))
         # After the cuts are known, because rematerialization reads their results instead of computing products.
         if not all(parts.is_saved):
             known = known._replace(before=chunk_loop.rematerialized(steps, first, known))
         ct_outputs = steps_of_chunk(cts.outputs, start, steps)
         ct_state, ct_read_in_loop, ct_known = chunk_loop.run(steps, ct_state, known, ct_outputs)
         pulled = pull(ct_known)
-        ct_hoisted = _added(ct_hoisted, pulled[: len(ct_hoisted)], ct_read_in_loop, active)
+        ct_hoisted = [a + b.astype(a.dtype) for a, b in zip(ct_hoisted, pulled, strict=False)]
+        ct_hoisted = added(ct_hoisted, ct_read_in_loop, active)
         return (ct_state, ct_hoisted), pulled[len(ct_hoisted) :], None
 
     active_values = pick(hoisted, active.hoisted)
@@ -92,16 +95,24 @@ def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted
     chunks = Chunks(time, length, loop.reverse)
     (ct_state, ct_hoisted), ct_xs, _ = chunks.scan(chunk, (cts.new_state, zeros), backward=True)
 
-    def hoist(some: list[Any]) -> list[Any]:
-        return pick(parts.hoist(put(params, wanted_params, some)), active.hoisted)
-
-    # Once after all chunks, because what depends on parameters only was computed once before them.
-    ct_hoisted = [ct.astype(leaf.dtype) for ct, leaf in zip(ct_hoisted, active_values, strict=True)]
-    ct_params = jax.vjp(hoist, pick(params, wanted_params))[1](ct_hoisted)[0]
+    ct_params = ct_of_params(parts, params, wanted_params, active, ct_hoisted)
     return [*ct_params, *pick(ct_state, pick(wanted_state, is_inexact)), *ct_xs]
 
 
-def _before_loop(
+def ct_of_params(
+    parts: Parts, params: Leaves, wanted_params: list[bool], active: Active, ct_hoisted: Leaves
+) -> list[Array]:
+    """The cotangents of the wanted parameters from those of the active hoisted values, which were summed over time."""
+    # Once after all chunks, because what depends on parameters only was computed once before them.
+
+    def hoist(some: list[Any]) -> list[Any]:
+        return pick(parts.hoist(put(params, wanted_params, some)), active.hoisted)
+
+    values, pull = jax.vjp(hoist, pick(params, wanted_params))
+    return pull([ct.astype(value.dtype) for ct, value in zip(ct_hoisted, values, strict=True)])[0]
+
+
+def before_loop(
     parts: Parts,
     active: Active,
     arguments: tuple[Hoisted, Leaves, Leaves],
@@ -131,18 +142,18 @@ def _before_loop(
         results = over_chunk(parts.cut_results, shape, None, 0, 0)(hoisted, before, constant)
         return (pick(drives, active.drives), pick(results, active.cuts)), (inputs, results)
 
-    _, (inputs, results), pull = _pullback(compute, (hoisted, x), (active.hoisted, wanted_xs))
+    _, (inputs, results), pull = pullback(compute, (hoisted, x), (active.hoisted, wanted_xs))
     return KnownSteps(before, inputs, results), pull
 
 
-def _added(totals: Leaves, cts: Leaves, ct_read_in_loop: Leaves, active: Active) -> Leaves:
-    """The sums of the cotangents of the active hoisted values, with those of one more chunk."""
-    totals = [total + ct.astype(total.dtype) for total, ct in zip(totals, cts, strict=True)]
+def added(cts: Leaves, ct_read_in_loop: Leaves, active: Active) -> Leaves:
+    """The cotangents of the active hoisted values, with those of the values that the loop reads."""
+    cts = list(cts)
     # The weights come after all hoisted values, so the positions among the values are those among all leaves.
     positions = [i for i, w in enumerate(pick(active.read_in_loop, active.hoisted.values)) if w]
     for i, ct in zip(positions, ct_read_in_loop, strict=True):
-        totals[i] += ct
-    return totals
+        cts[i] += ct
+    return cts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,9 +185,8 @@ class BackwardLoop:
         """
         parts, kernel, hoisted, active = self.loop.parts, self.loop.kernel, self.hoisted, self.active
         if kernel is not None and kernel.runs_backward:
-            steps = self._with_biases(known)
             ct_before, ct_values, ct_drives, ct_cuts = kernel.backward(
-                hoisted, steps, ct_state, ct_outputs, self.loop.reverse
+                hoisted, known, ct_state, ct_outputs, self.loop.reverse
             )
             return (
                 ct_before,
@@ -196,7 +206,7 @@ class BackwardLoop:
                 out = run(hoisted._replace(values=values), state, drives, results)
                 return [leaf for leaf in jax.tree.leaves(out) if inexact(leaf)], None
 
-            *_, pull = _pullback(rest, (before, drives, results, hoisted.values), wanted)
+            *_, pull = pullback(rest, (before, drives, results, hoisted.values), wanted)
             cts = iter(pull([*ct_state, *ct_outputs]))
             ct_before, ct_drives, ct_cuts, ct_more = ([next(cts) for w in each if w] for each in wanted)
             ct_values = [a + b.astype(a.dtype) for a, b in zip(ct_values, ct_more, strict=True)]
@@ -219,7 +229,7 @@ class BackwardLoop:
         """
         parts, kernel, reverse = self.loop.parts, self.loop.kernel, self.loop.reverse
         if kernel is not None:
-            return kernel.rematerialized(self.hoisted, first, self._with_biases(known), reverse)
+            return kernel.rematerialized(self.hoisted, first, known, reverse)
 
         def fill(some: Leaves, others: Leaves) -> Leaves:
             return [other if leaf is None else leaf for leaf, other in zip(some, others, strict=True)]
@@ -235,10 +245,6 @@ class BackwardLoop:
 
         hidden = lax.scan(step, missing(first), (known, jnp.arange(length)), reverse=reverse)[1]
         return fill(known.before, hidden)
-
-    def _with_biases(self, steps: KnownSteps) -> KnownSteps:
-        """The known steps as a kernel reads them, with the biases in the drives."""
-        return steps._replace(drives=self.loop.parts.add_biases(self.hoisted, steps.drives))
 
 
 def _states_before(loop: Loop, first: Leaves, states: Leaves) -> Leaves:
@@ -259,7 +265,7 @@ def _states_before(loop: Loop, first: Leaves, states: Leaves) -> Leaves:
     ]
 
 
-def _pullback(f: Callable[..., Any], args: PyTree, wanted: PyTree) -> tuple[Any, Any, Callable[[Any], list[Any]]]:
+def pullback(f: Callable[..., Any], args: PyTree, wanted: PyTree) -> tuple[Any, Any, Callable[[Any], list[Any]]]:
     """Both results of f(*args) = (out, other), and the map from cotangents of `out` to those of the wanted leaves."""
 
     def f_wanted(values: list[Any]) -> Any:

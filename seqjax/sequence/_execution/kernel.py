@@ -1,30 +1,25 @@
-"""Which loops the compiled kernel runs: those whose rest has the kernel's formulas, whoever wrote the cell.
+"""The compiled loops of one cell: arrays of the cell in, arrays of the cell out.
 
-`seqjax.sequence._partition.units` reads the formulas from the program of the step. So the names, the order of the
-gates, the order of the state and the layout of the weights do not matter, and a kernel cannot run a cell with other
-mathematics.
+`seqjax.sequence._execution.formulas` finds out which part of the cell is what the compiled loops mean by it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import Literal
 from jaxtyping import Array
 
-from seqjax import kernels
+from seqjax.kernels import calls
 from seqjax.sequence._execution.chunks import Leaves
-from seqjax.sequence._partition.units import Formula, NotUnitwise, Symbol, Terms, Units, constant
 
 if TYPE_CHECKING:
     from seqjax.sequence._execution.backward import KnownSteps
-    from seqjax.sequence._partition.parts import Hoisted, Parts
+    from seqjax.sequence._partition.parts import Hoisted
 else:
-    Hoisted = KnownSteps = Parts = Any
+    Hoisted = KnownSteps = Any
 
 
 class Roles(NamedTuple):
@@ -44,77 +39,6 @@ class Roles(NamedTuple):
     initial: tuple[int, ...]
 
 
-class Step(NamedTuple):
-    """The formulas of one step.
-
-    Attributes:
-        operand: the state that the product reads.
-        new_state: the new state.
-        output: h where a step is valid, and zero elsewhere.
-    """
-
-    operand: Formula
-    new_state: list[Formula]
-    output: Formula | None
-
-
-def _lstm(terms: Terms, state: list[Formula], after: Callable[[int, Formula], Formula]) -> list[Formula]:
-    """The new h and c, with the gates in the order i, f, g, o."""
-    i, f, g, o = (terms.add(terms.symbol("drive", k), terms.symbol("cut", k)) for k in range(4))
-    forget = terms.multiply(_sigmoid(terms, f), state[1])
-    c = terms.add(forget, terms.multiply(_sigmoid(terms, i), _tanh(terms, g)))
-    return [terms.multiply(_sigmoid(terms, o), _tanh(terms, after(1, c))), c]
-
-
-def _gru(terms: Terms, state: list[Formula], after: Callable[[int, Formula], Formula]) -> list[Formula]:
-    """The new h, with the gates in the order r, z, n, and r applied after the product."""
-    d, u = ([terms.symbol(kind, k) for k in range(3)] for kind in ("drive", "cut"))
-    r, z = (_sigmoid(terms, terms.add(d[k], u[k])) for k in range(2))
-    n = _tanh(terms, terms.add(d[2], terms.multiply(r, u[2])))
-    one_minus_z = terms.add(constant(1.0), terms.multiply(constant(-1.0), z))
-    return [terms.add(terms.multiply(one_minus_z, n), terms.multiply(z, state[0]))]
-
-
-def _vanilla(terms: Terms, state: list[Formula], after: Callable[[int, Formula], Formula]) -> list[Formula]:
-    """The new h."""
-    return [_tanh(terms, terms.add(terms.symbol("drive", 0), terms.symbol("cut", 0)))]
-
-
-def _sigmoid(terms: Terms, a: Formula) -> Formula:
-    return terms.function(("logistic", ""), a)
-
-
-def _tanh(terms: Terms, a: Formula) -> Formula:
-    return terms.function(("tanh", ""), a)
-
-
-def _select(terms: Terms, condition: Formula, yes: Formula, no: Formula) -> Formula:
-    return terms.function(SELECT, condition, no, yes)
-
-
-def _step(terms: Terms, cell: Callable[..., list[Formula]], roles: Roles, zero: int | None) -> Step:
-    """The formulas of a step of a kernel with its mask and reset, for a hoisted value that is zero."""
-    state = [terms.symbol("state", k) for k in range(len(roles.states))]
-    if roles.reset is not None:
-        anew = terms.symbol("reset")
-        state = [
-            _select(terms, anew, terms.symbol("parameter", j), s) for j, s in zip(roles.initial, state, strict=True)
-        ]
-    if roles.valid is None:
-        return Step(state[0], cell(terms, state, lambda k, _: terms.symbol("after", k)), None)
-    valid = terms.symbol("valid")
-    new = cell(terms, state, lambda _, formula: formula)
-    held = [_select(terms, valid, a, b) for a, b in zip(new, state, strict=True)]
-    return Step(
-        state[0], held, None if zero is None else _select(terms, valid, new[0], terms.symbol("parameter", zero))
-    )
-
-
-# The numbers of gates and of leaves of the state, and the formulas of the new state.
-FORMULAS = {"lstm": (4, 2, _lstm), "gru": (3, 1, _gru), "vanilla": (1, 1, _vanilla)}
-SELECT = ("select_n", "[]")  # the primitive and its options
-
-
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """The compiled loops of one cell, and the order in which they read the cell's arrays.
@@ -124,6 +48,9 @@ class Kernel:
         size: n, the number of units.
         roles: which leaf, block or value is what the kernel means by it.
         drives: for each gate of the kernel, the index of the drive and the block in it.
+        biases: for each drive, the index of the hoisted value that is added to it; None if there is none.
+        lookup: if the drives of all gates are one row of a table, the drive, and the index of the table among the
+            hoisted values; None if they are not.
         outputs: for each output of a step, the leaf of the new state that it is, and whether it is zero where the step
             is masked.
     """
@@ -132,6 +59,8 @@ class Kernel:
     size: int
     roles: Roles
     drives: tuple[tuple[int, int], ...]
+    biases: tuple[int | None, ...]
+    lookup: tuple[Any, int] | None
     outputs: tuple[tuple[int, bool], ...]
 
     @property
@@ -145,12 +74,32 @@ class Kernel:
         return all(leaf == self.roles.states[0] for leaf, _ in self.outputs)
 
     def forward(self, hoisted: Hoisted, state: Leaves, drives: Leaves, reverse: bool) -> tuple[Leaves, Leaves]:
-        """The state after each step of a chunk, and the outputs of each step, leaves (time, batch, n)."""
-        W, b = self._weights(hoisted)
-        h_c = [state[k] for k in self.roles.states]
-        flags = self._flags(hoisted, drives)
-        states = self._leaves(kernels.run_forward(self.name, W, b, h_c, self._drives(drives), flags, reverse))
-        return states, [self._where_valid(flags, states[leaf], masked) for leaf, masked in self.outputs]
+        """The state after each step of a chunk, and the outputs of each step, leaves (time, batch, n).
+
+        Args:
+            hoisted: from `Parts.hoist`.
+            state: the state before the chunk.
+            drives: without their biases.
+            reverse: whether the loop runs from right to left.
+        """
+        loop = self._loop(hoisted, drives, reverse)
+        states = self._leaves(calls.run_forward(loop, self._h_c(state), self._drives(drives)))
+        return states, self._outputs(loop, states)
+
+    def forward_saving_gates(
+        self, hoisted: Hoisted, state: Leaves, drives: Leaves, tokens: Array | None, reverse: bool
+    ) -> tuple[Leaves, Leaves, calls.SavedSteps]:
+        """Like `forward`, for whole sequences, leaves (batch, time, n), with what `backward_from_gates` reads.
+
+        Args:
+            hoisted, state, drives, reverse: as for `forward`.
+            tokens: with a `lookup`, the number of its row, (batch, time); otherwise None.
+        """
+        loop = self._loop(hoisted, drives, reverse)
+        read = self._rows(hoisted, tokens) or self._drives(drives)
+        states, saved = calls.run_forward_saving_gates(loop, self._h_c(state), read)
+        states = self._leaves(states)
+        return states, self._outputs(loop, states), saved
 
     def rematerialized(self, hoisted: Hoisted, first: Leaves, steps: KnownSteps, reverse: bool) -> Leaves:
         """The states before each step of a chunk of an LSTM, leaves (time, batch, n).
@@ -162,9 +111,9 @@ class Kernel:
             reverse: whether the loop runs from right to left.
         """
         h, c = self.roles.states
-        drives, cut = self._drives(steps.drives), self._reorder(steps.results[0])
-        flags = self._flags(hoisted, steps.drives)
-        return self._leaves([steps.before[h], kernels.run_replay(drives, cut, first[c], flags, reverse)])
+        loop = self._loop(hoisted, steps.drives, reverse)
+        c_before = calls.run_replay(loop, self._drives(steps.drives), self._reorder(steps.results[0]), first[c])
+        return self._leaves([steps.before[h], c_before])
 
     def backward(
         self, hoisted: Hoisted, steps: KnownSteps, ct_state: Leaves, ct_outputs: Leaves, reverse: bool
@@ -178,31 +127,109 @@ class Kernel:
             ct_outputs: the cotangents of the outputs of each step, all of which are h.
             reverse: whether the loop runs from right to left.
         """
-        W, _ = self._weights(hoisted)
-        flags = self._flags(hoisted, steps.drives)
-        states = self.roles.states
-        drives, cut, before = self._drives(steps.drives), self._reorder(steps.results[0]), steps.before
-        known = (drives, cut, [before[k] for k in states])
-        cts = [self._where_valid(flags, ct, masked) for ct, (_, masked) in zip(ct_outputs, self.outputs, strict=True)]
-        ct_h: Any = sum(cts[1:], cts[0]) if cts else jnp.zeros_like(before[states[0]])
-        ct_after = [ct_state[k] for k in states]
-        ct_before, ct_initial, ct_gates, ct_cut = kernels.run_backward(
-            self.name, W, known, ct_after, ct_h, flags, reverse
+        loop, before = self._loop(hoisted, steps.drives, reverse), self._h_c(steps.before)
+        known = (self._drives(steps.drives), self._reorder(steps.results[0]), before)
+        ct_h = self._ct_h(loop, ct_outputs, before[0])
+        cts, ct_cut = calls.run_backward(loop, known, self._h_c(ct_state), ct_h)
+        return *self._cotangents(hoisted, steps.drives, cts), [self._in_order_of_cut(ct_cut)]
+
+    def backward_from_gates(
+        self,
+        hoisted: Hoisted,
+        drives: tuple[Leaves, Array | None],
+        steps: tuple[calls.SavedSteps, Leaves, Leaves],
+        ct_state: Leaves,
+        ct_outputs: Leaves,
+        reverse: bool,
+        of_weights: bool,
+    ) -> tuple[Leaves, Leaves, Leaves, tuple[Array, Array]]:
+        """Like `backward`, for whole sequences, leaves (batch, time, n).
+
+        Args:
+            hoisted, ct_state, ct_outputs, reverse: as for `backward`.
+            drives: `drives`, of which only the mask and the resets are read, and `tokens` of `forward_saving_gates`.
+            steps: what `forward_saving_gates` saved, the state before the first step, and the states after each step.
+            of_weights: whether the cotangents of the weights are wanted.
+
+        Returns:
+            The cotangents of the first state, of the hoisted values, of the drives, and of the weights and the bias of
+            the cut; the latter two are empty if they are not wanted.
+        """
+        saved, first, states = steps
+        loop, rows = self._loop(hoisted, drives[0], reverse), self._rows(hoisted, drives[1])
+        of_loop = (saved, self._h_c(first), self._h_c(states))
+        ct_h = self._ct_h(loop, ct_outputs, of_loop[2][0])
+        cts, (ct_W, ct_b, ct_table) = calls.run_backward_from_gates(
+            loop, of_loop, self._h_c(ct_state), ct_h, of_weights, rows
         )
+        ct_before, ct_values, ct_drives = self._cotangents(hoisted, drives[0], cts)
+        if self.lookup is not None:
+            ct_values[self.lookup[1]] += self._in_order_of_cut(ct_table[:-1])
+        if of_weights:
+            ct_W, ct_b = self._in_order_of_cut(ct_W, axis=0), self._in_order_of_cut(ct_b)
+        return ct_before, ct_values, ct_drives, (ct_W, ct_b)
+
+    def _loop(self, hoisted: Hoisted, drives: Leaves, reverse: bool) -> calls.Loop:
+        """What the loop reads of the parameters, the mask and the resets."""
+        ((W, b),) = hoisted.weights
+        valid, reset = (None if k is None else drives[k] for k in (self.roles.valid, self.roles.reset))
+        return calls.Loop(
+            self.name,
+            self._reorder(W, axis=0),
+            None if b is None else self._reorder(b),
+            self._drive_bias(hoisted),
+            valid,
+            reset,
+            tuple(hoisted.values[j] for j in self.roles.initial),
+            reverse,
+        )
+
+    def _drive_bias(self, hoisted: Hoisted) -> Array | None:
+        """What is added to the drives of all gates, (gates * n,)."""
+        of_drives = [None if j is None else hoisted.values[j] for j in self.biases]
+        added = [of_drives[i] for i, _ in self.drives]
+        if all(value is None for value in added):
+            return None
+        starts = [k * self.size for _, k in self.drives]
+        blocks = [b if b is None else b[at : at + self.size] for b, at in zip(added, starts, strict=True)]
+        zero = jnp.zeros(self.size, jnp.float32)
+        return jnp.concatenate([zero if block is None else block for block in blocks])
+
+    def _rows(self, hoisted: Hoisted, tokens: Array | None) -> calls.Rows | None:
+        """The table, with one more row of NaN for each token that it does not have."""
+        if self.lookup is None or tokens is None:
+            return None
+        table = hoisted.values[self.lookup[1]]
+        size = table.shape[0]
+        is_known = (tokens >= 0) & (tokens < size)
+        table = jnp.concatenate([self._reorder(table), jnp.full((1, table.shape[1]), jnp.nan, table.dtype)])
+        return calls.Rows(table, jnp.where(is_known, tokens, size).astype(jnp.int32))
+
+    def _outputs(self, loop: calls.Loop, states: Leaves) -> Leaves:
+        return [self._where_valid(loop, states[leaf], masked) for leaf, masked in self.outputs]
+
+    def _ct_h(self, loop: calls.Loop, ct_outputs: Leaves, like: Array) -> Array:
+        """The cotangents of h after each step, without those from later steps."""
+        cts = [self._where_valid(loop, ct, masked) for ct, (_, masked) in zip(ct_outputs, self.outputs, strict=True)]
+        return sum(cts[1:], cts[0]) if cts else jnp.zeros_like(like)
+
+    def _where_valid(self, loop: calls.Loop, array: Array, masked: bool) -> Array:
+        return jnp.where(loop.valid[..., None], array, 0) if masked and loop.valid is not None else array
+
+    def _cotangents(self, hoisted: Hoisted, drives: Leaves, cts: calls.Cotangents) -> tuple[Leaves, Leaves, Leaves]:
+        """The cotangents of the state before, of the hoisted values and of the drives from those of the kernel."""
         ct_hoisted = [jnp.zeros_like(value) for value in hoisted.values]
-        for j, ct in zip(self.roles.initial, ct_initial, strict=True) if self.roles.initial else ():
+        for j, ct in zip(self.roles.initial, cts.initial, strict=True) if self.roles.initial else ():
             ct_hoisted[j] += ct.sum(axis=0)
-        inverse = [self.roles.blocks.index(k) for k in range(self.gates)]
-        ct_drives = self._ct_drives(steps.drives, ct_gates)
-        return self._leaves(ct_before), ct_hoisted, ct_drives, [self._reorder(ct_cut, inverse)]
+        return self._leaves(cts.before), ct_hoisted, self._ct_drives(drives, cts.drives)
 
-    def _flags(self, hoisted: Hoisted, drives: Leaves) -> kernels.Flags:
-        roles = self.roles
-        valid, reset = (None if k is None else drives[k] for k in (roles.valid, roles.reset))
-        return kernels.Flags(valid, reset, [hoisted.values[j] for j in roles.initial])
+    def _in_order_of_cut(self, array: Array, axis: int = -1) -> Array:
+        """The blocks of the gates in the order that they have in the cut."""
+        return self._reorder(array, [self.roles.blocks.index(k) for k in range(self.gates)], axis)
 
-    def _where_valid(self, flags: kernels.Flags, array: Array, masked: bool) -> Array:
-        return jnp.where(flags.valid[..., None], array, 0) if masked and flags.valid is not None else array
+    def _h_c(self, leaves: Leaves) -> Leaves:
+        """From the leaves of the cell's state to h, and c if there is one."""
+        return [leaves[k] for k in self.roles.states]
 
     def _ct_drives(self, drives: Leaves, ct_gates: Array) -> Leaves:
         """The cotangents of the cell's drives from those of the kernel's gates, (time, batch, gates * n)."""
@@ -226,10 +253,6 @@ class Kernel:
         """From (h, c) to the leaves of the cell's state in their order."""
         return [value for _, value in sorted(zip(self.roles.states, states, strict=True), key=lambda pair: pair[0])]
 
-    def _weights(self, hoisted: Hoisted) -> tuple[Array, Array | None]:
-        ((W, b),) = hoisted.weights
-        return self._reorder(W, axis=0), None if b is None else self._reorder(b)
-
     def _drives(self, drives: Leaves) -> Array:
         """The drives of all gates, (time, batch, gates * n)."""
         # A drive that has the order of the kernel already is not copied.
@@ -247,117 +270,3 @@ class Kernel:
             return array
         blocks = jnp.split(array, self.gates, axis=axis)
         return jnp.concatenate([blocks[k] for k in order], axis=axis)
-
-
-def kernel_for(parts: Parts) -> Kernel | None:
-    """The kernel that runs a loop; None if none supports it, or if the kernel is not available."""
-    return kernel_supports(parts) if kernels.available() else None
-
-
-def kernel_supports(parts: Parts) -> Kernel | None:
-    """The kernel whose formulas are those of a loop, if its arrays are float32."""
-    if len(parts.cuts) != 1:
-        return None
-    (cut,) = parts.cuts
-    flags = [k for k, v in enumerate(parts.drives) if v.aval.dtype == bool and v.aval.ndim == 0]
-    drives = [v for k, v in enumerate(parts.drives) if k not in flags]
-    values = [v for v, read in zip(parts.hoisted, parts.read_in_loop, strict=True) if read]
-    arrays = [*parts.state, *drives, *values, cut.weights, cut.out]
-    if len(flags) > 2 or any(v.aval.dtype != jnp.float32 for v in arrays) or cut.weights.aval.ndim != 2:
-        return None
-    try:
-        units = Units(parts, Terms())
-    except NotUnitwise:
-        return None
-    n, gates = units.size, cut.out.aval.size // units.size
-    blocks = _drives_by_block(units)
-    if cut.weights.aval.shape != (gates * n, n) or len(units.operands[0]) != 1 or set(blocks) != set(range(gates)):
-        return None
-    reset, initial = _reset(units, flags)
-    valid = next((k for k in flags if k != reset), None)
-    # At most 2 * 4! comparisons of short formulas.
-    for name, (count, leaves, formulas) in FORMULAS.items():
-        if (count, leaves) != (gates, len(parts.state)) or (reset is not None and len(initial) != leaves):
-            continue
-        for states, order in itertools.product(*(itertools.permutations(range(size)) for size in (leaves, gates))):
-            roles = Roles(states, order, valid, reset, tuple(initial[k] for k in states) if initial else ())
-            outputs = _matched_outputs(parts, formulas, roles, blocks)
-            if outputs is not None:
-                return Kernel(name, n, roles, tuple(blocks[block] for block in order), outputs)
-    return None
-
-
-def _reset(units: Units, flags: list[int]) -> tuple[int | None, dict[int, int]]:
-    """The drive that is a reset, and for each leaf of the state the hoisted value that it sets; None without one.
-
-    A leaf s is reset if the step reads select(flag, value, s).
-    """
-    found, initial = None, {}
-    for eqn, args in filter(None, units.terms.calls):
-        if eqn is not None and eqn.primitive.name == "select_n":
-            match [_symbol(units.terms, arg) for arg in args]:
-                case [("drive", k), ("state", leaf), ("parameter", j, 0)] if k in flags:
-                    found, initial[leaf] = k, j
-    return found, initial
-
-
-def _symbol(terms: Terms, formula: Formula) -> Symbol | None:
-    """The name of a formula that is one symbol."""
-    match formula:
-        case (((term,), 1.0),):
-            return terms.names[term]
-    return None
-
-
-def _matched_outputs(
-    parts: Parts,
-    cell: Callable[..., list[Formula]],
-    roles: Roles,
-    drives: dict[int, tuple[int, int]],
-) -> tuple[tuple[int, bool], ...] | None:
-    """`Kernel.outputs` if a loop has the formulas of a kernel with these roles; None if it has others."""
-    names: dict[Symbol, Symbol] = {
-        (kind, leaf): (kind, k) for k, leaf in enumerate(roles.states) for kind in ("state", "after")
-    }
-    for gate, block in enumerate(roles.blocks):
-        names[("cut", 0, block)] = ("cut", gate)
-        names[("drive", *drives[block])] = ("drive", gate)
-    names |= {("drive", k): (name,) for name, k in (("valid", roles.valid), ("reset", roles.reset)) if k is not None}
-    zeros = _zeros(parts)
-    zero = next((j for j, v in enumerate(parts.hoisted) if v in zeros and parts.read_in_loop[j]), None)
-    names |= {("parameter", j, 0): ("parameter", j) for j in {*roles.initial, *([] if zero is None else [zero])}}
-    # The kernel's formulas come first, because the numbers of the terms, and so their order, must be the same in both.
-    terms = Terms()
-    step = _step(terms, cell, roles, zero)
-    units = Units(parts, terms, lambda name: names.get(name, ("other", *name)))
-    if [units.new_state[k] for k in roles.states] != step.new_state or units.operands[0] != [step.operand]:
-        return None
-    outputs = []
-    for v, formula in zip(parts.outputs, units.outputs, strict=True):
-        if v in parts.new_state:
-            outputs.append((parts.new_state.index(v), False))
-        elif step.output is not None and formula == [step.output]:
-            outputs.append((roles.states[0], True))
-        else:
-            return None
-    return tuple(outputs)
-
-
-def _zeros(parts: Parts) -> set[Any]:
-    """The hoisted vectors that are zero whatever the parameters are."""
-    filled = [e for e in parts.once if e.primitive.name == "broadcast_in_dim" and isinstance(e.invars[0], Literal)]
-    return {e.outvars[0] for e in filled if e.invars[0].val == 0}
-
-
-def _drives_by_block(units: Units) -> dict[int, tuple[int, int]]:
-    """For each block of the cut, the drive that it is added to: its index and its block."""
-    terms = units.terms
-    found: dict[int, tuple[int, int]] = {}
-    for formula in [*terms.formulas, *units.new_state]:
-        names: list[Symbol] = [terms.names[term] or () for monomial, _ in formula for term in monomial]
-        cuts = [name for name in names if name[:1] == ("cut",)]
-        summands: list[Symbol] = [terms.names[m[0]] or () for m, factor in formula if len(m) == 1 and factor == 1.0]
-        drives = [name for name in summands if name[:1] == ("drive",) and len(name) == 3]
-        if len(cuts) == len(drives) == 1:
-            found[cuts[0][2]] = (drives[0][1], drives[0][2])
-    return found

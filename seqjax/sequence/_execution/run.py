@@ -20,16 +20,21 @@ from jaxtyping import Array, PyTree
 from seqjax.cell import Params, State
 from seqjax.sequence._execution.backward import backward, pick, put
 from seqjax.sequence._execution.chunks import Leaves
-from seqjax.sequence._execution.forward import Arguments, Loop, Result, Saved, forward
-from seqjax.sequence._execution.kernel import kernel_for
+from seqjax.sequence._execution.formulas import kernel_for
+from seqjax.sequence._execution.forward import Arguments, Loop, Result, forward
+from seqjax.sequence._execution.saved_gates import backward_from_gates, forward_saving_gates
 from seqjax.sequence._linear_map import Direction, linear_map
 from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
+    from seqjax.sequence._execution.kernel import Kernel
     from seqjax.sequence._partition.parts import Parts
     from seqjax.sequence._partition.plan import Plan
 else:
-    Parts = Plan = Any
+    Kernel = Parts = Plan = Any
+
+
+MOST_SAVED = 2**28  # bytes of saved products of one loop; larger ones are computed again
 
 
 def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: PyTree) -> tuple[State, PyTree]:
@@ -53,7 +58,7 @@ def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: Py
     for stage, parts in zip(plan.stages, plan.parts, strict=True):
         xs = [known[v] for v in stage.inputs]
         arguments = Arguments([*parts.consts, *leaves], [first[i] for i in stage.leaves], xs)
-        new_state, outputs = _run_loop(parts, arguments, reverse, plan.use_kernel)
+        new_state, outputs = _run_loop(plan, parts, arguments, reverse)
         final.update(zip(stage.leaves, new_state, strict=True))
         if stage.leaves:  # the outputs of the last stage are not variables that a stage reads
             known.update(zip(stage.outputs, outputs, strict=True))
@@ -61,12 +66,16 @@ def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: Py
     return jax.tree.unflatten(plan.new_state, new_leaves), jax.tree.unflatten(plan.outputs, outputs)
 
 
-def _run_loop(parts: Parts, arguments: Arguments, reverse: bool, use_kernel: bool) -> Result:
+def _run_loop(plan: Plan, parts: Parts, arguments: Arguments, reverse: bool) -> Result:
     if not arguments.state:
         return Result([], _run_at_once(parts, arguments))
     if not parts.saves_work or not any(map(inexact, arguments.state)):
         return _run_plainly(parts, reverse, arguments)
-    return _run_in_parts(Loop(parts, kernel_for(parts) if use_kernel else None, reverse), arguments)
+    kernel = kernel_for(parts) if plan.use_kernel else None
+    batch, time = arguments.xs[0].shape[:2]
+    saved = sum(c.out.aval.size * c.out.aval.dtype.itemsize for c in parts.cuts) * batch * time
+    loop = Loop(parts, kernel, reverse, plan.saves_products and saved <= MOST_SAVED)
+    return _run_in_parts(loop, arguments)
 
 
 def _run_at_once(parts: Parts, arguments: Arguments) -> Leaves:
@@ -98,8 +107,10 @@ def _run_in_parts(loop: Loop, arguments: Arguments) -> Result:
 
     # Not `jax.custom_vjp`, which would exclude `jax.jvp` and second derivatives.
     @jax.custom_jvp
-    def run(*leaves: Any) -> tuple[Result, Saved]:
-        return forward(loop, Arguments.divided(leaves, *sizes))
+    def run(*leaves: Any) -> tuple[Result, Any]:
+        arguments = Arguments.divided(leaves, *sizes)
+        kernel = _kernel_saving_gates(loop)
+        return forward(loop, arguments) if kernel is None else forward_saving_gates(kernel, loop, arguments)
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         out, saved = run(*primals)
@@ -135,7 +146,7 @@ class _Derivative:
         sizes: the numbers of parameters and of leaves of the state.
         wanted: for each leaf of the arguments, whether its derivative is wanted.
         is_inexact: for each leaf of the result, whether it has a derivative.
-        saved_tree: the tree structure of `Saved`.
+        saved_tree: the tree structure of what the forward pass saved.
     """
 
     loop: Loop
@@ -155,7 +166,9 @@ class _Derivative:
         arguments = Arguments.divided(residuals[:n], *self.sizes)
         saved = jax.tree.unflatten(self.saved_tree, residuals[n:])
         n_state = sum(self.is_inexact.new_state)
-        return backward(self.loop, arguments, saved, Result(cts[:n_state], cts[n_state:]), self.wanted)
+        rest = arguments, saved, Result(cts[:n_state], cts[n_state:]), self.wanted
+        kernel = _kernel_saving_gates(self.loop)
+        return backward(self.loop, *rest) if kernel is None else backward_from_gates(kernel, self.loop, *rest)
 
     def pull_plainly(self, residuals: Leaves, cts: Leaves) -> Leaves:
         """The cotangents of the wanted leaves, by a program that JAX can differentiate again."""
@@ -171,6 +184,11 @@ class _Derivative:
             return pick(_run_plainly(self.loop.parts, self.loop.reverse, arguments), self.is_inexact)
 
         return function, pick(leaves, self.wanted)
+
+
+def _kernel_saving_gates(loop: Loop) -> Kernel | None:
+    """The kernel, if it runs the whole loop in one call and saves the gates."""
+    return loop.kernel if loop.saves_products and loop.kernel is not None and loop.kernel.runs_backward else None
 
 
 def _zero_tangent(leaf: Array) -> Any:

@@ -46,6 +46,7 @@ from seqjax.sequence._partition.program import (
     variables,
 )
 from seqjax.sequence._partition.sigmoids import rules_for_slices, with_merged_sigmoids
+from seqjax.sequence._partition.tables import is_lookup, with_tables
 
 
 class Hoisted(NamedTuple):
@@ -96,21 +97,27 @@ class Parts:
         read_in_loop: for each of `hoisted`, whether the loop reads it beside the cuts.
         drives: the variables that depend on the input but not on the state, and that the rest reads.
         biases: u and b of the drives that are u + b, with u from the input and b from the parameters.
+        lookups: the drives that are rows of a table, with the variables of the table and of the number of the row. A
+            number outside the table stands for a row of NaN.
         is_saved: for each leaf of the state, whether the forward pass saves it for the backward pass, because the
             operand of a cut depends on it. The backward pass rematerializes the other leaves without products.
     """
 
-    def __init__(self, program: ClosedJaxpr, n_params: int, n_state: int, merge_sigmoids: bool = True) -> None:
+    def __init__(
+        self, program: ClosedJaxpr, n_params: int, n_state: int, merge_sigmoids: bool = True, steps: int = 0
+    ) -> None:
         """Finds the parts.
 
         Args:
             program: the inlined program of the loop.
             n_params, n_state: the numbers of leaves of its parameters and of its state.
             merge_sigmoids: whether sigmoids are merged, which is faster if the program runs over a batch.
+            steps: batch times time; 0 if it is unknown.
         """
         program = normalized(program, n_params, n_state)
         if merge_sigmoids:
             program = with_merged_sigmoids(program, n_params, n_state)
+        program = with_tables(program, n_params, n_state, steps)
         jaxpr, self.consts = program.jaxpr, program.consts
         self.params: list[Any] = [*jaxpr.constvars, *jaxpr.invars[:n_params]]
         self.state: list[Any] = list(jaxpr.invars[n_params : n_params + n_state])
@@ -123,6 +130,7 @@ class Parts:
         self.cuts = self._find_cuts(from_state, from_x)
         self._find_values(jaxpr.outvars)
         self.biases = self._find_biases(from_x)
+        self.lookups = {e.outvars[0]: e.invars for e in self.drive if e.outvars[0] in self.drives and is_lookup(e)}
         self._sigmoid_rules = rules_for_slices(self.rest)
         self._eqns_before_cuts, _ = needed(self.rest, [c.out for c in self.cuts])
         # The walk from the operands of the cuts back to the state stops at other cuts, because the backward pass knows
@@ -239,6 +247,12 @@ class Parts:
         env = dict(zip([*self.hoisted, *self.x], [*hoisted.values, *x], strict=True))
         read = evaluate(self.drive, env)
         return [read(self.biases[v][0] if v in self.biases else v) for v in self.drives]
+
+    def row_number(self, hoisted: Hoisted, x: Sequence[Any], drive: Var) -> Array:
+        """The number of the row, an integer, that one of `lookups` reads at one step."""
+        env = dict(zip([*self.hoisted, *self.x], [*hoisted.values, *x], strict=True))
+        index = self.lookups[drive][1]
+        return evaluate(needed(self.drive, [index])[0], env)(index)[0]
 
     def add_biases(self, hoisted: Hoisted, drives: Sequence[Any]) -> list[Any]:
         """The drives from `drives_without_biases`, with any number of leading axes."""

@@ -25,6 +25,7 @@ class Plan:
         parts: the parts of each loop.
         new_state, outputs: the tree structures of the new state and of what a step emits.
         use_kernel: whether the compiled kernel may run a loop that it supports.
+        saves_products: whether the backward pass finds the recurrent products saved.
     """
 
     x: list[Any]
@@ -33,6 +34,7 @@ class Plan:
     new_state: Any
     outputs: Any
     use_kernel: bool
+    saves_products: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,14 @@ class NoPlan:
     reason: str
 
 
-def plan_of(traced: Traced, use_kernel: bool) -> Plan | NoPlan:
+def plan_of(traced: Traced, use_kernel: bool, saves_products: bool = False, steps: int = 0) -> Plan | NoPlan:
     """Divides the program of a step into loops and parts. A step that cannot be divided runs as a plain scan.
 
     Args:
         traced: the masked step.
         use_kernel: whether the compiled kernel may run a loop that it supports.
+        saves_products: whether the forward pass saves the recurrent products for the backward pass.
+        steps: batch times time; 0 if it is unknown.
     """
     # Parts run for a whole chunk, or not at all if nothing reads them. A side effect must run once per step.
     effects = traced.program.effects
@@ -58,8 +62,8 @@ def plan_of(traced: Traced, use_kernel: bool) -> Plan | NoPlan:
     try:
         program = inline(traced.program)
         loops = stages(program, traced.n_params, traced.n_state)
-        parts = [Parts(loop.program, traced.n_params, len(loop.leaves)) for loop in loops]
+        parts = [Parts(loop.program, traced.n_params, len(loop.leaves), steps=steps) for loop in loops]
     except Exception as error:  # noqa: BLE001 - jaxprs differ between releases of JAX, and a plain scan always works
         return NoPlan(f"the partition failed: {type(error).__name__}: {error}")
     x = list(program.jaxpr.invars[traced.n_params + traced.n_state :])
-    return Plan(x, loops, parts, *traced.trees, use_kernel)
+    return Plan(x, loops, parts, *traced.trees, use_kernel, saves_products)

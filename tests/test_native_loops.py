@@ -156,7 +156,7 @@ def test_masks_and_resets_are_those_of_xla(kind, n, batch, time, options, monkey
 
 def assert_same_by_all(patch, function, *arguments):
     """The kernel in chunks and the kernel with saved gates compute what XLA's loops compute."""
-    with_gates = partial(function, save="products")
+    with_gates = partial(function, save="gates")
     in_chunks, saved, expected = by_each(patch, [(function, True), (with_gates, True), (function, False)], *arguments)
     assert_near(in_chunks, expected)
     assert_near(saved, expected)
@@ -184,7 +184,7 @@ def test_embedded_tokens_are_rows_of_a_table_without_a_product(kind, n, batch, t
     assert f"tensor<{batch * time}x3xf32>" not in jax.jit(function).lower(params, tokens).as_text()
     row, t = np.argwhere(mask)[3]
     for wrong in (6, -1):
-        (_, (_, outputs)), _ = jax.jit(partial(function, save="products"))(params, tokens.at[row, t].set(wrong))
+        (_, (_, outputs)), _ = jax.jit(partial(function, save="gates"))(params, tokens.at[row, t].set(wrong))
         assert np.isnan(outputs[row, t]).all()
         assert np.isfinite(np.delete(outputs, row, axis=0)).all()
 

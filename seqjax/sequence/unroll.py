@@ -40,7 +40,7 @@ def unroll(
     reverse: bool = False,
     key: Array | None = None,
     checkpoint_every: int | None = None,
-    save: Literal["states", "products"] = "states",
+    save: Literal["states", "gates"] = "states",
     kernel: bool = True,
 ) -> tuple[State, Output]:
     """Runs a cell over a batch of sequences: s_t, o_t = step(theta, s_{t-1}, x_t).
@@ -58,9 +58,9 @@ def unroll(
         checkpoint_every: saves the state only before every so many steps, and runs these steps again in the backward
             pass. With about sqrt(time) steps, a gradient needs the memory of 2 sqrt(time) states and a third more time.
             Values and gradients do not change. By default every state is saved.
-        save: what a gradient finds saved of every step: "states", from which it computes the recurrent products again,
-            or also "products", which takes up to a third less time and for each unit of each step as many more numbers
-            as the cell has gates (up to 256 MB for one layer; beyond that "states").
+        save: what the compiled kernel saves of every step for a gradient: "states", from which it computes the gates
+            again, or also "gates", which takes up to a third less time and the memory of the gates, up to 256 MB for
+            one layer; where the gates would need more, and in XLA's loops, "states" are saved.
         kernel: whether the compiled kernel may run the loops that it supports (`seqjax.kernels`); False always runs
             XLA's loops.
 
@@ -82,9 +82,9 @@ def unroll(
     """
     if checkpoint_every is not None:
         checkpoint_every = check_steps("checkpoint_every", checkpoint_every)
-    if save not in ("states", "products"):
-        raise ValueError(f'expected save to be "states" or "products", got {save!r}')
-    options = Options(bool(reverse), checkpoint_every, bool(kernel), save == "products")
+    if save not in ("states", "gates"):
+        raise ValueError(f'expected save to be "states" or "gates", got {save!r}')
+    options = Options(bool(reverse), checkpoint_every, bool(kernel), save == "gates")
     return _run(cell, params, state, Inputs(xs, mask, reset), key, options=options)
 
 
@@ -227,13 +227,13 @@ class Options:
         reverse: right to left.
         checkpoint_every: the steps between two states that a gradient keeps; None keeps what is fastest.
         kernel: whether the compiled kernel may run the loops that it supports.
-        saves_products: whether a gradient finds the recurrent products saved.
+        saves_gates: whether the kernel saves the gates of every step for a gradient.
     """
 
     reverse: bool = False
     checkpoint_every: int | None = None
     kernel: bool = True
-    saves_products: bool = False
+    saves_gates: bool = False
 
 
 def _run(
@@ -261,7 +261,7 @@ def _run_batch(
     inputs = inputs._replace(noise=draw_noise(cell, key, batch, time))
     traced = traced_step(cell, emit, params, state, inputs)
     if batch and time:
-        plan = plan_of(traced, options.kernel, options.saves_products, batch * time)
+        plan = plan_of(traced, options.kernel, options.saves_gates, batch * time)
     else:
         plan = NoPlan("there is no step")
     if isinstance(plan, Plan):

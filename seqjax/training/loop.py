@@ -216,7 +216,7 @@ def _update(
     def batch_loss(params: ModelParams) -> tuple[Array, State]:
         carried = detach(state.carried)  # for a gradient of the user's through several updates
         final, outputs = unroll(
-            model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn, save="products"
+            model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn, save="gates"
         )
         return loss(model.head, params.head, outputs, targets, mask), final
 

@@ -27,14 +27,14 @@ class Loop:
         parts: the parts of the loop.
         kernel: the compiled kernel that runs it; None if XLA does.
         reverse: whether it runs from right to left.
-        saves_products: whether the results of the cuts of every step are saved for the backward pass, in place of
-            computing them again.
+        saves_gates: whether the kernel runs the loop in one call and saves the gates of every step for the backward
+            pass, which otherwise computes them again (`seqjax.sequence._execution.saved_gates`).
     """
 
     parts: Parts
     kernel: Kernel | None
     reverse: bool
-    saves_products: bool = False
+    saves_gates: bool = False
 
 
 class Arguments(NamedTuple):
@@ -75,12 +75,10 @@ class Saved(NamedTuple):
     Attributes:
         states: the leaves of the state after each step for which `Parts.is_saved` is True, (batch, time, ...).
         first: the state before each chunk, leaves (chunks, batch, ...).
-        results: the results of the cuts, (batch, time, ...), if `Loop.saves_products`; otherwise none.
     """
 
     states: Leaves
     first: Leaves
-    results: Leaves
 
 
 def over_chunk(f: Callable[..., Any], shape: tuple[int, int], *axes: int | None) -> Callable[..., Any]:
@@ -111,8 +109,8 @@ def forward(loop: Loop, arguments: Arguments) -> tuple[Result, Saved]:
         return *run_chunk(loop, hoisted, products, state, inputs, length), state
 
     chunks = Chunks(time, chunk_length(batch, time), loop.reverse)
-    new_state, (states, outputs, results), first = chunks.scan(chunk, state)
-    return Result(new_state, outputs), Saved(states, first, results)
+    new_state, (states, outputs), first = chunks.scan(chunk, state)
+    return Result(new_state, outputs), Saved(states, first)
 
 
 def run_chunk(
@@ -122,7 +120,7 @@ def run_chunk(
     state: Leaves,
     inputs: Leaves,
     length: int,
-) -> tuple[Leaves, tuple[Leaves, Leaves, Leaves]]:
+) -> tuple[Leaves, tuple[Leaves, Leaves]]:
     """Runs one chunk.
 
     Args:
@@ -134,8 +132,8 @@ def run_chunk(
         length: the number of steps.
 
     Returns:
-        The state after the chunk; the saved leaves of the state after each step, the outputs of each step, and the
-        results of the cuts that are saved, (time, batch, ...).
+        The state after the chunk; the saved leaves of the state after each step, and the outputs of each step,
+        (time, batch, ...).
     """
     parts, kernel = loop.parts, loop.kernel
 
@@ -145,23 +143,14 @@ def run_chunk(
     if kernel is not None:
         # The kernel returns all states in one call, and the outputs are leaves of the state.
         states, outputs = kernel.forward(hoisted, state, inputs, loop.reverse)
-        return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs, [])
-
-    def rest(state: Leaves, drives: Leaves) -> tuple[Leaves, Leaves, Leaves]:
-        results: dict[int, Array] = {}
-
-        def product(i: int, v: Array) -> Array:
-            results[i] = products(i, v)
-            return results[i]
-
-        new_state, outputs = parts.run_rest(hoisted, state, drives, product)
-        return new_state, outputs, [results[i] for i in range(len(parts.cuts))] if loop.saves_products else []
+        return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs)
 
     def step(state: Leaves, at: tuple[Leaves, Array]) -> tuple[Leaves, Any]:
         inputs, _ = at
         drives = parts.add_biases(hoisted, inputs)
-        new_state, outputs, results = jax.vmap(rest)(state, drives)
-        return new_state, (saved(new_state), outputs, results)
+        rest = jax.vmap(lambda state, drives: parts.run_rest(hoisted, state, drives, products))
+        new_state, outputs = rest(state, drives)
+        return new_state, (saved(new_state), outputs)
 
     # `inputs` may be empty, and a scan needs an array to count its steps.
     return scan_distinct(step, state, (inputs, jnp.arange(length)), loop.reverse)

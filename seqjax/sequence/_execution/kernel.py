@@ -69,6 +69,11 @@ class Kernel:
         return len(self.roles.blocks)
 
     @property
+    def bytes_of_gates(self) -> int:
+        """The bytes of what `forward_saving_gates` saves of one step of one row, besides its state."""
+        return 4 * self.size * (self.gates + (self.name == "gru"))
+
+    @property
     def runs_backward(self) -> bool:
         """Whether the backward loop is compiled too. It reads cotangents of the outputs only if these are h."""
         return all(leaf == self.roles.states[0] for leaf, _ in self.outputs)

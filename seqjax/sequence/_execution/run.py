@@ -27,14 +27,13 @@ from seqjax.sequence._linear_map import Direction, linear_map
 from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
-    from seqjax.sequence._execution.kernel import Kernel
     from seqjax.sequence._partition.parts import Parts
     from seqjax.sequence._partition.plan import Plan
 else:
-    Kernel = Parts = Plan = Any
+    Parts = Plan = Any
 
 
-MOST_SAVED = 2**28  # bytes of saved products of one loop; larger ones are computed again
+MOST_SAVED = 2**28  # bytes of the saved gates of one loop
 
 
 def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: PyTree) -> tuple[State, PyTree]:
@@ -73,9 +72,8 @@ def _run_loop(plan: Plan, parts: Parts, arguments: Arguments, reverse: bool) -> 
         return _run_plainly(parts, reverse, arguments)
     kernel = kernel_for(parts) if plan.use_kernel else None
     batch, time = arguments.xs[0].shape[:2]
-    saved = sum(c.out.aval.size * c.out.aval.dtype.itemsize for c in parts.cuts) * batch * time
-    loop = Loop(parts, kernel, reverse, plan.saves_products and saved <= MOST_SAVED)
-    return _run_in_parts(loop, arguments)
+    fits = kernel is not None and kernel.runs_backward and batch * time * kernel.bytes_of_gates <= MOST_SAVED
+    return _run_in_parts(Loop(parts, kernel, reverse, plan.saves_gates and fits), arguments)
 
 
 def _run_at_once(parts: Parts, arguments: Arguments) -> Leaves:
@@ -109,8 +107,7 @@ def _run_in_parts(loop: Loop, arguments: Arguments) -> Result:
     @jax.custom_jvp
     def run(*leaves: Any) -> tuple[Result, Any]:
         arguments = Arguments.divided(leaves, *sizes)
-        kernel = _kernel_saving_gates(loop)
-        return forward(loop, arguments) if kernel is None else forward_saving_gates(kernel, loop, arguments)
+        return forward_saving_gates(loop, arguments) if loop.saves_gates else forward(loop, arguments)
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         out, saved = run(*primals)
@@ -166,9 +163,8 @@ class _Derivative:
         arguments = Arguments.divided(residuals[:n], *self.sizes)
         saved = jax.tree.unflatten(self.saved_tree, residuals[n:])
         n_state = sum(self.is_inexact.new_state)
-        rest = arguments, saved, Result(cts[:n_state], cts[n_state:]), self.wanted
-        kernel = _kernel_saving_gates(self.loop)
-        return backward(self.loop, *rest) if kernel is None else backward_from_gates(kernel, self.loop, *rest)
+        run = backward_from_gates if self.loop.saves_gates else backward
+        return run(self.loop, arguments, saved, Result(cts[:n_state], cts[n_state:]), self.wanted)
 
     def pull_plainly(self, residuals: Leaves, cts: Leaves) -> Leaves:
         """The cotangents of the wanted leaves, by a program that JAX can differentiate again."""
@@ -184,11 +180,6 @@ class _Derivative:
             return pick(_run_plainly(self.loop.parts, self.loop.reverse, arguments), self.is_inexact)
 
         return function, pick(leaves, self.wanted)
-
-
-def _kernel_saving_gates(loop: Loop) -> Kernel | None:
-    """The kernel, if it runs the whole loop in one call and saves the gates."""
-    return loop.kernel if loop.saves_products and loop.kernel is not None and loop.kernel.runs_backward else None
 
 
 def _zero_tangent(leaf: Array) -> Any:

@@ -37,21 +37,23 @@ class SavedGates(NamedTuple):
     steps: SavedSteps
 
 
-def forward_saving_gates(kernel: Kernel, loop: Loop, arguments: Arguments) -> tuple[Result, SavedGates]:
+def forward_saving_gates(loop: Loop, arguments: Arguments) -> tuple[Result, SavedGates]:
     """`forward` in one call of the kernel."""
+    kernel = _kernel(loop)
     params, state, xs = arguments
     hoisted = loop.parts.hoist(params)
     inputs = _of_all_steps(loop.parts.drives_without_biases, hoisted, xs)
-    tokens = _tokens(kernel, loop, hoisted, xs)
+    tokens = _tokens(loop, hoisted, xs)
     states, outputs, steps = kernel.forward_saving_gates(hoisted, state, inputs, tokens, loop.reverse)
     new_state = [leaf[:, 0 if loop.reverse else -1] for leaf in states]
     return Result(new_state, outputs), SavedGates(states, steps)
 
 
 def backward_from_gates(
-    kernel: Kernel, loop: Loop, arguments: Arguments, saved: SavedGates, cts: Result, wanted: list[bool]
+    loop: Loop, arguments: Arguments, saved: SavedGates, cts: Result, wanted: list[bool]
 ) -> list[Array]:
     """`backward` in one call of the kernel, which also computes the gradient of the recurrent weights."""
+    kernel = _kernel(loop)
     params, state, xs = arguments
     wanted_params, wanted_state, wanted_xs = Arguments.divided(wanted, len(params), len(state))
     parts = loop.parts
@@ -67,7 +69,7 @@ def backward_from_gates(
         return pick(parts.add_biases(before_loop, inputs), pulled_back), inputs
 
     _, inputs, pull = pullback(compute, (hoisted.values, xs), (active.hoisted.values, wanted_xs))
-    steps, tokens = (saved.steps, state, saved.states), _tokens(kernel, loop, hoisted, xs)
+    steps, tokens = (saved.steps, state, saved.states), _tokens(loop, hoisted, xs)
     ct_state, ct_values, ct_drives, ct_cut = kernel.backward_from_gates(
         hoisted, (inputs, tokens), steps, cts.new_state, cts.outputs, loop.reverse, any(active.cuts)
     )
@@ -78,12 +80,18 @@ def backward_from_gates(
     return [*ct_params, *pick(ct_state, pick(wanted_state, [*map(inexact, state)])), *pulled[count:]]
 
 
-def _tokens(kernel: Kernel, loop: Loop, hoisted: Hoisted, xs: Leaves) -> Array | None:
+def _kernel(loop: Loop) -> Kernel:
+    if loop.kernel is None:
+        raise ValueError("expected a loop that the kernel runs, got one that XLA runs")
+    return loop.kernel
+
+
+def _tokens(loop: Loop, hoisted: Hoisted, xs: Leaves) -> Array | None:
     """The number of the row that the drives are at each step, (batch, time), if they are rows of a table."""
-    if kernel.lookup is None:
+    lookup = _kernel(loop).lookup
+    if lookup is None:
         return None
-    drive = kernel.lookup[0]
-    return _of_all_steps(lambda hoisted, x: [loop.parts.row_number(hoisted, x, drive)], hoisted, xs)[0]
+    return _of_all_steps(lambda hoisted, x: [loop.parts.row_number(hoisted, x, lookup[0])], hoisted, xs)[0]
 
 
 def _of_all_steps(f: Callable[[Hoisted, Leaves], Leaves], hoisted: Hoisted, xs: Leaves) -> Leaves:

@@ -25,7 +25,7 @@ class Plan:
         parts: the parts of each loop.
         new_state, outputs: the tree structures of the new state and of what a step emits.
         use_kernel: whether the compiled kernel may run a loop that it supports.
-        saves_products: whether the backward pass finds the recurrent products saved.
+        saves_gates: whether the kernel saves the gates of every step for the backward pass.
     """
 
     x: list[Any]
@@ -34,7 +34,7 @@ class Plan:
     new_state: Any
     outputs: Any
     use_kernel: bool
-    saves_products: bool
+    saves_gates: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class NoPlan:
     reason: str
 
 
-def plan_of(traced: Traced, use_kernel: bool, saves_products: bool = False, steps: int = 0) -> Plan | NoPlan:
+def plan_of(traced: Traced, use_kernel: bool, saves_gates: bool = False, steps: int = 0) -> Plan | NoPlan:
     """Divides the program of a step into loops and parts. A step that cannot be divided runs as a plain scan.
 
     Args:
         traced: the masked step.
         use_kernel: whether the compiled kernel may run a loop that it supports.
-        saves_products: whether the forward pass saves the recurrent products for the backward pass.
+        saves_gates: whether the kernel saves the gates of every step for the backward pass.
         steps: batch times time; 0 if it is unknown.
     """
     # Parts run for a whole chunk, or not at all if nothing reads them. A side effect must run once per step.
@@ -66,4 +66,4 @@ def plan_of(traced: Traced, use_kernel: bool, saves_products: bool = False, step
     except Exception as error:  # noqa: BLE001 - jaxprs differ between releases of JAX, and a plain scan always works
         return NoPlan(f"the partition failed: {type(error).__name__}: {error}")
     x = list(program.jaxpr.invars[traced.n_params + traced.n_state :])
-    return Plan(x, loops, parts, *traced.trees, use_kernel, saves_products)
+    return Plan(x, loops, parts, *traced.trees, use_kernel, saves_gates)

@@ -188,3 +188,40 @@ def test_pooling_reads_the_valid_steps_alone_and_gives_zero_where_there_is_none(
         close(pull(jnp.ones_like(value))[0], slopes)
         if mask.all():
             close(ours(holes), expected)
+
+
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_in_chunks_is_the_loss_of_all_steps_in_every_derivative(kind, masked, x64, monkeypatch):
+    batch, time, n = 3, 47, 4  # chunks of five steps, and a shorter one
+    monkeypatch.setattr("seqjax.models._chunked_loss.ROWS", 15)
+    head = sj.Categorical(n, 9, dtype="float64") if kind == "categorical" else sj.Gaussian(n, 2, dtype="float64")
+    rng = np.random.default_rng(0)
+    h, mask = jnp.asarray(rng.normal(size=(batch, time, n))), rng.random((batch, time)) < 0.7 if masked else None
+    y = rng.integers(0, 9, (batch, time)) if kind == "categorical" else rng.normal(size=(batch, time, 2))
+    moving = (random_params(head), h) + (() if kind == "categorical" else (jnp.asarray(y),))
+    direction = random_like(moving, seed=1)
+
+    def everything(at_once):
+        monkeypatch.setattr("seqjax.models._chunked_loss.AT_ONCE", at_once)
+
+        def loss(moving):
+            targets = moving[2] if kind == "gaussian" else y
+            return sj.every_step(head, moving[0], moving[1], targets, mask)
+
+        (value, gradient), (along, curvature) = jax.jvp(jax.value_and_grad(loss), (moving,), (direction,))
+        many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), moving)
+        return value, gradient, along, curvature, jax.vmap(jax.grad(loss))(many), loss(moving)
+
+    for got, expected in zip(*map(jax.tree.leaves, (everything(1), everything(2**40))), strict=True):
+        close(got, expected, rtol=1e-11)
+
+
+def test_the_logits_of_a_large_vocabulary_never_exist_all_together():
+    batch, time, vocabulary = 4, 512, 1000
+    head = sj.Categorical(8, vocabulary)
+    arguments = head.init(jax.random.key(0)), jnp.ones((batch, time, 8)), jnp.zeros((batch, time), int)
+    program = jax.jit(jax.grad(lambda p, h, y: sj.every_step(head, p, h, y, None), (0, 1))).lower(*arguments)
+    assert program.compile().memory_analysis().temp_size_in_bytes < 4 * batch * time * vocabulary
+    y = arguments[2].at[1, 300].set(vocabulary)
+    assert np.isnan(sj.every_step(head, *arguments[:2], y, None)), "a class that does not exist"

@@ -266,6 +266,23 @@ class Gaussian:
         return mean + temperature * std * jax.random.normal(key, mean.shape, mean.dtype)
 
 
+def check_targets(outputs: PyTree, targets: PyTree) -> PyTree:
+    """The targets as arrays.
+
+    Raises:
+        ValueError: (batch, time) differs between targets and outputs.
+    """
+    targets = jax.tree.map(jnp.asarray, targets)
+    expected = jax.tree.leaves(outputs)[0].shape[:2]
+    for leaf in jax.tree.leaves(targets):
+        if leaf.shape[:2] != expected:
+            raise ValueError(
+                f"expected targets (batch, time, ...) = ({expected[0]}, {expected[1]}, ...) as in the outputs, "
+                f"got {leaf.shape}: pass one target per step, or pool to one output per sequence with sj.last_valid"
+            )
+    return targets
+
+
 def head_log_probs(
     head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mask: Bool[Any, "batch time"] | None = None
 ) -> Float[Array, "batch time"]:
@@ -292,14 +309,7 @@ def head_log_probs(
         >>> round(float(log_p.sum()), 4)  # -10 ln 4
         -13.8629
     """
-    targets = jax.tree.map(jnp.asarray, targets)
-    expected = jax.tree.leaves(outputs)[0].shape[:2]
-    for leaf in jax.tree.leaves(targets):
-        if leaf.shape[:2] != expected:
-            raise ValueError(
-                f"expected targets (batch, time, ...) = ({expected[0]}, {expected[1]}, ...) as in the outputs, "
-                f"got {leaf.shape}: pass one target per step, or pool to one output per sequence with sj.last_valid"
-            )
+    targets = check_targets(outputs, targets)
 
     def one(h: PyTree, y: PyTree, valid: Array | None) -> Array:
         if valid is None:

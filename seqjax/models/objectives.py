@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from seqjax.models.heads import Head, head_log_probs
+from seqjax.models._chunked_loss import loss_in_chunks, steps_in_chunk
+from seqjax.models.heads import Head, check_targets, head_log_probs
 from seqjax.models.losses import sequence_loss
 from seqjax.models.pooling import last_valid
+from seqjax.sequence._checks import check_flags
 
 Mask = Bool[Any, "batch time"] | None
 Objective = Callable[[Any, PyTree, PyTree, PyTree, Any], Array]  # a Head, and a mask or None
@@ -41,7 +43,14 @@ def every_step(head: Head, params: PyTree, outputs: PyTree, targets: PyTree, mas
         >>> round(float(sj.every_step(head, zero, jnp.ones((2, 5, 3)), jnp.zeros((2, 5), int), None)), 4)  # ln 4
         1.3863
     """
-    return sequence_loss(-head_log_probs(head, params, outputs, targets, mask), mask)
+    targets = check_targets(outputs, targets)
+    length = steps_in_chunk(head, params, outputs, targets)
+    if length is None:
+        return sequence_loss(-head_log_probs(head, params, outputs, targets, mask), mask)
+    batch, time = jax.tree.leaves(outputs)[0].shape[:2]
+    mask = check_flags("mask", mask, batch, time)
+    total = loss_in_chunks(head, length, params, outputs, targets, mask)
+    return total / (batch * time if mask is None else jnp.maximum(jnp.sum(mask), 1).astype(total.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

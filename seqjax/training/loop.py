@@ -10,7 +10,7 @@ so this is truncated backpropagation through time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -116,10 +116,16 @@ def start(
         >>> int(sj.training.start(model, optax.adam(1e-3), jax.random.key(0)).step)
         0
     """
-    if params is None:
-        if key is None:
-            raise ValueError("expected a key to draw parameters with, or params, got neither: key=jax.random.key(0)")
-        params = model.init(key)
+    if params is None and key is None:
+        raise ValueError("expected a key to draw parameters with, or params, got neither: key=jax.random.key(0)")
+    # As one program, because a draw compiles a dozen small ones otherwise.
+    return cached_jit(_first_state, model, optimizer)(key, params)
+
+
+def _first_state(
+    model: Model, optimizer: optax.GradientTransformation, key: Any, params: ModelParams | None
+) -> TrainState:
+    params = model.init(key) if params is None else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), None)
 
 
@@ -183,6 +189,14 @@ def _finite(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
     return state, numbers
 
 
+def compiled_update(
+    model: Model, optimizer: optax.GradientTransformation, loss: Objective, clip_norm: float | None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The function of (state, (xs, targets, mask, reset), key) that `updates` calls for each batch."""
+    limit = float("inf") if clip_norm is None else float(clip_norm)
+    return cached_jit(_update, model, optimizer, loss, limit)
+
+
 def _run_updates(
     model: Model,
     stream: Iterable[Batch],
@@ -192,8 +206,7 @@ def _run_updates(
     clip_norm: float | None,
     key: Array | None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    limit = float("inf") if clip_norm is None else float(clip_norm)
-    update = cached_jit(_update, model, optimizer, loss, limit)
+    update = compiled_update(model, optimizer, loss, clip_norm)
     for batch in stream:
         carried = check_batch(batch, state.carried)
         data = (batch.xs, batch.targets, batch.mask, batch.reset)

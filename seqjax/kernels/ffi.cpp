@@ -206,11 +206,11 @@ ffi::Error backward_from_gates(ffi::ThreadPool threads, int64_t cell, bool rever
   const Sizes s = sizes(gates.dimensions(), n, reverse, true);
   const int64_t rows = std::min<int64_t>(std::max<int64_t>((1 << 18) / outputs, 256), 512);
   const int64_t steps = std::min(std::max<int64_t>(rows / s.batch, 1), s.time);
-  // Whole vectors of operands are read, at most 64 floats.
-  const int64_t products_stride = (outputs + 15) / 16 * 16 + 16, operands_stride = (n + 63) / 64 * 64 + 16;
-  std::vector<float> memory(steps * s.batch * (products_stride + operands_stride) + 16);
-  float* aligned = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
-  const StepRows of_rows = {aligned, aligned + steps * s.batch * products_stride, products_stride, operands_stride};
+  const int64_t gate_count = outputs / n, lanes = 16, padded = (n + lanes - 1) / lanes * lanes, stride = outputs + lanes;
+  const int64_t of_products = steps * s.batch * gate_count * padded, operands = steps * s.batch * padded;
+  std::vector<float> memory(of_products + operands + 2 * s.batch * stride + lanes);
+  float* begin_of_memory = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
+  const StepRows of_rows = {begin_of_memory, begin_of_memory + of_products, begin_of_memory + of_products + operands, stride};
   std::memset(of_weights->typed_data(), 0, of_weights->size_bytes());
   std::memset(of_bias->typed_data(), 0, of_bias->size_bytes());
   std::memset(of_table->typed_data(), 0, of_table->size_bytes());
@@ -223,7 +223,7 @@ ffi::Error backward_from_gates(ffi::ThreadPool threads, int64_t cell, bool rever
                      {data(h), data(c)}, {data(of_h_0), data(of_c_0)}, {data(of_initial_h), data(of_initial_c)},
                      data(of_drive), nullptr, of_rows});
     if (of_weights->element_count())
-      loops->gradient(pool, {(last - first) * s.batch, outputs, n, of_rows, data(of_weights), data(of_bias)});
+      loops->gradient(pool, {(last - first) * s.batch, gate_count, n, of_rows, data(of_weights), data(of_bias)});
     if (of_table->element_count())
       loops->table_gradient(pool, {s, outputs, first, last, data(of_drive), data(tokens), data(of_table)});
   }

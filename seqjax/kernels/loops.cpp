@@ -169,6 +169,12 @@ inline void in_blocks(int64_t first, int64_t last, Body&& body) {
     call(Number<4>{});
     call(Number<5>{});
     call(Number<6>{});
+    call(Number<7>{});
+    call(Number<8>{});
+    call(Number<9>{});
+    call(Number<10>{});
+    call(Number<11>{});
+    call(Number<12>{});
     first += height;
   }
 }
@@ -192,7 +198,7 @@ inline Range share(int64_t size, int part, int parts) { return {size * part / pa
 // one product, in vectors; the number of rows per product; and its equations for one vector of units. All arrays have one
 // vector per gate. `a` is the argument of the gates, and `s` are the gates.
 struct LSTM {
-  static constexpr int gates = 4, vectors = 1, columns = 2, rows = 6;
+  static constexpr int gates = 4, vectors = 1, columns = 2, rows = W == 16 ? 12 : 6;
   static constexpr bool has_c = true, two_cotangents = false;
   static void activate(const V* a, V, V* s) {
     s[0] = sigmoid(a[0]), s[1] = sigmoid(a[1]), s[2] = tangent(a[2]), s[3] = sigmoid(a[3]);
@@ -216,7 +222,7 @@ struct LSTM {
 };
 
 struct Vanilla {
-  static constexpr int gates = 1, vectors = 2, columns = 2, rows = 6;
+  static constexpr int gates = 1, vectors = 2, columns = 2, rows = W == 16 ? 12 : 6;
   static constexpr bool has_c = false, two_cotangents = false;
   static void activate(const V* a, V, V* s) { s[0] = tangent(a[0]); }
   static V next(const V* s, V, V&) { return s[0]; }
@@ -229,7 +235,7 @@ struct Vanilla {
 // With the reset gate after the product, and with the update gate z as the factor of the old state. `a` is drive +
 // recurrent, except for the candidate: a[2] is only its drive, and `product` is its recurrent product.
 struct GRU {
-  static constexpr int gates = 3, vectors = 1, columns = 3, rows = 4;
+  static constexpr int gates = 3, vectors = 1, columns = 3, rows = W == 16 ? 8 : 4;
   static constexpr bool has_c = false, two_cotangents = true;
   static void activate(const V* a, V product, V* s) {
     s[0] = sigmoid(a[0]), s[1] = sigmoid(a[1]), s[2] = tangent(a[2] + s[0] * product);
@@ -397,13 +403,20 @@ void run_forward(const Pool& pool, const Forward& f) {
 
 template <class Cell, bool flagged>
 void run_backward(const Pool& pool, const Backward& b) {
-  constexpr int G = Cell::gates, N = 2, most = 6;
+  constexpr int G = Cell::gates, N = 2, most = W == 16 ? 12 : 6;
   const Sizes& s = b.sizes;
   const int64_t n = s.n, wide = (n + N * W - 1) / (N * W);
   const bool rowwise = by_rows(s, G), has_reset = flagged && b.flags.reset;
-  // The cotangents that the product reads.
-  float* const passes = b.saved ? b.rows.of_products : Cell::two_cotangents ? b.of_recurrent : b.of_drive;
-  const int64_t passes_stride = b.saved ? b.rows.products_stride : G * n;
+  const int64_t vectors = (n + W - 1) / W, all_rows = (b.last_step - b.first_step) * s.batch;
+  // The rows of the cotangents that the product reads at a step.
+  const auto passes = [&](int64_t t, int64_t row) {
+    if (b.saved) return b.rows.of_step + (t % 2 * s.batch + row) * b.rows.stride;
+    return (Cell::two_cotangents ? b.of_recurrent : b.of_drive) + s.at(t, row) * G * n;
+  };
+  const auto of_product = [&](int64_t t, int64_t row, int64_t in_rows, int64_t g, int64_t u, V v, int64_t left) {
+    store(passes(t, row) + g * n + u, v, left);
+    if (b.saved) store(b.rows.of_products + ((g * vectors + u / W) * all_rows + in_rows) * W, v);
+  };
   const int64_t steps = b.last_step - b.first_step;
   in_parallel(pool, threads(s, G, steps, rowwise ? s.batch / 4 : wide / 2), work(s, G, steps), [&](int part, int parts, Barrier* barrier) {
     const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
@@ -422,10 +435,9 @@ void run_backward(const Pool& pool, const Backward& b) {
           store(b.of_state.h + to, load(b.of_state.h + to, left) + load(b.of_outputs + at * n + u, left), left);
           for (int g = 0; g < G; ++g) {
             store(b.of_drive + gate + g * n, V{}, left);
-            if (b.saved) store(passes + (in_rows + row) * passes_stride + g * n + u, V{}, left);
-            else if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, V{}, left);
+            if (b.saved || Cell::two_cotangents) of_product(t, row, in_rows + row, g, u, V{}, left);
           }
-          if (b.saved) store(b.rows.operands + (in_rows + row) * b.rows.operands_stride + u, V{}, left);
+          if (b.saved) store(b.rows.operands + (u / W * all_rows + in_rows + row) * W, V{});
         }
       });
       for (int64_t j = active.first; j < active.last; ++j) {
@@ -449,11 +461,10 @@ void run_backward(const Pool& pool, const Backward& b) {
           if (Cell::has_c) store(b.of_state.c + to, of_cell, left);
           for (int g = 0; g < G; ++g) {
             store(b.of_drive + gate + g * n, of_a[g], left);
-            const V of_product = Cell::two_cotangents ? of_r[g] : of_a[g];
-            if (b.saved) store(passes + (in_rows + row) * passes_stride + g * n + u, of_product, left);
-            else if (Cell::two_cotangents) store(b.of_recurrent + gate + g * n, of_product, left);
+            const V of = Cell::two_cotangents ? of_r[g] : of_a[g];
+            if (b.saved || Cell::two_cotangents) of_product(t, row, in_rows + row, g, u, of, left);
           }
-          if (b.saved) store(b.rows.operands + (in_rows + row) * b.rows.operands_stride + u, h, left);
+          if (b.saved) store(b.rows.operands + (u / W * all_rows + in_rows + row) * W, h);
         }
       }
       if (!rowwise) pool.wait(barrier, parts);
@@ -461,10 +472,7 @@ void run_backward(const Pool& pool, const Backward& b) {
         in_blocks<most>(active.first, active.last, [&](auto height, int64_t first) {
           constexpr int R = decltype(height)::value;
           const float* of_gates[R];
-          for (int r = 0; r < R; ++r) {
-            const int64_t row = rows.row(first + r);
-            of_gates[r] = passes + (b.saved ? in_rows + row : s.at(t, row)) * passes_stride;
-          }
+          for (int r = 0; r < R; ++r) of_gates[r] = passes(t, rows.row(first + r));
           V sum[1][R][N];
           product<1, R, N>(of_gates, b.panels + p * G * n * N * W, G * n, sum);
           for (int r = 0; r < R; ++r)
@@ -491,15 +499,14 @@ void run_backward(const Pool& pool, const Backward& b) {
   });
 }
 
-// sum[g][v] of a[row][g] b[row][v] over the rows, for R <= 6 outputs and N vectors of operands.
+// sum[r][v] of a[row][r] b[v][row] over the rows, for R outputs and N vectors of operands, which are `apart` floats apart.
 template <int R, int N>
-__attribute__((noinline)) void outer_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                                             int64_t rows, V (*sum)[N]) {
+__attribute__((noinline)) void outer_product(const float* a, const float* b, int64_t apart, int64_t rows, V (*sum)[N]) {
   V s[R][N] = {};
-  for (int64_t i = 0; i < rows; ++i, a += a_stride, b += b_stride) {
+  for (int64_t i = 0; i < rows; ++i, a += W, b += W) {
     V columns[N];
     for (int v = 0; v < N; ++v) {
-      columns[v] = load(b + v * W);
+      columns[v] = load(b + v * apart);
       keep(columns[v]);
     }
     for (int r = 0; r < R; ++r) {
@@ -511,32 +518,37 @@ __attribute__((noinline)) void outer_product(const float* a, int64_t a_stride, c
     for (int v = 0; v < N; ++v) sum[r][v] = s[r][v];
 }
 
-// Threads share the outputs, so the order of the sums does not depend on their number.
+// Threads share the outputs, so the order of the sums does not depend on their number. The operands of N vectors of units
+// stay in the first cache while all outputs read them.
 void run_gradient(const Pool& pool, const Gradient& f) {
-  constexpr int N = W == 16 ? 4 : 2, most = 6;
-  const StepRows& rows = f.of_rows;
-  const int64_t blocks = (f.outputs + most - 1) / most;
-  in_parallel(pool, f.rows * f.outputs * f.n > 1000000 ? blocks : 1, f.rows * f.outputs * f.n, [&](int part, int parts, Barrier*) {
-    const Range mine = share(blocks, part, parts);
-    in_blocks<most>(mine.first * most, smaller(f.outputs, mine.last * most), [&](auto height, int64_t first) {
-      constexpr int R = decltype(height)::value;
-      for (int64_t u = 0; u < f.n; u += N * W) {
-        V sum[R][N];
-        outer_product<R, N>(rows.of_products + first, rows.products_stride, rows.operands + u, rows.operands_stride, f.rows, sum);
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < N; ++v) {
-            const int64_t left = f.n - u - v * W;
-            if (left <= 0) continue;
-            float* to = f.of_weights + (first + r) * f.n + u + v * W;
-            store(to, load(to, left) + sum[r][v], left);
-          }
-      }
-      if (!f.of_bias) return;
-      float sums[R] = {};
-      for (int64_t i = 0; i < f.rows; ++i)
-        for (int r = 0; r < R; ++r) sums[r] += rows.of_products[i * rows.products_stride + first + r];
-      for (int r = 0; r < R; ++r) f.of_bias[first + r] += sums[r];
-    });
+  constexpr int R = W / 2, N = 2;
+  const int64_t vectors = (f.n + W - 1) / W, apart = f.rows * W, work = f.rows * f.gates * f.n * f.n;
+  in_parallel(pool, work > 1000000 ? f.gates * vectors : 1, work, [&](int part, int parts, Barrier*) {
+    const Range mine = share(f.gates * vectors, part, parts);
+    for (int64_t k = 0; k < vectors; k += N)
+      for (int64_t v = mine.first; v < mine.last; ++v)
+        for (int half = 0; half < W; half += R) {
+          const int64_t unit = v % vectors * W + half, output = v / vectors * f.n + unit;
+          if (unit >= f.n) continue;
+          V sum[R][N];
+          const float *a = f.of_rows.of_products + v * apart + half, *b = f.of_rows.operands + k * apart;
+          // The last vector has no second one beside it.
+          outer_product<R, N>(a, b, k + 1 < vectors ? apart : 0, f.rows, sum);
+          for (int r = 0; r < R && unit + r < f.n; ++r)
+            for (int j = 0; j < N; ++j) {
+              const int64_t u = (k + j) * W, left = f.n - u;
+              if (left <= 0) continue;
+              float* to = f.of_weights + (output + r) * f.n + u;
+              store(to, load(to, left) + sum[r][j], left);
+            }
+        }
+    for (int64_t v = mine.first; v < mine.last; ++v) {
+      const int64_t u = v % vectors * W, left = f.n - u;
+      V sum{};
+      for (int64_t i = 0; i < f.rows; ++i) sum += load(f.of_rows.of_products + v * apart + i * W);
+      float* to = f.of_bias + v / vectors * f.n + u;
+      store(to, load(to, left) + sum, left);
+    }
   });
 }
 

@@ -61,11 +61,14 @@ struct Forward {
   State buffers;  // (2, batch, n), for batch-major arrays; they hold the state between two calls
 };
 
-// What the backward loop of a whole sequence writes for each row of each of its steps, and the gradient of the weights
-// reads: rows in the order of the steps, with strides that are no multiple of the size of a cache way.
+// What the backward loop of whole sequences writes for each row of each of its steps, and the gradient of the weights
+// reads: dL/d(recurrent product) and h before the step. One vector of units of all rows after another, [gate][vector]
+// [row][W] and [vector][row][W], because then every loop reads memory in its order.
 struct StepRows {
-  float *of_products, *operands;  // dL/d(recurrent product), and h before the step
-  int64_t products_stride, operands_stride;
+  float *of_products, *operands;
+  // (2, batch, stride): dL/d(recurrent product) of one step, with a stride that is no multiple of the size of a cache way.
+  float* of_step;
+  int64_t stride;
 };
 
 struct Backward {
@@ -86,7 +89,7 @@ struct Backward {
 
 // Adds sum_rows of_products^T operands to dL/dW_hh, (gates * n, n), and sum_rows of_products to dL/db, (gates * n,).
 struct Gradient {
-  int64_t rows, outputs, n;
+  int64_t rows, gates, n;
   StepRows of_rows;
   float *of_weights, *of_bias;
 };

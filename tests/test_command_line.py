@@ -99,6 +99,20 @@ def test_an_interrupted_run_goes_on_bit_for_bit(step, times, finished, tmp_path,
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_a_run_that_goes_on_with_other_loops_says_so(tmp_path, capsys):
+    path = train(tmp_path, steps=3)
+    told = json.loads((path / "run.json").read_text("utf-8"))
+    now = sj.info().kernel
+    assert told["variant"] == now
+    assert run("train", "--resume", path, "--steps", 4) == 0
+    assert "ran the loops" not in capsys.readouterr().out
+    (path / "run.json").write_text(json.dumps(told | {"variant": "another"}), "utf-8")
+    assert run("train", "--resume", path, "--steps", 5) == 0
+    expected = "XLA" if now is None else f"the compiled kernel ({now})"
+    said = f"until now the compiled kernel (another) ran the loops, from here on {expected} runs them"
+    assert said in capsys.readouterr().out
+
+
 def test_a_finished_run_can_be_trained_further(finished, tmp_path):
     path = train(tmp_path, steps=8)
     before = (path / "metrics.csv").read_bytes()

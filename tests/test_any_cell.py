@@ -142,6 +142,18 @@ def test_chunks_and_a_remainder_change_nothing(name, x64):
     compare(ZOO[name], 6, 203)
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "time"),
+    [("linen-gru", 6, 203), ("counter", 6, 203), ("peephole-lstm", 2, 6), ("learned-stack", 2, 6)],
+)
+def test_saved_products_change_nothing(name, batch, time, x64, monkeypatch):
+    monkeypatch.setattr("seqjax.sequence._execution.run.SLOW_PRODUCT", 1)
+    params, xs = drawn(ZOO[name], batch, time)
+    jax.clear_caches()
+    got = jax.jit(partial(everything, partial(sj.unroll, save="gates"), ZOO[name]))(params, xs)
+    assert_same(got, jax.jit(partial(everything, plain, ZOO[name]))(params, xs))
+
+
 @pytest.mark.parametrize("reset", ["before", "after"])
 def test_embedded_tokens_are_rows_of_a_table_of_products(reset, x64):
     compare(sj.stack([sj.Embedding(TOKENS, D), sj.GRU(D, N, reset=reset)]), BATCH, 2 * TOKENS)

@@ -30,6 +30,8 @@ KINDS = {
     "lstm": sj.LSTM,
     "gru": sj.GRU,
     "vanilla": sj.VanillaRNN,
+    "relu": partial(sj.VanillaRNN, activation="relu"),
+    "identity": partial(sj.VanillaRNN, activation="identity"),
     "learned": lambda d, n: sj.LearnedState(sj.GRU(d, n)),
 }
 
@@ -121,6 +123,9 @@ def case(kind, n, batch, time, d=3):
         ("lstm", 264, 9, 40, False),  # many rows, and too many weights for every thread to read them all
         ("gru", 200, 1, 7, False),  # so many weights that threads share their packing
         ("vanilla", 330, 2, 7, False),
+        ("relu", 33, 7, 40, True),
+        ("relu", 130, 9, 40, False),
+        ("identity", 33, 20, 40, False),
     ],
 )
 def test_values_and_gradients_are_those_of_xla(kind, n, batch, time, reverse, monkeypatch):
@@ -142,6 +147,7 @@ FLAGS = np.random.default_rng(0).random((2, 33, 300))
         ("gru", 33, 20, 100, "mask reset reverse"),
         ("gru", 130, 1, 20, "mask"),
         ("vanilla", 96, 33, 40, "mask reset"),
+        ("relu", 33, 9, 20, "mask reset reverse"),
         ("learned", 9, 6, 300, "mask reset"),  # the initial state has a gradient
         ("learned", 9, 6, 20, "reset reverse"),
     ],
@@ -237,10 +243,12 @@ for n, batch in ((64, 33), (264, 9)):
     cell = sj.LSTM(1, n)
     params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (batch, 60, 1))
     reset = np.random.default_rng(0).random((batch, 60)) < 0.1
-    loss = lambda params: (sj.unroll(cell, params, xs, reset=reset)[1] ** 2).sum()
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    for save in ("states", "gates"):
+        loss = lambda params: (sj.unroll(cell, params, xs, reset=reset, save=save)[1] ** 2).sum()
+        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        total += [float(value), float(jnp.sqrt((gradient.W_hh**2).sum()))]
     digest.update(np.asarray(sj.unroll(cell, params, xs, reset=reset)[1]).tobytes())
-    total += [float(value), float(jnp.sqrt((gradient.W_hh**2).sum()))]
+    digest.update(np.asarray(gradient.W_hh).tobytes())  # from saved gates, without a product of XLA
 print(sj.kernels.status(), digest.hexdigest(), *total, sep="|")
 """
 
@@ -272,7 +280,7 @@ def test_a_word_that_is_no_variant_is_said_and_xla_runs_the_loops():
     assert "got 'x86-64-v9'" in warned
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "vanilla"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "vanilla", "relu"])
 def test_no_input_is_too_large_and_nan_and_infinity_pass(kind, monkeypatch):
     cell, params, xs, state = case(kind, 9, 6, 5)
     payload = np.array(0x7FC00001, np.uint32).view(np.float32)
@@ -316,7 +324,8 @@ def test_other_types_and_conventions_are_left_to_xla(monkeypatch):
         assert chosen(cell, dtype) == {None}
     assert chosen(cell, mask=flags) == chosen(cell, reset=flags) == chosen(cell, mask=flags, reset=flags) == {"lstm"}
     assert chosen(cell, kernel=False) == set()
-    assert chosen(sj.GRU(3, 4, update="writes")) == chosen(sj.VanillaRNN(3, 4, activation="relu")) == {None}
+    assert chosen(sj.GRU(3, 4, update="writes")) == {None}
+    assert chosen(sj.VanillaRNN(3, 4, activation="relu")) == {"relu"}
     assert chosen(sj.GRU(3, 4, reset="before")) == {None}
     with jax.numpy_dtype_promotion("standard"):
         short = lambda p: p._replace(W_xh=p.W_xh.astype("bfloat16"), b_h=p.b_h.astype("bfloat16"))  # noqa: E731
@@ -401,6 +410,23 @@ class BroadcastDrive(sj.VanillaRNN):
         return sj.VanillaState(h), h
 
 
+@jax.custom_jvp
+def relu(x):
+    """The values and the name of `jax.nn.relu`, and another derivative."""
+    return jnp.maximum(x, 0)
+
+
+relu.defjvps(lambda t, _, x: t * jax.nn.sigmoid(x))
+
+
+class Surrogate(sj.VanillaRNN):
+    """Its activation has a surrogate derivative."""
+
+    def step(self, params, state, x):
+        h = relu(params.W_xh @ x + params.W_hh @ state.h + params.b_h)
+        return sj.VanillaState(h), h
+
+
 FOREIGN_KERNELS = {
     "linen LSTM": (lambda: sj.from_linen(nn.LSTMCell(7), 3), "lstm"),
     "linen fused LSTM": (lambda: sj.from_linen(nn.OptimizedLSTMCell(7), 3), "lstm"),
@@ -429,7 +455,14 @@ def test_a_cell_with_the_kernels_formulas_runs_in_it_whoever_wrote_it(name, monk
 
 @pytest.mark.parametrize(
     "cell",
-    [CoupledLSTM(), PeepholeLSTM(), BroadcastDrive(3, 7), sj.GRU(3, 4, update="writes"), sj.GRU(3, 4, reset="before")],
+    [
+        CoupledLSTM(),
+        PeepholeLSTM(),
+        BroadcastDrive(3, 7),
+        Surrogate(3, 7),
+        sj.GRU(3, 4, update="writes"),
+        sj.GRU(3, 4, reset="before"),
+    ],
 )
 def test_a_cell_with_other_formulas_never_runs_in_the_kernel(cell, monkeypatch):
     params, xs = drawn(cell, "float32", 2, 40)
@@ -456,9 +489,10 @@ def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
     assert set(chosen) == {None}
 
 
-def test_it_runs_under_vmap_in_scans_and_to_the_second_derivative(monkeypatch):
+@pytest.mark.parametrize("save", ["states", "gates"])
+def test_it_runs_under_vmap_in_scans_and_to_the_second_derivative(save, monkeypatch):
     cell, params, xs, _ = case("lstm", 5, 2, 7)
-    loss = lambda p, xs: weighted(sj.unroll(cell, p, xs))  # noqa: E731
+    loss = lambda p, xs: weighted(sj.unroll(cell, p, xs, save=save))  # noqa: E731
     direction = like(params, "float32", 7)
 
     def everything(params, xs):

@@ -1,4 +1,4 @@
-"""The C++ kernel for the loops of LSTM, GRU and tanh networks on a CPU. Without it, XLA runs these loops.
+"""The C++ kernel for the loops of LSTM, GRU and vanilla networks on a CPU. Without it, XLA runs these loops.
 
 The installation of the package compiles it if there is a C++ compiler (`seqjax.kernels.build`), and a wheel for one
 platform contains it. `seqjax.kernels.calls` calls it. It runs the loop of every cell whose equations it implements,
@@ -6,6 +6,9 @@ even of a cell of the user (`seqjax.sequence._execution.formulas`).
 
 SEQJAX_KERNEL in the environment chooses: "off" for XLA's loops, or the name of a variant, such as "x86-64-v3", for the
 instructions of an older processor. By default it is the fastest variant that the processor can run.
+
+An exported program contains the custom calls TARGETS, which `jax.export.export` must be allowed by name. It runs where
+this package is installed, after a call of `available()`. With `unroll(..., kernel=False)` it contains none of them.
 """
 
 from __future__ import annotations

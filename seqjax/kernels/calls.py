@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-CELLS = ("lstm", "gru", "vanilla")  # in the order of the source
+CELLS = ("lstm", "gru", "vanilla", "relu", "identity")  # in the order of the source
 LANES = 16  # the largest number of floats in one vector of the source
 
 
@@ -23,7 +23,8 @@ class Loop(NamedTuple):
 
     Attributes:
         cell: one of CELLS.
-        W_hh: the recurrent weights, (gates * n, n), with 4 gates for an LSTM, 3 for a GRU, and 1 for a vanilla network.
+        W_hh: the recurrent weights, (gates * n, n), with 4 gates for an LSTM, 3 for a GRU, and 1 for the others,
+            which are vanilla networks with tanh, relu or no activation.
         bias: of the recurrent product, (gates * n,); None if there is none.
         drive_bias: of the drives, (gates * n,); None if there is none.
         valid, reset: the mask and the resets of all steps; None if all steps are valid, or if there is no reset.

@@ -1,4 +1,4 @@
-// The loops of seqjax.sequence._partition for LSTM, GRU and tanh networks in float32: the forward pass through a chunk;
+// The loops of seqjax.sequence._partition for LSTM, GRU and vanilla networks in float32: the forward pass through a chunk;
 // the backward recurrence of lambda_t = dL/ds_t; and the recomputation of an LSTM's c_t if only h_t was saved.
 //
 // Every step is one product with the recurrent weights and one pass over the units. The weights are packed into panels
@@ -221,15 +221,33 @@ struct LSTM {
   }
 };
 
+// h_t = F(drive + recurrent), where F also has the product of a number with its derivative, from h_t.
+template <class F>
 struct Vanilla {
   static constexpr int gates = 1, vectors = 2, columns = 2, rows = W == 16 ? 12 : 6;
   static constexpr bool has_c = false, two_cotangents = false;
-  static void activate(const V* a, V, V* s) { s[0] = tangent(a[0]); }
+  static void activate(const V* a, V, V* s) { s[0] = F::value(a[0]); }
   static V next(const V* s, V, V&) { return s[0]; }
   static V backward(const V* s, V, V, V, V of_h, V&, V* of_a, V*) {
-    of_a[0] = of_h * (splat(1.0f) - s[0] * s[0]);
+    of_a[0] = F::times_derivative(of_h, s[0]);
     return V{};
   }
+};
+
+struct Tanh {
+  static V value(V a) { return tangent(a); }
+  static V times_derivative(V x, V h) { return x * (splat(1.0f) - h * h); }
+};
+
+// NaN is not smaller than 0, so it stays.
+struct Relu {
+  static V value(V a) { return a < V{} ? V{} : a; }
+  static V times_derivative(V x, V h) { return h > V{} ? x : V{}; }
+};
+
+struct Identity {
+  static V value(V a) { return a; }
+  static V times_derivative(V x, V) { return x; }
 };
 
 // With the reset gate after the product, and with the update gate z as the factor of the old state. `a` is drive +
@@ -632,7 +650,9 @@ auto of_cell(Cell cell, Run&& run) {
   switch (cell) {
     case lstm: return run(LSTM{});
     case gru: return run(GRU{});
-    default: return run(Vanilla{});
+    case relu_network: return run(Vanilla<Relu>{});
+    case linear_network: return run(Vanilla<Identity>{});
+    default: return run(Vanilla<Tanh>{});
   }
 }
 

@@ -21,7 +21,7 @@ struct Pool {
   void (*wait)(Barrier* barrier, int parts);
 };
 
-enum Cell : int64_t { lstm, gru, tanh_network };
+enum Cell : int64_t { lstm, gru, tanh_network, relu_network, linear_network };
 
 // The arrays of a chunk have the axes (time, batch, ...). Those of a whole sequence have the axes (batch, time, ...).
 struct Sizes {

@@ -59,7 +59,7 @@ class LoopExplanation:
         saved_bytes: the bytes of these leaves per example and step.
         rematerialized: the leaves that the backward pass computes again, without products.
         plain: whether the loop runs as a plain scan, because the products outside of it would not save enough work.
-        kernel: the compiled kernel that supports the loop, "lstm", "gru" or "vanilla".
+        kernel: the compiled kernel that supports the loop: "lstm", "gru", "vanilla" (tanh), "relu" or "identity".
         slow: the reasons why products are slower than in other cells, with the lines that cause them.
     """
 

@@ -58,9 +58,9 @@ def unroll(
         checkpoint_every: saves the state only before every so many steps, and runs these steps again in the backward
             pass. With about sqrt(time) steps, a gradient needs the memory of 2 sqrt(time) states and a third more time.
             Values and gradients do not change. By default every state is saved.
-        save: what the compiled kernel saves of every step for a gradient: "states", from which it computes the gates
-            again, or also "gates", which takes up to a third less time and the memory of the gates, up to 256 MB for
-            one layer; where the gates would need more, and in XLA's loops, "states" are saved.
+        save: what is saved of every step for a gradient: "states", from which the gates are computed again, or also
+            "gates", which takes up to a third less time and the memory of the gates. It saves states only where the
+            gates of one layer need more than 256 MB, or where XLA runs the loop of less than 512 units.
         kernel: whether the compiled kernel may run the loops that it supports (`seqjax.kernels`); False always runs
             XLA's loops.
 

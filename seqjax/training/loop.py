@@ -207,9 +207,13 @@ def _run_updates(
     key: Array | None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     update = compiled_update(model, optimizer, loss, clip_norm)
+    # On a CPU a call holds its temporaries from its launch on, so two calls at a time would need twice the memory.
+    on_cpu = jax.default_backend() == "cpu"
     for batch in stream:
         carried = check_batch(batch, state.carried)
         data = (batch.xs, batch.targets, batch.mask, batch.reset)
+        if on_cpu and not isinstance(state.step, Tracer):
+            jax.block_until_ready(state.step)
         state, metrics = update(state._replace(carried=carried), data, key)
         yield state, metrics
 

@@ -78,6 +78,8 @@ def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted
         first = [leaf[start // length] for leaf in saved.first]
         before = _states_before(loop, first, steps_of_chunk(saved.states, start, steps))
         known, pull = before_loop(parts, active, (hoisted, x, before), wanted_xs, (steps, batch))
+        if saved.results:  # then the compiler drops the products that nothing reads
+            known = known._replace(results=steps_of_chunk(saved.results, start, steps))
         # After the cuts are known, because rematerialization reads their results instead of computing products.
         if not all(parts.is_saved):
             known = known._replace(before=chunk_loop.rematerialized(steps, first, known))

@@ -16,7 +16,7 @@ from jax.extend.core import Literal
 
 from seqjax import kernels
 from seqjax.sequence._execution.kernel import Kernel, Roles
-from seqjax.sequence._partition.units import Formula, NotUnitwise, Symbol, Terms, Units, constant
+from seqjax.sequence._partition.units import RELU, Formula, NotUnitwise, Symbol, Terms, Units, constant
 
 if TYPE_CHECKING:
     from seqjax.sequence._partition.parts import Parts
@@ -57,7 +57,17 @@ def _gru(terms: Terms, state: list[Formula], after: Callable[[int, Formula], For
 
 def _vanilla(terms: Terms, state: list[Formula], after: Callable[[int, Formula], Formula]) -> list[Formula]:
     """The new h."""
-    return [_tanh(terms, terms.add(terms.symbol("drive", 0), terms.symbol("cut", 0)))]
+    return [_tanh(terms, *_identity(terms, state, after))]
+
+
+def _relu(terms: Terms, state: list[Formula], after: Callable[[int, Formula], Formula]) -> list[Formula]:
+    """The new h."""
+    return [terms.function(RELU, *_identity(terms, state, after))]
+
+
+def _identity(terms: Terms, state: list[Formula], after: Callable[[int, Formula], Formula]) -> list[Formula]:
+    """The new h."""
+    return [terms.add(terms.symbol("drive", 0), terms.symbol("cut", 0))]
 
 
 def _sigmoid(terms: Terms, a: Formula) -> Formula:
@@ -91,7 +101,8 @@ def _step(terms: Terms, cell: Callable[..., list[Formula]], roles: Roles, zero: 
 
 
 # The numbers of gates and of leaves of the state, and the formulas of the new state.
-FORMULAS = {"lstm": (4, 2, _lstm), "gru": (3, 1, _gru), "vanilla": (1, 1, _vanilla)}
+FORMULAS = {"lstm": (4, 2, _lstm), "gru": (3, 1, _gru), "vanilla": (1, 1, _vanilla), "relu": (1, 1, _relu),
+            "identity": (1, 1, _identity)}  # fmt: skip
 SELECT = ("select_n", "[]")  # the primitive and its options
 
 

@@ -27,6 +27,7 @@ class Loop:
         parts: the parts of the loop.
         kernel: the compiled kernel that runs it; None if XLA does.
         reverse: whether it runs from right to left.
+        saves_products: whether XLA's loops save the results of the cuts for the backward pass.
         saves_gates: whether the kernel runs the loop in one call and saves the gates of every step for the backward
             pass, which otherwise computes them again (`seqjax.sequence._execution.saved_gates`).
     """
@@ -34,6 +35,7 @@ class Loop:
     parts: Parts
     kernel: Kernel | None
     reverse: bool
+    saves_products: bool = False
     saves_gates: bool = False
 
 
@@ -75,10 +77,12 @@ class Saved(NamedTuple):
     Attributes:
         states: the leaves of the state after each step for which `Parts.is_saved` is True, (batch, time, ...).
         first: the state before each chunk, leaves (chunks, batch, ...).
+        results: the results of the cuts, (batch, time, ...), if `Loop.saves_products`; otherwise none.
     """
 
     states: Leaves
     first: Leaves
+    results: Leaves
 
 
 def over_chunk(f: Callable[..., Any], shape: tuple[int, int], *axes: int | None) -> Callable[..., Any]:
@@ -109,8 +113,8 @@ def forward(loop: Loop, arguments: Arguments) -> tuple[Result, Saved]:
         return *run_chunk(loop, hoisted, products, state, inputs, length), state
 
     chunks = Chunks(time, chunk_length(batch, time), loop.reverse)
-    new_state, (states, outputs), first = chunks.scan(chunk, state)
-    return Result(new_state, outputs), Saved(states, first)
+    new_state, (states, outputs, results), first = chunks.scan(chunk, state)
+    return Result(new_state, outputs), Saved(states, first, results)
 
 
 def run_chunk(
@@ -120,7 +124,7 @@ def run_chunk(
     state: Leaves,
     inputs: Leaves,
     length: int,
-) -> tuple[Leaves, tuple[Leaves, Leaves]]:
+) -> tuple[Leaves, tuple[Leaves, Leaves, Leaves]]:
     """Runs one chunk.
 
     Args:
@@ -132,8 +136,8 @@ def run_chunk(
         length: the number of steps.
 
     Returns:
-        The state after the chunk; the saved leaves of the state after each step, and the outputs of each step,
-        (time, batch, ...).
+        The state after the chunk; the saved leaves of the state after each step, the outputs of each step, and the
+        results of the cuts that are saved, (time, batch, ...).
     """
     parts, kernel = loop.parts, loop.kernel
 
@@ -143,14 +147,23 @@ def run_chunk(
     if kernel is not None:
         # The kernel returns all states in one call, and the outputs are leaves of the state.
         states, outputs = kernel.forward(hoisted, state, inputs, loop.reverse)
-        return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs)
+        return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs, [])
+
+    def rest(state: Leaves, drives: Leaves) -> tuple[Leaves, Leaves, Leaves]:
+        results: dict[int, Array] = {}
+
+        def product(i: int, v: Array) -> Array:
+            results[i] = products(i, v)
+            return results[i]
+
+        new_state, outputs = parts.run_rest(hoisted, state, drives, product)
+        return new_state, outputs, [results[i] for i in range(len(parts.cuts))] if loop.saves_products else []
 
     def step(state: Leaves, at: tuple[Leaves, Array]) -> tuple[Leaves, Any]:
         inputs, _ = at
         drives = parts.add_biases(hoisted, inputs)
-        rest = jax.vmap(lambda state, drives: parts.run_rest(hoisted, state, drives, products))
-        new_state, outputs = rest(state, drives)
-        return new_state, (saved(new_state), outputs)
+        new_state, outputs, results = jax.vmap(rest)(state, drives)
+        return new_state, (saved(new_state), outputs, results)
 
     # `inputs` may be empty, and a scan needs an array to count its steps.
     return scan_distinct(step, state, (inputs, jnp.arange(length)), loop.reverse)

@@ -44,7 +44,7 @@ class Kernel:
     """The compiled loops of one cell, and the order in which they read the cell's arrays.
 
     Attributes:
-        name: the formulas, "lstm", "gru" or "vanilla".
+        name: the formulas, one of `seqjax.kernels.calls.CELLS`.
         size: n, the number of units.
         roles: which leaf, block or value is what the kernel means by it.
         drives: for each gate of the kernel, the index of the drive and the block in it.

@@ -34,6 +34,7 @@ else:
 
 
 MOST_SAVED = 2**28  # bytes of the saved gates of one loop
+SLOW_PRODUCT = 512  # units; with fewer, XLA's loops compute a product again in the time in which they would save it
 
 
 def run_plan(plan: Plan, reverse: bool, params: Params, state: State, inputs: PyTree) -> tuple[State, PyTree]:
@@ -72,8 +73,15 @@ def _run_loop(plan: Plan, parts: Parts, arguments: Arguments, reverse: bool) -> 
         return _run_plainly(parts, reverse, arguments)
     kernel = kernel_for(parts) if plan.use_kernel else None
     batch, time = arguments.xs[0].shape[:2]
-    fits = kernel is not None and kernel.runs_backward and batch * time * kernel.bytes_of_gates <= MOST_SAVED
-    return _run_in_parts(Loop(parts, kernel, reverse, plan.saves_gates and fits), arguments)
+    steps = batch * time if plan.saves_gates else MOST_SAVED
+    if kernel is None:
+        of_step = sum(c.out.aval.size * c.out.aval.dtype.itemsize for c in parts.cuts)
+        is_slow = all(c.operand.aval.size >= SLOW_PRODUCT for c in parts.cuts)
+        loop = Loop(parts, None, reverse, saves_products=is_slow and steps * of_step <= MOST_SAVED)
+    else:
+        fits = kernel.runs_backward and steps * kernel.bytes_of_gates <= MOST_SAVED
+        loop = Loop(parts, kernel, reverse, saves_gates=fits)
+    return _run_in_parts(loop, arguments)
 
 
 def _run_at_once(parts: Parts, arguments: Arguments) -> Leaves:

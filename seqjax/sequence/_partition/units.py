@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
@@ -46,6 +47,9 @@ ELEMENTWISE = {
 UNCHANGED = {"copy", "copy_p", "reshape", "squeeze", "expand_dims", "stop_gradient"}
 # Calls with a derivative of their own, and the parameter that contains their program.
 CALLS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+
+
+RELU = ("relu", "")  # the name of the function
 
 
 class NotUnitwise(Exception):
@@ -153,6 +157,19 @@ class Terms:
 def constant(value: float) -> Formula:
     """A number as a formula."""
     return (((), value),) if value else ()
+
+
+def _is_relu(e: Eqn) -> bool:
+    """Whether a call is `jax.nn.relu`, with its derivative: a surrogate may have the same values."""
+    if e.primitive.name != "custom_jvp_call" or len(e.invars) != 1:
+        return False
+
+    def program(f: Callable[[Array], Any]) -> str:
+        v = e.invars[0].aval
+        x = jax.ShapeDtypeStruct(v.shape, v.dtype)
+        return str(jax.make_jaxpr(lambda x, t: jax.jvp(f, (x,), (t,)))(x, x))
+
+    return program(lambda x: bind(e, [x])[0]) == program(jax.nn.relu)
 
 
 def _bind_to_units(eqn: Eqn, values: Sequence[Array]) -> Array:
@@ -288,7 +305,9 @@ class Units:
         if len(e.outvars) != 1 or any(len(arg) != 1 for arg in args) or e.outvars[0].aval.size != self.size:
             raise NotUnitwise(e)
         # Named by its identity, because two calls of the same name may be different functions.
-        return [self.terms.function(("call", id(e)), *(arg[0] for arg in args), eqn=e)]
+        is_max = [inner_eqn.primitive.name for inner_eqn in inner.eqns] == ["max"]
+        name = RELU if is_max and _is_relu(e) else ("call", id(e))
+        return [self.terms.function(name, *(arg[0] for arg in args), eqn=e)]
 
     def _elementwise(self, e: Eqn, args: Sequence[Blocks]) -> Blocks:
         name, count, terms = e.primitive.name, max(map(len, args)), self.terms

@@ -344,17 +344,21 @@ def measure(job: Job) -> dict:
         found[way] |= times[way]
         child.close()
     for way in WAYS:
-        # The allocator returns memory to the system or keeps it, by chance.
-        resident = []
-        for _ in range(3):
-            child = Child(way, job)
-            resident.append(child.ask("resident"))
-            child.close()
-        found[way]["resident"] = sorted(resident)[1]
+        found[way]["resident"] = resident(way, job)
     child = Child("seqjax", job)
     found["seqjax"]["parts"] = child.ask("parts")
     child.close()
     return found
+
+
+def resident(way: str, job: Job) -> int:
+    """The peak of the memory of three updates, in bytes; the median of three processes."""
+    peaks = []
+    for _ in range(3):
+        child = Child(way, job)
+        peaks.append(child.ask("resident"))
+        child.close()
+    return sorted(peaks)[1]
 
 
 def document(found: dict) -> str:

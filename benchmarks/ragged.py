@@ -33,6 +33,8 @@ ROWS = [Row(128, 128, 256, 256), Row(32, 128, 128, 128), Row(8, 64, 64, 64)]
 UNITS = (256, 1024)
 KINDS = ("lstm", "gru")
 SECONDS = 2.0  # per way
+REASONS = """A packed sequence has no padding in any product. seqjax leaves masked rows out of the recurrent products, but
+computes the products of the input for all steps. One step of a small network is mostly the launch of a compiled call."""
 HERE = Path(__file__).with_suffix("")
 
 
@@ -171,7 +173,7 @@ def one_step(kind: str, hidden: int, pool) -> dict:
     w, x = weights(kind, row), jnp.ones(hidden)
     cell = {"lstm": sj.LSTM, "gru": sj.GRU}[kind](hidden, hidden)
     params = jax_peers.build("seqjax", kind, row, w).params
-    module = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}[kind](hidden)
+    module = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[kind](hidden)
     of_flax = {"params": jax_peers.build("flax RNN", kind, row, w).params["params"]["cell"]}
     zero = jnp.zeros(hidden)
     carry = (zero, zero) if kind == "lstm" else zero
@@ -218,7 +220,24 @@ def document(found: dict) -> str:
     for key, of in found["steps"].items():
         row = " | ".join(f"{1e6 * of[way]['min']:.0f} ({1e6 * of[way]['median']:.0f})" for way in of)
         lines.append(f"| {key.upper()} | {row} |")
+    lines += ["", "## Where a peer is faster", "", *slower(found)]
     return "\n".join(lines) + "\n"
+
+
+def slower(found: dict) -> list[str]:
+    """A line for each measurement in which a peer takes less time than seqjax."""
+    lines = []
+    for key, of in found["rows"].items():
+        for direction, ways in of.items():
+            for way, times in ways.items():
+                task, name = way.split("/")
+                ratio = ways[f"{task}/seqjax"]["min"] / times["min"]
+                if ratio > 1 and "seqjax" not in name:
+                    lines.append(f"- {key}, {direction}, {task}: {ratio:.2f} times the time of {name}.")
+    for key, of in found["steps"].items():
+        lines += [f"- One step, {key}: {of['seqjax']['min'] / of[way]['min']:.2f} times the time of {way}."
+                  for way in ("flax", "torch") if of[way]["min"] < of["seqjax"]["min"]]  # fmt: skip
+    return [*lines, "", REASONS]
 
 
 def main() -> None:

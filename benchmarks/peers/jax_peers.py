@@ -139,8 +139,8 @@ def keras(kind: str, row: Row, w: Weights) -> Peer:
         b = np.stack([b, np.concatenate([np.zeros(2 * row.hidden, b.dtype), w.b_hn])])
     rest = [variable.value for variable in layer.non_trainable_variables]
 
-    def unroll(params, xs):
-        return layer.stateless_call(params, rest, xs)[0]
+    def unroll(params, xs, **options):
+        return layer.stateless_call(params, rest, xs, **options)[0]
 
     return Peer([W_xh.T, W_hh.T, b], unroll, lambda params: blocks(params[1].T, ours, theirs))
 

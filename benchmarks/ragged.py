@@ -33,8 +33,8 @@ ROWS = [Row(128, 128, 256, 256), Row(32, 128, 128, 128), Row(8, 64, 64, 64)]
 UNITS = (256, 1024)
 KINDS = ("lstm", "gru")
 SECONDS = 2.0  # per way
-REASONS = """A packed sequence has no padding in any product. seqjax leaves masked rows out of the recurrent products, but
-computes the products of the input for all steps. One step of a small network is mostly the launch of a compiled call."""
+REASONS = """A packed sequence has no padding in any product. seqjax leaves masked rows out of the recurrent products,
+but computes the products of the input for all steps. One step of a small network is mostly the launch of a call."""
 HERE = Path(__file__).with_suffix("")
 
 

@@ -159,6 +159,20 @@ def test_embedded_tokens_are_rows_of_a_table_of_products(reset, x64):
     compare(sj.stack([sj.Embedding(TOKENS, D), sj.GRU(D, N, reset=reset)]), BATCH, 2 * TOKENS)
 
 
+def test_a_table_is_made_only_if_it_is_small_and_saves_work():
+    def has_table(vocabulary, hidden, batch, time):
+        cell = sj.stack([sj.Embedding(vocabulary, 2), sj.GRU(2, hidden)])
+        params = jax.eval_shape(cell.init, jax.random.key(0))
+        tokens = jax.ShapeDtypeStruct((batch, time), "int32")
+        return f"{vocabulary},{3 * hidden}]" in str(
+            jax.make_jaxpr(lambda p, x: sj.unroll(cell, p, x)[1])(params, tokens)
+        )
+
+    assert has_table(50, 4, 10, 10)
+    assert not has_table(51, 4, 10, 10)  # with fewer steps, the product of every step is less work
+    assert not has_table(5000, 512, 100, 1000)  # 31 MB
+
+
 @pytest.mark.parametrize("name", ["layer-norm-lstm", "equinox-gru"])
 def test_checkpoints_change_nothing(name, x64):
     params, xs = drawn(ZOO[name], time=7)

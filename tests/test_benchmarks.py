@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import breakdown, microscope
+from benchmarks import breakdown, microscope, update
 from benchmarks.any_cell import tables as any_cell_tables
 from benchmarks.any_cell.bars import BARS, summarize, verdicts
 from benchmarks.any_cell.measure import KERNEL, OWN, XLA
@@ -195,3 +196,11 @@ def test_the_gpu_script_runs_dry_and_says_where_there_is_no_gpu():
 def test_the_jacobians_that_are_timed_agree(lenient):
     found = microscope.jacobians(hidden=4, steps=3)
     assert all(numbers["difference"] < 1e-5 for numbers in found.values())
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_updates_of_flax_and_of_seqjax_are_the_same(cell, lenient):
+    job = update.Job(cell, batch=2, window=8, embedding=3, hidden=5, layers=2)
+    ours, theirs = (list(itertools.islice(of(job), 4)) for of in (update.seqjax_updates, update.flax_updates))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert ours[0] != ours[-1]

@@ -27,6 +27,9 @@ from seqjax.sequence._partition.program import (
 )
 
 
+LARGEST = 2**21  # numbers of a table; a larger one would not stay in a cache
+
+
 def with_tables(program: ClosedJaxpr, n_params: int, n_state: int, steps: int) -> ClosedJaxpr:
     """The program of a loop with products of tables in place of products of their rows.
 
@@ -41,8 +44,9 @@ def with_tables(program: ClosedJaxpr, n_params: int, n_state: int, steps: int) -
     for e in depends.eqns:
         if not is_product(e, 1, 2) or e.invars[0] not in rows or not depends.only_on_params(e.invars[1]):
             continue
-        row = rows[e.invars[0]]
-        if 2 * row.invars[0].aval.shape[0] <= steps and can_regroup(e.outvars[0]):
+        row, out = rows[e.invars[0]], e.outvars[0]
+        count = row.invars[0].aval.shape[0]
+        if 2 * count <= steps and count * out.aval.size <= LARGEST and can_regroup(out):
             bias = depends.added_params(e.outvars[0])
             rules[id(e)] = _row_of_product(e, row, None if bias is None else bias[1])
             if bias is not None:

@@ -26,7 +26,6 @@ from seqjax.sequence._partition.program import (
     retrace,
 )
 
-
 LARGEST = 2**21  # numbers of a table; a larger one would not stay in a cache
 
 

@@ -19,7 +19,7 @@ def machine(*packages: str) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages if is_installed(name))
     from seqjax import kernels
 
-    variant = kernels.loaded().variant if kernels.available() else None
+    variant = kernels.variant()
     loops = "seqjax without its kernel" if variant is None else f"seqjax with its kernel ({variant})"
     return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, {versions}, {loops}"
 

@@ -133,10 +133,9 @@ def train(command: Train) -> int:
     settings, console = command.settings, Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     corpus = manual_topics() if settings.text is None else read_text(settings.text)
     if command.resume is not None:
-        other_loops = Run.open(command.resume).other_loops()
         job = resume(settings, corpus, command.resume)
-        if other_loops:
-            console.print(other_loops)
+        if job.other_loops:
+            console.print(job.other_loops)
     else:
         new = Path("runs") / f"{settings.cell}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         job = begin(settings, corpus, command.out or new)

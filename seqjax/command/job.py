@@ -34,6 +34,7 @@ class Job:
         state: the training state after the last finished update.
         table: its metrics on disk.
         validation: the mean loss on the validation text at its last evaluation, in nats per character; NaN before.
+        other_loops: a sentence if a resumed run goes on with other loops than it began with.
     """
 
     run: Run
@@ -42,6 +43,7 @@ class Job:
     state: TrainState
     table: MetricsTable
     validation: float = math.nan
+    other_loops: str = ""
 
     @property
     def step(self) -> int:
@@ -108,7 +110,8 @@ def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
             )
     run = dataclasses.replace(stored, settings=dataclasses.replace(settings, text=stored.settings.text))
     model, state = restore(run)
-    job = Job(run, model, _parts(run.settings, corpus), state, MetricsTable(run, int(state.step)))
+    table, other_loops = MetricsTable(run, int(state.step)), stored.other_loops()
+    job = Job(run, model, _parts(run.settings, corpus), state, table, other_loops=other_loops)
     run.set_aside_after(job.step)
     if run.settings != stored.settings:
         run.write_settings()

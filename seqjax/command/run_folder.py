@@ -133,14 +133,14 @@ class Run:
             "corpus": dataclasses.asdict(self.corpus),
             "versions": _versions(),
             "kernels": _kernels(self.settings, self.corpus.vocabulary),
-            "variant": _variant(),
+            "variant": kernels.variant(),
         }
         _write(self.path / "run.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def other_loops(self) -> str:
         """A sentence if the loops ran in another way when run.json was written; empty otherwise."""
         content = json.loads((self.path / "run.json").read_text("utf-8"))
-        before, now = (_words(v) for v in (content.get("variant", _variant()), _variant()))
+        before, now = (_words(v) for v in (content.get("variant", kernels.variant()), kernels.variant()))
         if before == now:
             return ""
         return f"until now {before} ran the loops, from here on {now} runs them: numbers may differ in the last digits"
@@ -271,10 +271,6 @@ def _kernels(settings: Settings, vocabulary: str) -> list[str | None]:
     params = jax.eval_shape(cell.init, jax.random.key(0))
     loops = explain(cell, params, jax.ShapeDtypeStruct((), "int32")).loops
     return [loop.kernel if kernels.available() else None for loop in loops if loop.carried]
-
-
-def _variant() -> str | None:
-    return kernels.loaded().variant if kernels.available() else None
 
 
 def _words(variant: str | None) -> str:

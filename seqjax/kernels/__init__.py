@@ -51,6 +51,11 @@ def available() -> bool:
     return os.environ.get("SEQJAX_KERNEL") not in OFF and loaded().variant is not None
 
 
+def variant() -> str | None:
+    """The variant that runs; None if XLA runs the loops."""
+    return loaded().variant if available() else None
+
+
 def status() -> str:
     """The kernel in words: which variant runs, or why XLA runs the loops."""
     wanted = os.environ.get("SEQJAX_KERNEL")

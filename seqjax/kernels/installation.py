@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from seqjax.kernels import available, loaded, status
+from seqjax.kernels import loaded, status, variant
 
 PACKAGES = ("seqjax", "jax", "jaxlib", "numpy", "optax", "flax")
 
@@ -59,7 +59,7 @@ def info() -> Installation:
         versions={name: _version(name) for name in PACKAGES},
         python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         devices=tuple(f"{device.platform}:{device.id}" for device in jax.devices()),
-        kernel=loaded().variant if available() else None,
+        kernel=variant(),
         variants=loaded().supported,
         status=status(),
     )

@@ -227,7 +227,7 @@ class Options:
         reverse: right to left.
         checkpoint_every: the steps between two states that a gradient keeps; None keeps what is fastest.
         kernel: whether the compiled kernel may run the loops that it supports.
-        saves_gates: whether the kernel saves the gates of every step for a gradient.
+        saves_gates: whether loops may save the gates of every step, or their products, for a gradient.
     """
 
     reverse: bool = False

@@ -71,17 +71,21 @@ def _run_loop(plan: Plan, parts: Parts, arguments: Arguments, reverse: bool) -> 
         return Result([], _run_at_once(parts, arguments))
     if not parts.saves_work or not any(map(inexact, arguments.state)):
         return _run_plainly(parts, reverse, arguments)
-    kernel = kernel_for(parts) if plan.use_kernel else None
-    batch, time = arguments.xs[0].shape[:2]
-    steps = batch * time if plan.saves_gates else MOST_SAVED
-    if kernel is None:
-        of_step = sum(c.out.aval.size * c.out.aval.dtype.itemsize for c in parts.cuts)
-        is_slow = all(c.operand.aval.size >= SLOW_PRODUCT for c in parts.cuts)
-        loop = Loop(parts, None, reverse, saves_products=is_slow and steps * of_step <= MOST_SAVED)
-    else:
-        fits = kernel.runs_backward and steps * kernel.bytes_of_gates <= MOST_SAVED
-        loop = Loop(parts, kernel, reverse, saves_gates=fits)
+    loop = Loop(parts, kernel_for(parts) if plan.use_kernel else None, reverse)
+    if plan.saves_gates:
+        loop = _with_saved_gates(loop, steps=arguments.xs[0].shape[0] * arguments.xs[0].shape[1])
     return _run_in_parts(loop, arguments)
+
+
+def _with_saved_gates(loop: Loop, steps: int) -> Loop:
+    """The loop that saves its gates, or the results of its cuts, if they fit and save time."""
+    parts, kernel = loop.parts, loop.kernel
+    if kernel is not None:
+        fits = steps * kernel.bytes_of_gates <= MOST_SAVED
+        return dataclasses.replace(loop, saves_gates=kernel.runs_backward and fits)
+    of_step = sum(c.out.aval.size * c.out.aval.dtype.itemsize for c in parts.cuts)
+    is_slow = all(c.operand.aval.size >= SLOW_PRODUCT for c in parts.cuts)
+    return dataclasses.replace(loop, saves_products=is_slow and steps * of_step <= MOST_SAVED)
 
 
 def _run_at_once(parts: Parts, arguments: Arguments) -> Leaves:

@@ -33,6 +33,7 @@ from seqjax.sequence._partition.program import (
     can_regroup,
     concatenated,
     contracted_axis,
+    copy_value,
     inexact,
     is_product,
     is_slice,
@@ -165,7 +166,7 @@ def _add_before_slicing(program: ClosedJaxpr, depends: Dependencies) -> ClosedJa
         if not added or overlap((start, start + v.aval.shape[0]) for start, v, *_ in added):
             continue
         rules[id(e)] = _add_padded(e, added)
-        rules |= {id(adds): _copy_value(v, adds) for _, v, adds, _ in added}
+        rules |= {id(adds): copy_value(v, adds) for _, v, adds, _ in added}
     return retrace(program, depends.in_params_first_order(), rules) if rules else program
 
 
@@ -189,13 +190,6 @@ def _add_padded(e: Eqn, added: list[tuple[int, Var, Eqn, Atom]]) -> Rule:
             block = jnp.broadcast_to(jnp.asarray(read(b), result.dtype), v.aval.shape)
             whole = lax.dynamic_update_slice(whole, block, (start,))
         env[e.outvars[0]] = result + whole
-
-    return run
-
-
-def _copy_value(v: Var, e: Eqn) -> Rule:
-    def run(env: Env, read: Read) -> None:
-        env[e.outvars[0]] = read(v)
 
     return run
 

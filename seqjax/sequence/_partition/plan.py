@@ -25,7 +25,7 @@ class Plan:
         parts: the parts of each loop.
         new_state, outputs: the tree structures of the new state and of what a step emits.
         use_kernel: whether the compiled kernel may run a loop that it supports.
-        saves_gates: whether the kernel saves the gates of every step for the backward pass.
+        saves_gates: whether loops may save the gates of every step, or their products, for the backward pass.
     """
 
     x: list[Any]
@@ -50,7 +50,7 @@ def plan_of(traced: Traced, use_kernel: bool, saves_gates: bool = False, steps: 
     Args:
         traced: the masked step.
         use_kernel: whether the compiled kernel may run a loop that it supports.
-        saves_gates: whether the kernel saves the gates of every step for the backward pass.
+        saves_gates: whether loops may save the gates of every step, or their products, for the backward pass.
         steps: batch times time; 0 if it is unknown.
     """
     # Parts run for a whole chunk, or not at all if nothing reads them. A side effect must run once per step.

@@ -100,6 +100,15 @@ def skip(env: Env, read: Read) -> None:
     """The rule of an equation whose results come from another rule."""
 
 
+def copy_value(v: Var, e: Eqn) -> Rule:
+    """The rule that gives the result of an equation the value of `v`."""
+
+    def run(env: Env, read: Read) -> None:
+        env[e.outvars[0]] = read(v)
+
+    return run
+
+
 def retrace(program: ClosedJaxpr, eqns: Sequence[Eqn], rules: Mapping[int, Rule]) -> ClosedJaxpr:
     """The same function with its equations in another order, some of them replaced by rules."""
     jaxpr = program.jaxpr

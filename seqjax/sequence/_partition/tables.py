@@ -21,6 +21,7 @@ from seqjax.sequence._partition.program import (
     Var,
     can_regroup,
     contracted_axis,
+    copy_value,
     inexact,
     is_product,
     retrace,
@@ -46,10 +47,10 @@ def with_tables(program: ClosedJaxpr, n_params: int, n_state: int, steps: int) -
         row, out = rows[e.invars[0]], e.outvars[0]
         count = row.invars[0].aval.shape[0]
         if 2 * count <= steps and count * out.aval.size <= LARGEST and can_regroup(out):
-            bias = depends.added_params(e.outvars[0])
+            bias = depends.added_params(out)
             rules[id(e)] = _row_of_product(e, row, None if bias is None else bias[1])
             if bias is not None:
-                rules[id(bias[0])] = _copy(e.outvars[0], bias[0].outvars[0])
+                rules[id(bias[0])] = copy_value(out, bias[0])
     return retrace(program, depends.in_params_first_order(), rules) if rules else program
 
 
@@ -79,12 +80,5 @@ def _row_of_product(e: Eqn, row: Eqn, bias: Var | None) -> Rule:
         axes, mode, fill = (row.params[name] for name in ("dimension_numbers", "mode", "fill_value"))
         index, size = read(row.invars[1]), (1, table.shape[1])
         env[e.outvars[0]] = lax.gather(table, index, axes, size, mode=mode, fill_value=fill)
-
-    return run
-
-
-def _copy(v: Var, to: Var) -> Rule:
-    def run(env: Env, read: Read) -> None:
-        env[to] = read(v)
 
     return run

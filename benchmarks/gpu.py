@@ -1,9 +1,11 @@
 """Compares the ways to run an LSTM over time on a GPU.
 
-    python -m benchmarks.gpu               all sizes, under ten minutes on one GPU; writes gpu.json and gpu.md
+    python -m benchmarks.gpu               all sizes, under ten minutes on one GPU; writes gpu.json and gpu.md,
+                                           or with --precision tf32 gpu_tf32.json and gpu_tf32.md
     python -m benchmarks.gpu --dry-run     tiny sizes on any device, also a CPU; writes nothing
 
 - scan: `lax.scan` over `jax.vmap(cell.step)`, as a user would write it.
+- flax: `nn.RNN(nn.LSTMCell)`, and with `nn.OptimizedLSTMCell`.
 - seqjax: `sj.unroll`.
 - jax.experimental.rnn: cuDNN, called from JAX; on a GPU only.
 - torch: cuDNN, called from torch in a separate process, if torch sees the GPU.
@@ -14,7 +16,7 @@ parameters). The share of the roofline is the least possible time over the measu
 larger of arithmetic and memory traffic. The arithmetic is the matrix products at the device's float32 rate, without
 tensor cores unless --precision is tf32. The traffic reads inputs and weights and writes outputs once; with backward it
 is three times as much. The model ignores that each step waits for the step before, so no way can come near 1 at small
-sizes. Kernels per step are the launches in the innermost compiled loops.
+sizes. Kernels per iteration are the launches in the innermost compiled loops.
 
 Needs `jax[cuda]` and seqjax; torch is optional.
 """
@@ -91,6 +93,13 @@ def scan(row: Row, w: Weights, arguments: argparse.Namespace) -> Way:
     return Way(params, unroll)
 
 
+def flax(row: Row, w: Weights, arguments: argparse.Namespace, way: str = "flax RNN") -> Way:
+    from benchmarks.peers import jax_peers
+
+    peer = jax_peers.build(way, "lstm", row, w)
+    return Way(peer.params, peer.unroll)
+
+
 def fast(row: Row, w: Weights, arguments: argparse.Namespace) -> Way:
     import seqjax as sj
 
@@ -134,7 +143,14 @@ def deer(row: Row, w: Weights, arguments: argparse.Namespace) -> Way:
     return Way(params, unroll)
 
 
-WAYS = {"scan": scan, "seqjax": fast, "jax.experimental.rnn": cudnn, "DEER": deer}
+WAYS = {
+    "scan": scan,
+    "flax": flax,
+    "flax, optimized cell": partial(flax, way="flax RNN, optimized cell"),
+    "seqjax": fast,
+    "jax.experimental.rnn": cudnn,
+    "DEER": deer,
+}
 
 
 def measure(row: Row, arguments: argparse.Namespace, torch: TorchProcess | None) -> dict:
@@ -149,7 +165,7 @@ def measure(row: Row, arguments: argparse.Namespace, torch: TorchProcess | None)
             compiled = {direction: compile_way(way, direction, arrays) for direction in DIRECTIONS}
             results = jax.block_until_ready([of["call"]() for of in compiled.values()])
             found[name], outputs[name] = compiled, np.asarray(results[0])
-        except (Left, ImportError, NotImplementedError, jax.errors.JaxRuntimeError) as why:  # the last: out of memory
+        except (Left, ImportError, RuntimeError) as why:  # the last: out of memory, or a size that cuDNN refuses
             found[name] = {"left out": str(why).splitlines()[0]}
             continue
         for direction, of in found[name].items():
@@ -168,7 +184,7 @@ def measure(row: Row, arguments: argparse.Namespace, torch: TorchProcess | None)
 
 
 def compile_way(way: Way, direction: str, arrays: tuple) -> dict:
-    """The compiled call, with its compile time, temporaries and kernels per step."""
+    """The compiled call, with its compile time, temporaries and kernels per iteration."""
     import jax
     import jax.numpy as jnp
 
@@ -205,18 +221,31 @@ def least_seconds(row: Row, direction: str, arguments: argparse.Namespace) -> fl
 def table(found: dict, title: str, arguments: argparse.Namespace) -> str:
     lines = ["# An LSTM over time on a GPU", "", f"{title}. Products in {arguments.precision}; roofline of "
              f"{arguments.flops / 1e12:.4g} TFLOP/s and {arguments.bandwidth / 1e12:.4g} TB/s.", ""]  # fmt: skip
-    lines += ["Times are the minimum (median) of calls in turns. Kernels are those of each innermost loop.", ""]
+    lines += ["Times are the minimum (median) of calls in turns. Kernels are those of one iteration of each innermost "
+              "loop; an iteration of seqjax is up to eight steps.", ""]  # fmt: skip
     for name, ways in found.items():
         lines += [f"## (B, T, D, H) = {tuple(Row.parse(name))}", ""]
         for direction, title in zip(DIRECTIONS, ("Forward", "Forward with backward"), strict=True):
-            head = [title, "us per step", "share of roofline", "kernels per step", "temporaries, MB", "compile, s"]
+            head = [title, "us per step", "share of roofline", "kernels per iteration", "temporaries, MB", "compile, s"]
             lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             lines += [_line(way, Row.parse(name), of[direction]) for way, of in ways.items() if direction in of]
             lines.append("")
         lines += [f"- {way} is left out: {of['left out']}" for way, of in ways.items() if "left out" in of]
         differences = [f"{way} {of['difference']:.1e}" for way, of in ways.items() if "difference" in of]
+        lines += _faster(ways)
         lines += [f"- largest difference of an output from the scan's: {', '.join(differences)}", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _faster(ways: dict) -> list[str]:
+    """The ways that take less time than `sj.unroll`, with the ratio of the times."""
+    lines = []
+    for direction in DIRECTIONS:
+        ours = ways.get("seqjax", {}).get(direction)
+        ratios = {way: of[direction]["min"] / ours["min"] for way, of in ways.items() if ours and direction in of}
+        faster = ", ".join(f"{way} {ratio:.2f}" for way, ratio in ratios.items() if ratio < 1)
+        lines.append(f"- {direction}, faster than seqjax (its time is 1): {faster or 'none'}")
+    return lines
 
 
 def _line(way: str, row: Row, of: dict) -> str:
@@ -266,6 +295,13 @@ def torch_process(arguments: argparse.Namespace, on_gpu: bool) -> TorchProcess |
     return None
 
 
+def write(found: dict, title: str, arguments: argparse.Namespace) -> None:
+    """Writes the sizes measured so far, because a lent machine can be gone before the last one."""
+    here = Path(__file__).with_name("gpu_tf32" if arguments.precision == "tf32" else "gpu")
+    here.with_suffix(".json").write_text(json.dumps({"machine": title, "found": found}, indent=1) + "\n")
+    here.with_suffix(".md").write_text(table(found, title, arguments))
+
+
 def main() -> int:
     arguments = read_arguments()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch uses the same GPU and needs memory
@@ -290,13 +326,11 @@ def main() -> int:
                 continue
             found[row.name] = measure(row, arguments, torch)
             print(table({row.name: found[row.name]}, title, arguments), flush=True)
+            if not arguments.dry_run:
+                write(found, title, arguments)
     finally:
         if torch:
             torch.close()
-    if not arguments.dry_run:
-        here = Path(__file__).with_suffix("")
-        here.with_suffix(".json").write_text(json.dumps({"machine": title, "found": found}, indent=1) + "\n")
-        here.with_suffix(".md").write_text(table(found, title, arguments))
     summing = [
         name for name, ways in found.items() if ways["seqjax"].get("backward", {}).get("weights summed in a loop")
     ]

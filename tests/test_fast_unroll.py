@@ -14,6 +14,7 @@ from cells import OURS, D, Doubled, N
 from oracles import assert_close, drawn, drawn_states, like, scanned, weighted
 
 import seqjax as sj
+from benchmarks.hlo import loops
 from seqjax.cells.stack import Stack
 from seqjax.sequence._execution.chunks import chunk_length
 from seqjax.sequence._masked_step import Inputs, emit_output, emit_state
@@ -182,6 +183,32 @@ def test_a_chunk_is_never_longer_than_the_time_nor_empty():
         length = chunk_length(batch, time)
         assert 1 <= length <= time
         assert time // length <= 4096
+
+
+@pytest.mark.parametrize("save", ["states", "gates"])
+@pytest.mark.parametrize("name", ["lstm", "user"])
+def test_the_loops_of_a_gpu_change_nothing(name, save, x64, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cell, batch, time = SPLIT[name], 33, 302  # chunks of 151 steps
+    params, xs = drawn(cell, "float64", batch, time)
+    options = flags(batch, time)
+
+    def value_and_gradient(unroll, params, xs, **more):
+        run = lambda p, x: (weighted(result := unroll(cell, p, x, **options, **more)), result)  # noqa: E731
+        return jax.value_and_grad(run, (0, 1), has_aux=True)(params, xs)
+
+    got = jax.jit(partial(value_and_gradient, sj.unroll, save=save))(params, xs)
+    assert_close(got, jax.jit(partial(value_and_gradient, plain))(params, xs))
+
+
+def test_on_a_gpu_no_loop_only_rematerializes_and_an_iteration_runs_several_steps(monkeypatch):
+    cell, batch, time = sj.LSTM(D, N), 34, 2 * 132
+    params, xs = drawn(cell, "float32", batch, time)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run = jax.jit(jax.grad(lambda p: jnp.sum(sj.unroll(cell, p, xs)[1] ** 2)))
+    found = loops(run.lower(params).compile().as_text())
+    assert [loop.steps for loop in found if loop.innermost] == [132 // 6] * 2  # forward and backward
 
 
 def test_nan_in_padding_and_in_a_state_that_is_reset_reaches_no_gradient(x64):

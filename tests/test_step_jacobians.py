@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cells import EVERY
 from errors import raises
+from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from oracles import BATCH, MASK, RESET, TIME, assert_close, drawn, drawn_states, loop, row
 
@@ -323,3 +324,30 @@ def test_a_sequence_of_no_steps_has_no_jacobians_and_a_product_of_one():
     result = sj.analysis.jacobian_product(cell, params, jnp.ones((2, 0, 1)))
     np.testing.assert_array_equal(result.matrix, np.broadcast_to(np.eye(2), (2, 2, 2)))
     assert not result.log_scale.any()
+
+
+def products(jaxpr):
+    """The matrix products of a program, and of the programs in it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("cell", [UNITWISE["lstm"], UNITWISE["gru-before-keeps"], UNITWISE["stack"]])
+def test_measurements_multiply_in_float32_whatever_the_precision_of_training_is(cell):
+    params, xs = drawn(cell, "float32")
+    measures = {
+        "step_jacobians": lambda params: sj.step_jacobians(cell, params, xs).by_state,
+        "frame_growth": lambda params: sj.analysis.frame_growth(cell, params, xs, k=1).log_growth,
+    }
+    with jax.default_matmul_precision("bfloat16"):
+        trained = [*products(jax.make_jaxpr(lambda params: sj.unroll(cell, params, xs))(params).jaxpr)]
+        measured = {name: [*products(jax.make_jaxpr(f)(params).jaxpr)] for name, f in measures.items()}
+    float32 = (jax.lax.Precision.HIGHEST,) * 2
+    assert trained
+    assert all(eqn.params["precision"] != float32 for eqn in trained)
+    for found in measured.values():
+        assert found
+        assert all(eqn.params["precision"] == float32 for eqn in found)

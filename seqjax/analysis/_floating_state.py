@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Output, Params, State, inherited
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
 
 
@@ -55,7 +55,7 @@ def with_floating_state(cell: Cell, params: Params, states: State, inputs: Input
     Returns:
         The cell, the states and the inputs with the other leaves before each step as part of x.
     """
-    rest = cached_jit(_rest_of_states, cell)(params, states, inputs)
+    rest = precise_jit(_rest_of_states, cell)(params, states, inputs)
     return FloatingState(cell), _divide(states)[0], inputs._replace(x=(inputs.x, rest))
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 from seqjax.analysis._flow import Sequences, flat_map, flat_trajectory, orthonormal, pad_with_masked_steps
 from seqjax.cell import Cell
 from seqjax.cells.whole_numbers import whole_number
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs
 
 LONGEST = 100  # steps between two QRs; longer intervals save no more time, because a QR is then cheap
@@ -179,7 +179,7 @@ def pull_frames(cell: Cell, every: int, sequences: Sequences, starts: Array, fra
 
 def probed_interval(cell: Cell, sequences: Sequences, frames: Array) -> int:
     """The safe number of steps between two QRs, from the growth rates of the first 32 steps."""
-    _, _, logs = cached_jit(sweep, cell, 1, log_diagonal)(
+    _, _, logs = precise_jit(sweep, cell, 1, log_diagonal)(
         sequences.until(min(sequences.time, 32)), sequences.first, frames
     )
     return safe_interval(np.asarray(logs, np.float64), sequences.first.dtype)

@@ -17,7 +17,7 @@ from seqjax.analysis._flow import Sequences, flat_trajectory, unflatten
 from seqjax.analysis._leaves import floating_leaves, with_leaves
 from seqjax.analysis._scaled import rescale, rescale_rows, scale_by_power, to_common_scale
 from seqjax.cell import Cell
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs, masked_step
 
 
@@ -33,7 +33,7 @@ def gradient_shares(cell: Cell, sequences: Sequences, d_outputs: PyTree) -> list
         One array (time,) for each leaf, in the order of `floating_leaves`; zeros if the gradient is zero.
     """
     d_outputs = _flat(d_outputs, 2, sequences.first.dtype)
-    parts = [[np.asarray(x, np.float64) for x in leaf] for leaf in cached_jit(_shares, cell)(sequences, d_outputs)]
+    parts = [[np.asarray(x, np.float64) for x in leaf] for leaf in precise_jit(_shares, cell)(sequences, d_outputs)]
     return [
         np.ldexp(along, -exponent.astype(int)) / np.where(square == 0, 1, square) for along, square, exponent in parts
     ]

@@ -14,7 +14,7 @@ from seqjax.analysis._flow import DIRECTION, STARTS, Sequences, flat_map, normal
 from seqjax.analysis._gradient_traces import is_nonlinear
 from seqjax.analysis._recording import Recording
 from seqjax.cell import Cell
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs
 
 NEARBY = 0.01  # the first distance of the nearby trajectory, relative to the size of the states
@@ -65,7 +65,7 @@ def probe(record: Recording, states: Array, key: Array) -> Probes:
     nearby = np.asarray(sequences.first) + NEARBY * size[:, None] * np.asarray(u)
     starts = jnp.asarray(np.concatenate([nearby[:, None], starts], axis=1), dtype)
     checked = np.linspace(np.minimum(1, lengths), lengths, CHECKED).round().astype(int).T
-    distances, products, small, large = cached_jit(_trajectories, record.cell)(
+    distances, products, small, large = precise_jit(_trajectories, record.cell)(
         sequences, states, starts, jnp.asarray(checked), u, jnp.asarray(size, dtype)
     )
     products, small, large = (np.asarray(each) for each in (products, small, large))
@@ -92,7 +92,7 @@ def _is_nonlinear(record: Recording, states: Array, products: np.ndarray, differ
     # The differences come first, because they are known already and decide almost always.
     return bool(
         np.abs(J_u - differences_u).max(initial=0) > 1e-3 * size
-        or cached_jit(is_nonlinear, record.cell)(record.sequences, states)
+        or precise_jit(is_nonlinear, record.cell)(record.sequences, states)
     )
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from seqjax.analysis._flow import Sequences, cast_floats, check_arguments, flat_map
 from seqjax.analysis._padding import without_held_steps
 from seqjax.cell import Cell, Params, State, cached_check
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
 
 
@@ -116,7 +116,7 @@ def recording(
     valid = position[:, -1]
     if not valid.any():
         raise ValueError("expected at least one valid step to analyse, got a mask that is False everywhere")
-    sizes, rms = (np.asarray(each, np.float64) for each in cached_jit(_sizes, cell)(sequences))
+    sizes, rms = (np.asarray(each, np.float64) for each in precise_jit(_sizes, cell)(sequences))
     problems = {
         b: problem
         for b in range(sequences.batch)

@@ -21,7 +21,7 @@ from seqjax.analysis._spans import check_horizon
 from seqjax.cell import Cell, Params, State, optional
 from seqjax.cells.learned_state import LearnedState
 from seqjax.cells.stack import Stack
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._declared import declared
 from seqjax.sequence.unroll import gates
 
@@ -121,7 +121,7 @@ def cell_path(
         )
     sequences, order = valid_steps_last(sequences)
     count = np.full(sequences.batch, sequences.time) if mask is None else np.asarray(mask).sum(axis=1)
-    norms, units = cached_jit(_true_path, analysed, K, parts[field].start, parts[field].stop)(sequences)
+    norms, units = precise_jit(_true_path, analysed, K, parts[field].start, parts[field].stop)(sequences)
     f = np.take_along_axis(np.asarray(activations[gate], np.float64), order[..., None], axis=1)
     # A step that is not valid does not change c, and a reset removes all of it.
     f = np.where(np.arange(sequences.time)[:, None] < sequences.time - count[:, None, None], 1.0, f)

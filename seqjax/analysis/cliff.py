@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from seqjax.cells.whole_numbers import whole_number
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence.unroll import unroll
 
 
@@ -124,9 +124,9 @@ def loss_cliff(
     axes = np.linspace(*w, resolution), np.linspace(*b, resolution)
     # float32 on every platform and setting of x64, so that the figure is always the same.
     grid = OneUnitParams(*map(jnp.asarray, np.meshgrid(*(side.astype(np.float32) for side in axes))))
-    surface = cached_jit(_surface, time)(grid, jnp.float32(target))
+    surface = precise_jit(_surface, time)(grid, jnp.float32(target))
     first = OneUnitParams(*map(jnp.float32, start))
-    descend = cached_jit(_descend, time, steps)
+    descend = precise_jit(_descend, time, steps)
     paths = [descend(first, *map(jnp.float32, (target, learning_rate, limit))) for limit in (np.inf, clip_norm)]
     (plain, norms), (clipped, clipped_norms) = ([np.asarray(part) for part in path] for path in paths)
     return LossCliff(*axes, np.asarray(surface), plain, clipped, np.stack([norms, clipped_norms]), clip_norm, time)

@@ -24,7 +24,7 @@ from seqjax.analysis._flow import Sequences, cast_floats, check_arguments, unfla
 from seqjax.analysis._forward import LARGE
 from seqjax.analysis._starts import check_input, flat_starts
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 
 
 class Search(NamedTuple):
@@ -179,7 +179,7 @@ def fixed_points(
         # Each start is one sequence of one step, so that all checks of sequences apply.
         xs = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None, None], (len(drawn.states), 1, *leaf.shape)), x)
         cell, sequences = check_arguments(cell, params, xs, unflatten(cell, params, drawn.states), None, None)
-        search = cached_jit(descend, cell, int(max_iterations))
+        search = precise_jit(descend, cell, int(max_iterations))
         limits = jnp.asarray(forward_steps, jnp.int32), jnp.asarray(tolerance, jnp.float64)
         ends = jax.tree.map(np.asarray, search(sequences, jnp.asarray(drawn.forward), *limits))
         outcome = _outcomes(np.asarray(sequences.first), ends, tolerance, slow_tolerance, distance)

@@ -21,7 +21,7 @@ from seqjax.analysis._memory import Memory, memory_of
 from seqjax.analysis._recording import Recording, by_sequence, recording
 from seqjax.analysis._spans import check_horizon, check_times
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 
 EXACT = 256  # the largest state, in numbers, for which every column is pulled back by default
 PROBES = 32  # random columns for larger states
@@ -133,7 +133,7 @@ def gradient_by_lag(
         (0.0115, 21.0)
     """
     with recording(cell, params, xs, state, mask, reset, backward=True) as record:
-        states = cached_jit(flat_trajectory, record.cell)(record.sequences)
+        states = precise_jit(flat_trajectory, record.cell)(record.sequences)
         return gradients_of(record, states, horizon, threshold, exact=exact, key=key, times=times, loss=loss)
 
 
@@ -162,7 +162,7 @@ def gradients_of(
     log_worst = _largest(worst)
     # A rounding error of the state grows by the worst norm. From 1/eps on it is as large as the state.
     lost = np.flatnonzero(log_worst > -math.log(float(jnp.finfo(record.dtype).eps)))
-    if not reasons and lost.size and cached_jit(is_nonlinear, record.cell)(record.sequences, states):
+    if not reasons and lost.size and precise_jit(is_nonlinear, record.cell)(record.sequences, states):
         reasons = [
             f"within {lost[0]} steps rounding errors of {record.dtype} grow as large as the state, so gradients "
             f"over more steps than that belong to no trajectory"
@@ -221,7 +221,7 @@ def _loss_gradients(
             return loss(unflatten(cell, sequences.params, states[rows[:, None], position].astype(record.dtype)))
 
         arriving = jax.grad(of_states)(states)
-    log_norm, by_field = cached_jit(log_loss_gradients, cell)(sequences, states, jnp.asarray(arriving[:, 1:]))
+    log_norm, by_field = precise_jit(log_loss_gradients, cell)(sequences, states, jnp.asarray(arriving[:, 1:]))
     after = np.arange(sequences.time + 1) > record.lengths[:, None]
     return (
         np.where(after, np.nan, np.asarray(log_norm, np.float64)),
@@ -251,7 +251,7 @@ def _by_lag(
     cost = batch * times.shape[1] * frame.shape[0] * n * n
     pulled, ends, chunks, lag = pulled_by_zero(frame, batch, times.shape[1]), jnp.asarray(times), [], 0
     while lag <= K:
-        of_chunk = cached_jit(norms_by_lag, record.cell, count)
+        of_chunk = precise_jit(norms_by_lag, record.cell, count)
         pulled, norms = of_chunk(record.sequences, states, ends, jnp.asarray(lag), pulled)
         chunks.append([np.asarray(values, np.float64) for values in norms])
         lag += count

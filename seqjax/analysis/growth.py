@@ -33,7 +33,7 @@ from seqjax.analysis._spans import check_times
 from seqjax.analysis.gradient_flow import EXACT, PROBES, TIMES
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence.unroll import unroll
 
@@ -123,7 +123,7 @@ def frame_growth(
     blocks = math.ceil(sequences.time / every)
     padded = pad_with_masked_steps(sequences, blocks * every) if sequences.time % every else sequences
     valid = jnp.ones((sequences.batch, sequences.time), bool) if padded.inputs.mask is None else padded.inputs.mask
-    states, frames, log_growth = cached_jit(sweep, analysed, every, log_diagonal)(padded, padded.first, first)
+    states, frames, log_growth = precise_jit(sweep, analysed, every, log_diagonal)(padded, padded.first, first)
     final = unflatten(analysed, params, states)
     # The sweep does not return the counters and random keys of the state, which are its inputs.
     if analysed is not cell:
@@ -193,7 +193,7 @@ def lag_growth(
         frame = jnp.eye(n, dtype=sequences.first.dtype)
     else:
         frame = _random_rows(PROBES, sequences)
-    return cached_jit(_log_norms, cell, lags)(sequences, frame, ends)
+    return precise_jit(_log_norms, cell, lags)(sequences, frame, ends)
 
 
 def _random_rows(rows: int, sequences: Sequences) -> Array:

@@ -18,7 +18,7 @@ from seqjax.analysis._recording import in_float64
 from seqjax.analysis._scaled import log_power, rescale
 from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._partition.tracing import shapes_of_one
 
@@ -105,7 +105,7 @@ def step_jacobians(
             f"expected floating-point xs for ds_t/dx_t, got {fixed[0]}: leave inputs=False for tokens, or analyse the "
             f"layers above the embedding"
         )
-    by_state, by_input = cached_jit(jacobians_at, cell, inputs)(sequences, jnp.arange(sequences.time))
+    by_state, by_input = precise_jit(jacobians_at, cell, inputs)(sequences, jnp.arange(sequences.time))
     return StepJacobians(by_state, by_input, state_parts(cell, params))
 
 
@@ -187,9 +187,9 @@ def jacobian_product(
     cell, sequences = check_arguments(cell, params, xs, state, mask, reset)
     start, stop = check_span(start, stop, sequences.time)
     if start:
-        sequences = sequences._replace(first=cached_jit(final_states, cell)(sequences.until(start)))
+        sequences = sequences._replace(first=precise_jit(final_states, cell)(sequences.until(start)))
     with in_float64(cell, sequences.between(start, stop)) as sequences:
-        product = cached_jit(_jacobian_product, cell)(sequences)
+        product = precise_jit(_jacobian_product, cell)(sequences)
         return JacobianProduct(*(np.asarray(each, np.float64) for each in product))
 
 

@@ -42,7 +42,7 @@ from seqjax.analysis._recording import Recording, by_sequence, recording
 from seqjax.analysis._statistics import MIN_STEPS, mean_interval
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 
 PRINTED = 4  # sequences
 MIN_BLOCKS = 32  # if the run is long enough, because the confidence intervals resample the blocks
@@ -219,7 +219,7 @@ def _sweep(record: Recording, k: int, starts: np.ndarray, qr_every: int | None, 
     states, logs = sequences.first, np.zeros((sequences.batch, 0, k))
     if starts.any():
         burn_in = spans(sequences, np.zeros_like(starts), np.minimum(starts, record.lengths))
-        states, frames, logs = cached_jit(sweep, cell, 1, log_diagonal)(burn_in, states, frames)
+        states, frames, logs = precise_jit(sweep, cell, 1, log_diagonal)(burn_in, states, frames)
     sequences = spans(sequences, np.minimum(starts, record.lengths), record.lengths)._replace(first=states)
     if starts.any():
         rated = safe_interval(np.asarray(logs, np.float64)[:, -PROBED:], dtype)
@@ -227,13 +227,13 @@ def _sweep(record: Recording, k: int, starts: np.ndarray, qr_every: int | None, 
         rated = probed_interval(cell, sequences, frames)
     every = qr_every or power_of_two(min(rated, max(1, int(counted.max()) // MIN_BLOCKS)))
     while True:
-        pushed = cached_jit(push_frames, cell, every)(sequences, frames)
+        pushed = precise_jit(push_frames, cell, every)(sequences, frames)
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(np.diagonal(np.asarray(pushed.factors, np.float64), axis1=-2, axis2=-1))
         if qr_every or every == 1 or strain(logs, dtype).max() <= 1:
             break
         every //= 2  # growth in a later block was faster than in the steps that the interval was chosen from
-    pulled = cached_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)
+    pulled = precise_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)
     steps = np.clip(counted[:, None] - every * np.arange(logs.shape[1]), 0, every)
     used = steps.any(axis=0)
     used[0] = True  # also if no sequence has a step after the burn-in; its mean is then NaN

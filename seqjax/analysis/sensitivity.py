@@ -26,7 +26,7 @@ from seqjax.analysis._leaves import floating_leaves, with_leaves
 from seqjax.analysis._scaled import rescale_rows, scale_by_power, to_common_scale
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence.unroll import unroll
 
 EXACT = 2**18  # the largest S_t, in entries, for which every column is pushed by default: 1 MB in float32
@@ -128,7 +128,7 @@ def parameter_sensitivity(
     if probes is None and sequences.size * size > EXACT:
         probes = PROBES
     key = jax.random.key(0) if key is None else key
-    mean_square, exponent = cached_jit(_squared_norms, analysed, probes or 0)(sequences, key)
+    mean_square, exponent = precise_jit(_squared_norms, analysed, probes or 0)(sequences, key)
     with np.errstate(divide="ignore"):
         # ln sqrt(m 4^e) = ln(m) / 2 + e ln 2
         log_norm = np.log(np.asarray(mean_square, np.float64)) / 2 + np.asarray(exponent) * math.log(2)

@@ -30,7 +30,7 @@ from seqjax.analysis._frames import (
 from seqjax.analysis._recording import in_float64
 from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 
 OVERSAMPLED = 8  # additional columns, because a value converges at the rate of its ratio to the last column's value
 MOST_SWEEPS = 30
@@ -115,7 +115,7 @@ def product_singular_values(
         zeros = np.zeros((sequences.batch, k))
         return ProductSingularValues(zeros, zeros, zeros == 0, 0, 1)
     if start:
-        sequences = sequences._replace(first=cached_jit(final_states, cell)(sequences.until(start)))
+        sequences = sequences._replace(first=precise_jit(final_states, cell)(sequences.until(start)))
     sequences = sequences.between(start, stop)
     if tolerance is None:
         dtype = sequences.first.dtype
@@ -135,7 +135,7 @@ def _converge(cell: Cell, sequences: Sequences, k: int, tolerance: float, key: A
         has_reset |= np.asarray(sequences.inputs.reset).any(axis=1)
     log_values, sweeps = np.full((sequences.batch, columns), np.inf), 0
     while True:
-        pushed = cached_jit(push_frames, cell, every)(sequences, frames)
+        pushed = precise_jit(push_frames, cell, every)(sequences, frames)
         factors = np.array(pushed.factors, np.float64)
         with np.errstate(divide="ignore"):
             logs = np.log(np.diagonal(factors, axis1=-2, axis2=-1))
@@ -152,7 +152,7 @@ def _converge(cell: Cell, sequences: Sequences, k: int, tolerance: float, key: A
         converged = ((change <= tolerance) & (_remaining_change(change, log_values) <= tolerance))[:, :k]
         if sweeps == MOST_SWEEPS or (converged | np.isnan(change[:, :k])).all():
             break
-        frames = cached_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)[0]
+        frames = precise_jit(pull_frames, cell, every)(sequences, pushed.starts, pushed.last)[0]
     return ProductSingularValues(log_values[:, :k], change[:, :k], converged, sweeps, every)
 
 

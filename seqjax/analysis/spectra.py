@@ -22,7 +22,7 @@ from seqjax.analysis._spans import check_times
 from seqjax.analysis.jacobians import jacobians_at
 from seqjax.cell import Cell, Params, State, optional
 from seqjax.cells.vanilla import VanillaRNN
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._checks import check_methods
 from seqjax.sequence._parameter_checks import check_params
 from seqjax.sequence._partition.tracing import shapes_of_one
@@ -220,7 +220,7 @@ def spectrum(
         steps_of_most = 1 + np.flatnonzero(valid == valid.max())
         times = steps_of_most[check_times(None, 1, len(steps_of_most)) - 1]
     chosen = check_times(times, 1, sequences.time)
-    jacobians, _ = cached_jit(jacobians_at, analysed, False)(sequences, jnp.asarray(chosen - 1))
+    jacobians, _ = precise_jit(jacobians_at, analysed, False)(sequences, jnp.asarray(chosen - 1))
     steps = matrix_spectrum(np.asarray(jacobians), numerical_radius=False)
     matrices = recurrent_products(cell, params, shapes_of_one(jax.tree.map(jnp.asarray, xs), 2))
     square = {name: W for name, W in matrices.items() if W.shape[0] == W.shape[1]}

@@ -20,7 +20,7 @@ from seqjax.analysis._row_verdicts import RowVerdict, row_verdict
 from seqjax.analysis.gradient_flow import GradientByLag, gradients_of
 from seqjax.analysis.lyapunov import LyapunovExponents, exponents_of
 from seqjax.cell import Cell, Params, State
-from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._checks import batch_of_states, check_sequences
 from seqjax.sequence._masked_step import Inputs
 
@@ -125,7 +125,7 @@ def verdict(
     key = jax.random.key(0) if key is None else key
     state, mask, segments = _longest_segments(cell, params, Inputs(xs, mask, reset), state)
     with recording(cell, params, xs, state, mask, None, backward=True) as record:
-        states = cached_jit(flat_trajectory, record.cell)(record.sequences)
+        states = precise_jit(flat_trajectory, record.cell)(record.sequences)
         by_lag = gradients_of(record, states, horizon, threshold, exact=exact, key=key)
         exponents = exponents_of(record, k, key=key)
         probes = probe(record, states, key)

@@ -13,6 +13,7 @@ from seqjax import kernels
 from seqjax.cell import Cell, Params, names_of_state, strong_type
 from seqjax.sequence._checks import check_methods
 from seqjax.sequence._execution.formulas import kernel_supports
+from seqjax.sequence._execution.forward import Loop
 from seqjax.sequence._execution.jacobian import units_of
 from seqjax.sequence._masked_step import emit_output
 from seqjax.sequence._parameter_checks import check_params
@@ -161,8 +162,9 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
 
 def _loop(stage: Stage, parts: Parts, names: list[str]) -> LoopExplanation:
     own = [names[i] for i in stage.leaves]
-    saved = [n for n, s in zip(own, parts.is_saved, strict=True) if s]
-    size = sum(v.aval.size * v.aval.dtype.itemsize for v, s in zip(parts.state, parts.is_saved, strict=True) if s)
+    is_saved = Loop(parts, kernel=None, reverse=False).is_saved
+    saved = [n for n, s in zip(own, is_saved, strict=True) if s]
+    size = sum(v.aval.size * v.aval.dtype.itemsize for v, s in zip(parts.state, is_saved, strict=True) if s)
     # From here on the program before products were merged, because merged products have no source lines.
     jaxpr: Any = stage.program.jaxpr
     eqns, _ = needed(jaxpr.eqns, jaxpr.outvars)

@@ -81,7 +81,7 @@ def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted
         if saved.results:  # then the compiler drops the products that nothing reads
             known = known._replace(results=steps_of_chunk(saved.results, start, steps))
         # After the cuts are known, because rematerialization reads their results instead of computing products.
-        if not all(parts.is_saved):
+        if not all(loop.is_saved):
             known = known._replace(before=chunk_loop.rematerialized(steps, first, known))
         ct_outputs = steps_of_chunk(cts.outputs, start, steps)
         ct_state, ct_read_in_loop, ct_known = chunk_loop.run(steps, ct_state, known, ct_outputs)
@@ -228,6 +228,7 @@ class BackwardLoop:
             known: the known steps, with None for each leaf of `before` that is not saved.
         """
         parts, kernel, reverse = self.loop.parts, self.loop.kernel, self.loop.reverse
+        is_saved = self.loop.is_saved
         if kernel is not None:
             return kernel.rematerialized(self.hoisted, first, known, reverse)
 
@@ -235,7 +236,7 @@ class BackwardLoop:
             return [other if leaf is None else leaf for leaf, other in zip(some, others, strict=True)]
 
         def missing(leaves: Leaves) -> Leaves:
-            return [None if is_saved else leaf for leaf, is_saved in zip(leaves, parts.is_saved, strict=True)]
+            return [None if saves else leaf for leaf, saves in zip(leaves, is_saved, strict=True)]
 
         def step(hidden: Leaves, at: tuple[KnownSteps, Array]) -> tuple[Leaves, Leaves]:
             (before, inputs, results), _ = at
@@ -260,9 +261,7 @@ def _states_before(loop: Loop, first: Leaves, states: Leaves) -> Leaves:
     def shift(first: Array, rows: Array) -> Array:
         return jnp.concatenate([rows[1:], first[None]] if loop.reverse else [first[None], rows[:-1]])
 
-    return [
-        shift(leaf, next(rows)) if is_saved else None for leaf, is_saved in zip(first, loop.parts.is_saved, strict=True)
-    ]
+    return [shift(leaf, next(rows)) if is_saved else None for leaf, is_saved in zip(first, loop.is_saved, strict=True)]
 
 
 def pullback(f: Callable[..., Any], args: PyTree, wanted: PyTree) -> tuple[Any, Any, Callable[[Any], list[Any]]]:

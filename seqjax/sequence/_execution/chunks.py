@@ -19,10 +19,19 @@ Leaves = list[Any]  # of a tree of arrays; None for a leaf that is not there
 ChunkBody = Callable[[Any, Array, int], tuple[Any, PyTree, PyTree]]
 
 
+def has_launches() -> bool:
+    """Whether each operation of a step is a launch, as on a GPU, so that the number of operations decides the time."""
+    return jax.default_backend() != "cpu"
+
+
 def chunk_length(batch: int, time: int) -> int:
     """A length with enough rows for a fast product and few chunks; a divisor of the time if one is near."""
     if batch * time <= 1024:  # a loop over chunks would cost more than it saves
         return time
+    if has_launches():
+        # A chunk costs about 30 launches, which is little beside 128 steps.
+        wanted = min(time, max(128, 4096 // max(batch, 1)))
+        return next((n for n in range(wanted, min(4 * wanted, time) + 1) if time % n == 0), wanted)
     # At least 16 steps and 256 rows, so that a product is large enough to be fast, and at most 64 chunks. A divisor
     # needs no second loop for a shorter chunk at the end, which would double the time to compile.
     wanted = min(time, max(16, -(-256 // max(batch, 1)), time // 64))
@@ -109,14 +118,19 @@ class _DistinctLeaves:
 def scan_distinct(
     body: Callable[[Any, Any], tuple[Any, PyTree]], carry: PyTree, xs: PyTree, reverse: bool
 ) -> tuple[Any, PyTree]:
-    """`lax.scan` that stacks each distinct output once: the output of a step is often also a leaf of its state."""
+    """`lax.scan` that stacks each distinct output once: the output of a step is often also a leaf of its state.
+
+    With launches it runs up to 8 steps in one iteration of the compiled loop, whose own launches they then share.
+    """
     distinct = _DistinctLeaves()
+    length = jax.tree.leaves(xs)[0].shape[0]
+    unroll = max(n for n in range(1, 9) if length % n == 0) if has_launches() else 1
 
     def distinct_body(carry: PyTree, x: PyTree) -> tuple[Any, list[Array]]:
         carry, out = body(carry, x)
         return carry, distinct.take(out)
 
-    carry, stacked = lax.scan(distinct_body, carry, xs, reverse=reverse)
+    carry, stacked = lax.scan(distinct_body, carry, xs, reverse=reverse, unroll=unroll)
     return carry, distinct.put(stacked)
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from seqjax.sequence._execution.chunks import Chunks, Leaves, chunk_length, scan_distinct, steps_of_chunk
+from seqjax.sequence._execution.chunks import Chunks, Leaves, chunk_length, has_launches, scan_distinct, steps_of_chunk
+from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
     from seqjax.sequence._execution.kernel import Kernel
@@ -37,6 +38,19 @@ class Loop:
     reverse: bool
     saves_products: bool = False
     saves_gates: bool = False
+
+    @property
+    def is_saved(self) -> list[bool]:
+        """For each leaf of the state, whether the forward pass saves it for the backward pass.
+
+        The leaves that the cuts read are saved. The backward pass rematerializes the others without products, in a loop
+        that with launches would take as long as a third of the forward pass, so that there they are saved too.
+        """
+        parts = self.parts
+        saves_all = has_launches()
+        return [
+            read or (saves_all and inexact(v.aval)) for read, v in zip(parts.read_by_cuts, parts.state, strict=True)
+        ]
 
 
 class Arguments(NamedTuple):
@@ -75,7 +89,7 @@ class Saved(NamedTuple):
     """What the forward pass saves for the backward pass.
 
     Attributes:
-        states: the leaves of the state after each step for which `Parts.is_saved` is True, (batch, time, ...).
+        states: the leaves of the state after each step for which `Loop.is_saved` is True, (batch, time, ...).
         first: the state before each chunk, leaves (chunks, batch, ...).
         results: the results of the cuts, (batch, time, ...), if `Loop.saves_products`; otherwise none.
     """
@@ -139,10 +153,10 @@ def run_chunk(
         The state after the chunk; the saved leaves of the state after each step, the outputs of each step, and the
         results of the cuts that are saved, (time, batch, ...).
     """
-    parts, kernel = loop.parts, loop.kernel
+    parts, kernel, is_saved = loop.parts, loop.kernel, loop.is_saved
 
     def saved(states: Leaves) -> Leaves:
-        return [leaf for leaf, is_saved in zip(states, parts.is_saved, strict=True) if is_saved]
+        return [leaf for leaf, saves in zip(states, is_saved, strict=True) if saves]
 
     if kernel is not None:
         # The kernel returns all states in one call, and the outputs are leaves of the state.

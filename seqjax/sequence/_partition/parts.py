@@ -99,8 +99,7 @@ class Parts:
         biases: u and b of the drives that are u + b, with u from the input and b from the parameters.
         lookups: the drives that are rows of a table, with the variables of the table and of the number of the row. A
             number outside the table stands for a row of NaN.
-        is_saved: for each leaf of the state, whether the forward pass saves it for the backward pass, because the
-            operand of a cut depends on it. The backward pass rematerializes the other leaves without products.
+        read_by_cuts: for each leaf of the state, whether the operand of a cut depends on it.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class Parts:
         # The walk from the operands of the cuts back to the state stops at other cuts, because the backward pass knows
         # the results of all cuts.
         _, read = needed(self._rest_without_cuts, [c.operand for c in self.cuts])
-        self.is_saved = [v in read for v in self.state]
+        self.read_by_cuts = [v in read for v in self.state]
 
     def _divide(self, eqns: list[Eqn], from_x: set[Var], from_state: set[Var]) -> None:
         late = {id(e) for e in eqns if not from_state.isdisjoint(e.outvars)}

@@ -26,7 +26,8 @@ import jax
 
 from seqjax.kernels.build import DIGESTS, FOLDER, LIBRARY, SOURCES, digest
 
-TARGETS = ("seqjax_pack", "seqjax_forward", "seqjax_backward", "seqjax_backward_from_gates", "seqjax_replay")
+CALLS = ("pack", "forward", "backward", "backward_from_gates", "replay")
+TARGETS = tuple(f"seqjax_{call}_{dtype}" for call in CALLS for dtype in ("float32", "float64"))
 OFF = ("off", "0")
 
 _loading = threading.Lock()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -16,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("loops.h", "loops.cpp", "ffi.cpp")
+SOURCES = ("loops.h", "vectors.h", "loops.cpp", "ffi.cpp")
 LIBRARY = "loops.library"  # not .so, which Python takes for a module of its own
 # Written beside the library: a line with the digest of the sources, and one with the digest of the library.
 DIGESTS = "loops.sha256"
@@ -92,8 +93,10 @@ def build(headers: str | Path, folder: Path = FOLDER, machine: str | None = None
         raise RuntimeError(f"expected GCC, got clang as {command[0]}: kernels compiled by it are not tested; set CXX")
     with tempfile.TemporaryDirectory() as work:
         objects = {Path(work) / "ffi.o": ["ffi.cpp", f"-I{headers}"]}
-        for name, options in VARIANTS[machine].items():
-            objects[Path(work) / f"{name}.o"] = ["loops.cpp", f"-DSEQJAX_VARIANT={name}", "-fno-exceptions", *options]
+        for (name, options), real in itertools.product(VARIANTS[machine].items(), ("float", "double")):
+            symbol = f"{name}_{real}"
+            defined = [f"-DSEQJAX_VARIANT={symbol}", f"-DSEQJAX_REAL={real}"]
+            objects[Path(work) / f"{symbol}.o"] = ["loops.cpp", *defined, "-fno-exceptions", *options]
 
         def compile_one(item: tuple[Path, list[str]]) -> None:
             target, (source, *options) = item

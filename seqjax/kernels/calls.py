@@ -1,21 +1,34 @@
 """The calls of the compiled loops: the arrays and attributes that `ffi.cpp` declares.
 
 The arrays of a chunk have the axes (time, batch, ...), those of whole sequences (batch, time, ...). A drive is the part
-of a gate's argument that does not depend on the state. An empty array stands for one that is not there.
+of a gate's argument that does not depend on the state. An empty array stands for one that is not there. All arrays of
+numbers of one call are float32, or all are float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
+
+from seqjax.kernels.ensembles import Call, bind
 
 CELLS = ("lstm", "gru", "vanilla", "relu", "identity")  # in the order of the source
 LANES = 16  # the largest number of floats in one vector of the source
+
+# The calls, with the axis of the batch in each argument and each result, None if it has none.
+PACK = Call("pack", (None,), (None,))
+FORWARD = Call("forward", (1, None, None, None, 0, 0, None, None, 1, 1, 0), (1, 1, 1, 1))
+FORWARD_SAVING = Call("forward", (0, None, None, None, 0, 0, None, None, 0, 0, 0), (0, 0, 0, 0))
+FORWARD_OF_TABLE = FORWARD_SAVING._replace(arguments=(None, *FORWARD_SAVING.arguments[1:]))
+BACKWARD = Call("backward", (1, None, 1, None, 1, 1, 1, 0, 0, None, None, 1, 1), (0, 0, 0, 0, 1, 1))
+BACKWARD_FROM_GATES = Call(
+    "backward_from_gates", (0, 0, None, 0, 0, 0, 0, 0, 0, 0, None, None, 0, 0, 0), (0, 0, 0, 0, 0, None, None, None)
+)
+BACKWARD_OF_STATES = BACKWARD_FROM_GATES._replace(results=(0,) * 8)  # without the gradients, which sum over the batch
+REPLAY = Call("replay", (1, None, 1, 0, None, 1, 1), (1,))
 
 
 class Loop(NamedTuple):
@@ -109,13 +122,15 @@ def _run_forward(loop: Loop, state: list[Array], drives: Array | Rows, saves: bo
     if isinstance(drives, Rows):
         steps, (drives, tokens) = drives.tokens.shape, drives
     else:
-        steps, tokens = drives.shape[:2], _empty(jnp.int32)
+        steps, tokens = drives.shape[:2], jnp.zeros(0, jnp.int32)
     has_c, has_candidate = len(state) == 2, saves and loop.cell == "gru"
     kinds = [_like(h_0, *steps, n), _like(h_0, *((*steps, n) if has_c else (0,)))]
     kinds += [_like(h_0, *((*steps, rows) if saves else (0,))), _like(h_0, *((*steps, n) if has_candidate else (0,)))]
-    arrays = (drives, _or_empty(loop.drive_bias), panels, _or_empty(loop.bias), h_0, c_0, *_flags(loop), tokens)
+    biases = [_or_empty(bias, panels) for bias in (loop.drive_bias, loop.bias)]
+    arrays = (drives, biases[0], panels, biases[1], h_0, c_0, *_flags(loop), tokens)
     aliases = {0: 2} if saves and not tokens.size else None  # the drives have been read when the gates are written
-    return _call("seqjax_forward", loop, kinds, *arrays, aliases=aliases, saves=saves)
+    call = (FORWARD_OF_TABLE if tokens.size else FORWARD_SAVING) if saves else FORWARD
+    return _call(call, loop, kinds, *arrays, aliases=aliases, saves=saves)
 
 
 def run_backward(
@@ -139,8 +154,9 @@ def run_backward(
     separate = loop.cell == "gru"
     kinds = [*_kinds_of_states(loop, ct_after), _like(drives, *drives.shape)]
     kinds.append(_like(drives, *(drives.shape if separate else (0,))))
-    of_steps = (drives, _or_empty(loop.drive_bias), recurrents, _packed_for_backward(loop), *_pair(before), ct_outputs)
-    found = _call("seqjax_backward", loop, kinds, *of_steps, *_pair(ct_after), *_flags(loop))
+    panels, bias = _packed_for_backward(loop), _or_empty(loop.drive_bias, drives)
+    of_steps = (drives, bias, recurrents, panels, *_pair(before), ct_outputs)
+    found = _call(BACKWARD, loop, kinds, *of_steps, *_pair(ct_after), *_flags(loop))
     cts = _cotangents(found, len(ct_after))
     return cts, found[5] if separate else cts.drives
 
@@ -171,18 +187,19 @@ def run_backward_from_gates(
     kinds += [_like(W, *(W.shape if of_weights else (0,))), _like(W, W.shape[0] if of_weights else 0)]
     kinds.append(_like(W, *((0,) if rows is None else rows.table.shape)))
     of_steps = (*saved, _packed_for_backward(loop), *_pair(first), *_pair(states), ct_outputs)
-    arrays = (*of_steps, *_pair(ct_after), *_flags(loop), _empty(jnp.int32) if rows is None else rows.tokens)
+    arrays = (*of_steps, *_pair(ct_after), *_flags(loop), jnp.zeros(0, jnp.int32) if rows is None else rows.tokens)
+    call = BACKWARD_FROM_GATES if of_weights or rows is not None else BACKWARD_OF_STATES
     # The gates have been read when the cotangents of the drives are written.
-    found = _call("seqjax_backward_from_gates", loop, kinds, *arrays, aliases={0: 4})
+    found = _call(call, loop, kinds, *arrays, aliases={0: 4})
     return _cotangents(found, len(ct_after)), (found[5], found[6], found[7])
 
 
 def run_replay(loop: Loop, drives: Array, recurrents: Array, c_0: Array) -> Array:
     """Recomputes c before each step of an LSTM's chunk, (time, batch, n), from the first c and from the gate inputs."""
     _, initial_c, valid, reset = _flags(loop)
-    arrays = (drives, _or_empty(loop.drive_bias), recurrents, c_0, initial_c, valid, reset)
+    arrays = (drives, _or_empty(loop.drive_bias, drives), recurrents, c_0, initial_c, valid, reset)
     numbers = {"reverse": loop.reverse}
-    return _bind("seqjax_replay", [_like(c_0, *drives.shape[:2], c_0.shape[-1])], arrays, numbers)[0]
+    return bind(REPLAY, [_like(c_0, *drives.shape[:2], c_0.shape[-1])], arrays, numbers)[0]
 
 
 def _packed_for_backward(loop: Loop) -> Array:
@@ -193,7 +210,7 @@ def _packed_for_backward(loop: Loop) -> Array:
 def _packed(loop: Loop, size: int, backward: bool) -> Array:
     """The weights in the order in which a loop reads them."""
     numbers = {"backward": backward, "cell": CELLS.index(loop.cell)}
-    return _bind("seqjax_pack", [_like(loop.W_hh, size)], (loop.W_hh,), numbers)[0]
+    return bind(PACK, [_like(loop.W_hh, size)], (loop.W_hh,), numbers)[0]
 
 
 def _kinds_of_states(loop: Loop, ct_after: list[Array]) -> list[jax.ShapeDtypeStruct]:
@@ -208,22 +225,18 @@ def _cotangents(found: list[Array], count: int) -> Cotangents:
 
 def _pair(leaves: list[Array]) -> tuple[Array, Array]:
     """h and c, which is empty if the state has no c."""
-    return leaves[0], leaves[1] if len(leaves) == 2 else _empty()
+    return leaves[0], leaves[1] if len(leaves) == 2 else _or_empty(None, leaves[0])
 
 
 def _flags(loop: Loop) -> tuple[Array, Array, Array, Array]:
     """The initial h and c, the mask and the resets."""
-    h, c = _pair(list(loop.initial) or [_empty()])
-    valid, reset = (_empty(bool) if flag is None else flag for flag in (loop.valid, loop.reset))
+    h, c = _pair(list(loop.initial) or [_or_empty(None, loop.W_hh)])
+    valid, reset = (jnp.zeros(0, bool) if flag is None else flag for flag in (loop.valid, loop.reset))
     return h, c, valid, reset
 
 
-def _or_empty(array: Array | None) -> Array:
-    return _empty() if array is None else array
-
-
-def _empty(dtype: jax.typing.DTypeLike = jnp.float32) -> Array:
-    return jnp.zeros(0, dtype)
+def _or_empty(array: Array | None, like: Array) -> Array:
+    return jnp.zeros(0, like.dtype) if array is None else array
 
 
 def _like(array: Array | jax.ShapeDtypeStruct, *shape: int) -> jax.ShapeDtypeStruct:
@@ -231,7 +244,7 @@ def _like(array: Array | jax.ShapeDtypeStruct, *shape: int) -> jax.ShapeDtypeStr
 
 
 def _call(
-    name: str,
+    call: Call,
     loop: Loop,
     kinds: list[jax.ShapeDtypeStruct],
     *arrays: Array,
@@ -239,17 +252,4 @@ def _call(
     **attributes: bool,
 ) -> list[Array]:
     numbers = {"cell": CELLS.index(loop.cell), "reverse": loop.reverse, **attributes}
-    return _bind(name, kinds, arrays, numbers, aliases)
-
-
-def _bind(
-    name: str,
-    kinds: list[jax.ShapeDtypeStruct],
-    arrays: tuple[Array, ...],
-    numbers: Mapping[str, bool | int],
-    aliases: dict[int, int] | None = None,
-) -> list[Array]:
-    # XLA's interface has typed attributes: the source declares int64 and bool.
-    typed = {key: value if isinstance(value, bool) else np.int64(value) for key, value in numbers.items()}
-    call = jax.ffi.ffi_call(name, kinds, vmap_method="sequential", input_output_aliases=aliases)
-    return list(call(*arrays, **typed))
+    return bind(call, kinds, arrays, numbers, aliases)

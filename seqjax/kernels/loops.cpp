@@ -1,11 +1,12 @@
-// The loops of seqjax.sequence._partition for LSTM, GRU and vanilla networks in float32: the forward pass through a chunk;
-// the backward recurrence of lambda_t = dL/ds_t; and the recomputation of an LSTM's c_t if only h_t was saved.
+// The loops of seqjax.sequence._partition for LSTM, GRU and vanilla networks in float32 or float64: the forward pass
+// through a chunk; the backward recurrence of lambda_t = dL/ds_t; and the recomputation of an LSTM's c_t if only h_t
+// was saved.
 //
 // Every step is one product with the recurrent weights and one pass over the units. The weights are packed into panels
-// of one vector of units, with all gates of a unit next to each other. So the product with one panel is enough for the new
-// state of its units. XLA moves the packing out of the loop over chunks. Threads share the rows of the batch, which are
-// independent. If there are too few rows, the threads share units instead and wait for each other once per step. A row
-// whose step is masked takes part in no product.
+// of one vector of units, with all gates of a unit next to each other. So the product with one panel is enough for the
+// new state of its units. XLA moves the packing out of the loop over chunks. Threads share the rows of the batch, which
+// are independent. If there are too few rows, the threads share units instead and wait for each other once per step. A
+// row whose step is masked takes part in no product.
 //
 // The result of a row depends neither on the other rows nor on the number of threads, to the last bit.
 //
@@ -14,100 +15,25 @@
 
 #include "loops.h"
 
-#include <cstring>
-
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace seqjax {
 namespace {
 
-// Floats per vector. The compiler splits vectors that are wider than those of the processor.
-#ifdef __AVX512F__
-constexpr int W = 16;
-#else
-constexpr int W = 8;
-#endif
-typedef float V __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(4 * W), aligned(4), may_alias));
+using Flags = Of<real>::Flags;
+using State = Of<real>::State;
+using ConstState = Of<real>::ConstState;
+using Forward = Of<real>::Forward;
+using Backward = Of<real>::Backward;
+using Gradient = Of<real>::Gradient;
+using TableGradient = Of<real>::TableGradient;
+using Replay = Of<real>::Replay;
+using Loops = Of<real>::Loops;
 
-inline V splat(float x) { return x - V{}; }
-inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
-inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
-
-// The first `count` floats of a vector, if it has so many; zeros take the place of the others.
-#if defined(__AVX512F__)
-inline __mmask16 first(int64_t count) { return count >= W ? 0xffff : (1 << count) - 1; }
-inline V load(const float* p, int64_t count) { return V(_mm512_maskz_loadu_ps(first(count), p)); }
-inline void store(float* p, V v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), __m512(v)); }
-#elif defined(__AVX2__)
-inline __m256i first(int64_t count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count >= W ? W : count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-inline V load(const float* p, int64_t count) { return V(_mm256_maskload_ps(p, first(count))); }
-inline void store(float* p, V v, int64_t count) { _mm256_maskstore_ps(p, first(count), __m256(v)); }
-#else
-inline V load(const float* p, int64_t count) {
-  if (count >= W) return load(p);
-  float part[W] = {};
-  std::memcpy(part, p, 4 * count);
-  return load(part);
-}
-inline void store(float* p, V v, int64_t count) {
-  if (count >= W) return store(p, v);
-  float part[W];
-  store(part, v);
-  std::memcpy(p, part, 4 * count);
-}
-#endif
-
-// exp as 2^k exp(r) with |r| <= ln(2)/2, by the minimax polynomial of Cephes. NaN propagates.
-inline V exponential(V x) {
-  const V high = splat(88.0f), low = splat(-87.0f);
-  x = x > high ? high : x;
-  x = x < low ? low : x;
-  const V shift = splat(12583039.0f);  // 1.5 * 2^23 rounds to a whole number; 127 is the exponent's bias
-  V k = x * splat(1.44269504088896341f) + shift;
-  const I power = reinterpret_cast<I>(k) << 23;
-  k -= shift;
-  V r = x - k * splat(0.693359375f) + k * splat(2.12194440e-4f);
-  const V s = r * r;
-  const V high_terms = (splat(1.9875691500e-4f) * r + splat(1.3981999507e-3f)) * s;
-  const V middle_terms = splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f);
-  const V low_terms = splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f);
-  const V p = ((high_terms + middle_terms) * s + low_terms) * s + (r + splat(1.0f));
-  return p * reinterpret_cast<V>(power);
-}
-
-inline V sigmoid(V x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
-
-// tanh by the rational function of Eigen, accurate to two units in the last place.
-inline V tangent(V x) {
-  const V bound = splat(7.90531110763549805f);
-  x = x > bound ? bound : x;
-  x = x < -bound ? -bound : x;
-  const V s = x * x, s2 = s * s, s4 = s2 * s2;
-  const V p = (splat(-2.76076847742355e-16f) * s2 + (splat(2.00018790482477e-13f) * s + splat(-8.60467152213735e-11f))) * s4 +
-              ((splat(5.12229709037114e-08f) * s + splat(1.48572235717979e-05f)) * s2 +
-               (splat(6.37261928875436e-04f) * s + splat(4.89352455891786e-03f)));
-  const V q = (splat(1.19825839466702e-06f) * s + splat(1.18534705686654e-04f)) * s2 +
-              (splat(2.26843463243900e-03f) * s + splat(4.89352518554385e-03f));
-  return x * p / q;
-}
-
-// Forces a vector into a register, because the compiler would read it from memory again for every row.
-inline void keep(V& v) {
-#if defined(__AVX512F__)
-  asm volatile("" : "+v"(v));
-#elif defined(__AVX__)
-  asm volatile("" : "+x"(v));
-#endif
-}
-
-// One k of sum[product][row][column] += a[row][k] panel[product][k][column], where the panels are `apart` floats apart.
+// One k of sum[product][row][column] += a[row][k] panel[product][k][column], where the panels are `apart` numbers
+// apart.
 template <int P, int R, int N>
-inline void add_product(const float* const (&a)[R], int64_t k, const float* panel, int64_t apart, V (&sum)[P][R][N]) {
+inline void add_product(const real* const (&a)[R], int64_t k, const real* panel, int64_t apart, V (&sum)[P][R][N]) {
   for (int p = 0; p < P; ++p) {
     V columns[N];
     for (int v = 0; v < N; ++v) {
@@ -127,9 +53,8 @@ inline void add_product(const float* const (&a)[R], int64_t k, const float* pane
 // after the other, so that the result does not depend on the number of rows. Not inlined, because together with other
 // code the compiler runs out of registers inside the loop.
 template <int P, int R, int N>
-__attribute__((noinline)) void product(const float* const (&rows)[R], const float* panel, int64_t depth,
-                                       V (*sum)[R][N]) {
-  const float* a[R];
+__attribute__((noinline)) void product(const real* const (&rows)[R], const real* panel, int64_t depth, V (*sum)[R][N]) {
+  const real* a[R];
   for (int r = 0; r < R; ++r) a[r] = rows[r];
   const int64_t apart = depth * N * W, half = depth < 16 ? 0 : depth / 2;
   V first[P][R][N] = {}, second[P][R][N] = {};
@@ -179,13 +104,13 @@ inline void in_blocks(int64_t first, int64_t last, Body&& body) {
   }
 }
 
-// Calls body(part, parts, barrier) on up to `wanted` threads.
+// Calls body(part, parts, barrier) for up to `wanted` parts, on several threads. If `waits`, they use the barrier.
 template <class Body>
-void in_parallel(const Pool& pool, int64_t wanted, int64_t work, const Body& body) {
+void in_parallel(const Pool& pool, int64_t wanted, bool waits, int64_t work, const Body& body) {
   const auto call = [](const void* argument, int part, int parts, Barrier* barrier) {
     (*static_cast<const Body*>(argument))(part, parts, barrier);
   };
-  pool.run(pool.threads, wanted, work, call, &body);
+  pool.run(pool.threads, wanted, waits, work, call, &body);
 }
 
 struct Range {
@@ -195,10 +120,10 @@ struct Range {
 inline Range share(int64_t size, int part, int parts) { return {size * part / parts, size * (part + 1) / parts}; }
 
 // A cell has: the number of gates; the size of its panel of packed weights, in vectors of units; the columns of
-// one product, in vectors; the number of rows per product; and its equations for one vector of units. All arrays have one
-// vector per gate. `a` is the argument of the gates, and `s` are the gates.
+// one product, in vectors; the number of rows per product; and its equations for one vector of units. All arrays have
+// one vector per gate. `a` is the argument of the gates, and `s` are the gates.
 struct LSTM {
-  static constexpr int gates = 4, vectors = 1, columns = 2, rows = W == 16 ? 12 : 6;
+  static constexpr int gates = 4, vectors = 1, columns = 2, rows = has_32_registers ? 12 : 6;
   static constexpr bool has_c = true, two_cotangents = false;
   static void activate(const V* a, V, V* s) {
     s[0] = sigmoid(a[0]), s[1] = sigmoid(a[1]), s[2] = tangent(a[2]), s[3] = sigmoid(a[3]);
@@ -210,7 +135,7 @@ struct LSTM {
   // Reads dL/dh_t and dL/dc_t. Writes dL/da_t and dL/dc_{t-1}, and returns the part of dL/dh_{t-1} that does not pass
   // through the product.
   static V backward(const V* s, V, V, V c, V of_h, V& of_c, V* of_a, V*) {
-    const V i = s[0], f = s[1], g = s[2], o = s[3], one = splat(1.0f), t = tangent(f * c + i * g);
+    const V i = s[0], f = s[1], g = s[2], o = s[3], one = splat(1), t = tangent(f * c + i * g);
     const V through = of_c + of_h * o * (one - t * t);
     of_a[0] = through * g * i * (one - i);
     of_a[1] = through * c * f * (one - f);
@@ -224,7 +149,7 @@ struct LSTM {
 // h_t = F(drive + recurrent), where F also has the product of a number with its derivative, from h_t.
 template <class F>
 struct Vanilla {
-  static constexpr int gates = 1, vectors = 2, columns = 2, rows = W == 16 ? 12 : 6;
+  static constexpr int gates = 1, vectors = 2, columns = 2, rows = has_32_registers ? 12 : 6;
   static constexpr bool has_c = false, two_cotangents = false;
   static void activate(const V* a, V, V* s) { s[0] = F::value(a[0]); }
   static V next(const V* s, V, V&) { return s[0]; }
@@ -236,7 +161,7 @@ struct Vanilla {
 
 struct Tanh {
   static V value(V a) { return tangent(a); }
-  static V times_derivative(V x, V h) { return x * (splat(1.0f) - h * h); }
+  static V times_derivative(V x, V h) { return x * (splat(1) - h * h); }
 };
 
 // NaN is not smaller than 0, so it stays.
@@ -253,14 +178,14 @@ struct Identity {
 // With the reset gate after the product, and with the update gate z as the factor of the old state. `a` is drive +
 // recurrent, except for the candidate: a[2] is only its drive, and `product` is its recurrent product.
 struct GRU {
-  static constexpr int gates = 3, vectors = 1, columns = 3, rows = W == 16 ? 8 : 4;
+  static constexpr int gates = 3, vectors = 1, columns = 3, rows = has_32_registers ? 8 : 4;
   static constexpr bool has_c = false, two_cotangents = true;
   static void activate(const V* a, V product, V* s) {
     s[0] = sigmoid(a[0]), s[1] = sigmoid(a[1]), s[2] = tangent(a[2] + s[0] * product);
   }
   static V next(const V* s, V h, V&) { return s[2] + s[1] * (h - s[2]); }
   static V backward(const V* s, V product, V h, V, V of_h, V&, V* of_a, V* of_recurrent) {
-    const V r = s[0], z = s[1], candidate = s[2], one = splat(1.0f);
+    const V r = s[0], z = s[1], candidate = s[2], one = splat(1);
     of_a[2] = of_h * (one - z) * (one - candidate * candidate);
     of_a[1] = of_h * (h - candidate) * z * (one - z);
     of_a[0] = of_a[2] * product * r * (one - r);
@@ -282,7 +207,7 @@ inline void activate(const V* drive, const V* recurrent, V* s) {
 
 // The drives of one vector of units, with their biases. `d` and `bias` are the first gate's.
 template <class Cell>
-inline void load_drives(const float* d, const float* bias, int64_t n, int64_t count, V* drives) {
+inline void load_drives(const real* d, const real* bias, int64_t n, int64_t count, V* drives) {
   for (int g = 0; g < Cell::gates; ++g) {
     drives[g] = load(d + g * n, count);
     if (bias) drives[g] += load(bias + g * n, count);
@@ -290,16 +215,19 @@ inline void load_drives(const float* d, const float* bias, int64_t n, int64_t co
 }
 
 // Whether threads share rows, which needs no synchronization. They do not if there are few rows, or if the weights are
-// so large that each thread would load all of them into its cache at every step.
-inline bool by_rows(const Sizes& s, int gates) { return s.batch >= 8 && 4 * gates * s.n * s.n <= (1 << 20); }
+// so large that each thread would load all of them into its cache at every step. On a busy machine, waiting is worse.
+inline bool by_rows(const Pool& pool, const Sizes& s, int gates) {
+  const int64_t bytes = int64_t(sizeof(real)) * gates * s.n * s.n;
+  return s.batch >= 8 && (bytes <= (1 << 20) || pool.is_busy);
+}
 
 // The number of multiplications of some steps.
 inline int64_t work(const Sizes& s, int gates, int64_t steps) { return steps * s.batch * s.n * s.n * gates; }
 
 // Several threads only if they save more time than their start takes. Threads that share units also wait for each other
 // at every step, which takes as long as thousands of multiplications.
-inline int64_t threads(const Sizes& s, int gates, int64_t steps, int64_t most) {
-  return work(s, gates, steps) > 1000000 && (by_rows(s, gates) || work(s, gates, 1) > 10000) ? most : 1;
+inline int64_t threads(const Sizes& s, int gates, int64_t steps, bool rowwise, int64_t most) {
+  return work(s, gates, steps) > 1000000 && (rowwise || work(s, gates, 1) > 10000) ? most : 1;
 }
 
 // The rows of a step that are valid, each with the state from which its step starts: the state before, or the one after
@@ -313,8 +241,8 @@ class Rows {
   ~Rows() { delete[] rows; }
   Rows(const Rows&) = delete;
 
-  // The valid rows of step t among `range`, where the states before the step are `apart` floats apart. `held` is called
-  // with each other row.
+  // The valid rows of step t among `range`, where the states before the step are `apart` numbers apart. `held` is
+  // called with each other row.
   template <class Held>
   Range select(int64_t t, Range range, ConstState before, int64_t apart, const Held& held) {
     start = before;
@@ -324,7 +252,10 @@ class Rows {
     for (int64_t row = range.first; row < range.last; ++row) {
       const int64_t at = s.at(t, row), from = row * apart;
       const bool anew = flags.reset && flags.reset[at];
-      const Row chosen = {row, anew ? flags.h : before.h + from, !before.c ? nullptr : anew ? flags.c : before.c + from};
+      const Row chosen = {row, anew ? flags.h : before.h + from,
+                          !before.c ? nullptr
+                          : anew    ? flags.c
+                                    : before.c + from};
       if (!flags.valid || flags.valid[at])
         rows[count++] = chosen;
       else
@@ -333,13 +264,13 @@ class Rows {
     return {0, count};
   }
   int64_t row(int64_t i) const { return flagged ? rows[i].row : i; }
-  const float* h(int64_t i) const { return flagged ? rows[i].h : start.h + i * stride; }
-  const float* c(int64_t i) const { return flagged ? rows[i].c : start.c + i * stride; }
+  const real* h(int64_t i) const { return flagged ? rows[i].h : start.h + i * stride; }
+  const real* c(int64_t i) const { return flagged ? rows[i].c : start.c + i * stride; }
 
  private:
   struct Row {
     int64_t row;
-    const float *h, *c;
+    const real *h, *c;
   };
   const Sizes s;
   const Flags flags;
@@ -353,78 +284,82 @@ void run_forward(const Pool& pool, const Forward& f) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns, parts_of_panel = G * U / N;
   const Sizes& s = f.sizes;
   const int64_t n = s.n, state = s.batch * n, sub = n * N * W, count = (n + U * W - 1) / (U * W);
-  const bool rowwise = by_rows(s, G);
+  const bool rowwise = by_rows(pool, s, G);
   const int64_t steps = f.last_step - f.first_step;
-  in_parallel(pool, threads(s, G, steps, rowwise ? s.batch / 4 : count / 2), work(s, G, steps), [&](int part, int parts, Barrier* barrier) {
-    const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
-    const Range mine = rowwise ? Range{0, count} : share(count, part, parts);
-    const int64_t first_unit = mine.first * U * W, last_unit = smaller(n, mine.last * U * W);
-    Rows<flagged> rows(s, f.flags);
-    ConstState before = f.first;
-    if (f.first_step > 0) {
-      const int64_t at = (f.first_step + 1) % 2 * state;
-      before = {f.buffers.h + at, Cell::has_c ? f.buffers.c + at : nullptr};
-    }
-    for (int64_t i = f.first_step; i < f.last_step; ++i) {
-      const int64_t t = s.step(i);
-      // The rows of one step of batch-major arrays are far apart, often by a multiple of the size of a cache way. So the
-      // products read the states from a buffer, and the states are stored a second time.
-      const float* next_h = s.batch_major ? f.buffers.h + i % 2 * state : f.states.h + t * state;
-      const float* next_c = !Cell::has_c ? nullptr : s.batch_major ? f.buffers.c + i % 2 * state : f.states.c + t * state;
-      const State after = {const_cast<float*>(next_h), const_cast<float*>(next_c)};
-      const auto store_state = [&](int64_t row, int64_t u, V h, V c, int64_t left) {
-        store(after.h + row * n + u, h, left);
-        if (Cell::has_c) store(after.c + row * n + u, c, left);
-        if (!s.batch_major) return;
-        const int64_t to = s.at(t, row) * n + u;
-        store(f.states.h + to, h, left);
-        if (Cell::has_c) store(f.states.c + to, c, left);
-      };
-      const Range active = rows.select(t, share_of_rows, before, n, [&](int64_t row, const float* h, const float* c) {
-        for (int64_t u = first_unit; u < last_unit; u += W)
-          store_state(row, u, load(h + u, n - u), Cell::has_c ? load(c + u, n - u) : V{}, n - u);
+  in_parallel(
+      pool, threads(s, G, steps, rowwise, rowwise ? s.batch / 4 : count / 2), !rowwise, work(s, G, steps),
+      [&](int part, int parts, Barrier* barrier) {
+        const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
+        const Range mine = rowwise ? Range{0, count} : share(count, part, parts);
+        const int64_t first_unit = mine.first * U * W, last_unit = smaller(n, mine.last * U * W);
+        Rows<flagged> rows(s, f.flags);
+        ConstState before = f.first;
+        if (f.first_step > 0) {
+          const int64_t at = (f.first_step + 1) % 2 * state;
+          before = {f.buffers.h + at, Cell::has_c ? f.buffers.c + at : nullptr};
+        }
+        for (int64_t i = f.first_step; i < f.last_step; ++i) {
+          const int64_t t = s.step(i);
+          // The rows of one step of batch-major arrays are far apart, often by a multiple of the size of a cache way.
+          // So the products read the states from a buffer, and the states are stored a second time.
+          const real* next_h = s.batch_major ? f.buffers.h + i % 2 * state : f.states.h + t * state;
+          const real* next_c = !Cell::has_c    ? nullptr
+                               : s.batch_major ? f.buffers.c + i % 2 * state
+                                               : f.states.c + t * state;
+          const State after = {const_cast<real*>(next_h), const_cast<real*>(next_c)};
+          const auto store_state = [&](int64_t row, int64_t u, V h, V c, int64_t left) {
+            store(after.h + row * n + u, h, left);
+            if (Cell::has_c) store(after.c + row * n + u, c, left);
+            if (!s.batch_major) return;
+            const int64_t to = s.at(t, row) * n + u;
+            store(f.states.h + to, h, left);
+            if (Cell::has_c) store(f.states.c + to, c, left);
+          };
+          const Range active = rows.select(t, share_of_rows, before, n, [&](int64_t row, const real* h, const real* c) {
+            for (int64_t u = first_unit; u < last_unit; u += W)
+              store_state(row, u, load(h + u, n - u), Cell::has_c ? load(c + u, n - u) : V{}, n - u);
+          });
+          for (int64_t p = mine.first; p < mine.last; ++p)
+            in_blocks<Cell::rows>(active.first, active.last, [&](auto height, int64_t first) {
+              constexpr int R = decltype(height)::value;
+              const real* h[R];
+              for (int r = 0; r < R; ++r) h[r] = rows.h(first + r);
+              V sums[parts_of_panel][R][N];
+              constexpr int P = R == 1 ? parts_of_panel : 1;  // one row has too few sums to hide their latency
+              for (int k = 0; k < parts_of_panel; k += P)
+                product<P, R, N>(h, f.panels + (p * parts_of_panel + k) * sub, n, sums + k);
+              for (int r = 0; r < R; ++r)
+                for (int w = 0; w < U; ++w) {
+                  const int64_t u = (p * U + w) * W, left = n - u, row = rows.row(first + r), at = s.at(t, row);
+                  if (left <= 0) continue;
+                  V drives[G], recurrent[G], gates[G], c = Cell::has_c ? load(rows.c(first + r) + u, left) : V{};
+                  const real* drive = f.drive + (f.tokens ? f.tokens[at] : at) * G * n + u;
+                  load_drives<Cell>(drive, f.drive_bias ? f.drive_bias + u : nullptr, n, left, drives);
+                  for (int g = 0; g < G; ++g) {
+                    const int column = w * G + g;
+                    recurrent[g] = sums[column / N][r][column % N];
+                    if (f.bias) recurrent[g] += load(f.bias + g * n + u, left);
+                  }
+                  activate<Cell>(drives, recurrent, gates);
+                  const V next = Cell::next(gates, load(h[r] + u, left), c);
+                  store_state(row, u, next, c, left);
+                  if (!f.gates) continue;
+                  for (int g = 0; g < G; ++g) store(f.gates + (at * G + g) * n + u, gates[g], left);
+                  if (Cell::two_cotangents) store(f.candidate + at * n + u, recurrent[G - 1], left);
+                }
+            });
+          before = {after.h, after.c};
+          if (!rowwise) pool.wait(barrier, parts);
+        }
       });
-      for (int64_t p = mine.first; p < mine.last; ++p)
-        in_blocks<Cell::rows>(active.first, active.last, [&](auto height, int64_t first) {
-          constexpr int R = decltype(height)::value;
-          const float* h[R];
-          for (int r = 0; r < R; ++r) h[r] = rows.h(first + r);
-          V sums[parts_of_panel][R][N];
-          constexpr int P = R == 1 ? parts_of_panel : 1;  // one row has too few sums to hide their latency
-          for (int k = 0; k < parts_of_panel; k += P)
-            product<P, R, N>(h, f.panels + (p * parts_of_panel + k) * sub, n, sums + k);
-          for (int r = 0; r < R; ++r)
-            for (int w = 0; w < U; ++w) {
-              const int64_t u = (p * U + w) * W, left = n - u, row = rows.row(first + r), at = s.at(t, row);
-              if (left <= 0) continue;
-              V drives[G], recurrent[G], gates[G], c = Cell::has_c ? load(rows.c(first + r) + u, left) : V{};
-              const float* drive = f.drive + (f.tokens ? f.tokens[at] : at) * G * n + u;
-              load_drives<Cell>(drive, f.drive_bias ? f.drive_bias + u : nullptr, n, left, drives);
-              for (int g = 0; g < G; ++g) {
-                const int column = w * G + g;
-                recurrent[g] = sums[column / N][r][column % N];
-                if (f.bias) recurrent[g] += load(f.bias + g * n + u, left);
-              }
-              activate<Cell>(drives, recurrent, gates);
-              const V next = Cell::next(gates, load(h[r] + u, left), c);
-              store_state(row, u, next, c, left);
-              if (!f.gates) continue;
-              for (int g = 0; g < G; ++g) store(f.gates + (at * G + g) * n + u, gates[g], left);
-              if (Cell::two_cotangents) store(f.candidate + at * n + u, recurrent[G - 1], left);
-            }
-        });
-      before = {after.h, after.c};
-      if (!rowwise) pool.wait(barrier, parts);
-    }
-  });
 }
 
 template <class Cell, bool flagged>
 void run_backward(const Pool& pool, const Backward& b) {
-  constexpr int G = Cell::gates, N = 2, most = W == 16 ? 12 : 6;
+  constexpr int G = Cell::gates, N = 2, most = has_32_registers ? 12 : 6;
   const Sizes& s = b.sizes;
   const int64_t n = s.n, wide = (n + N * W - 1) / (N * W);
-  const bool rowwise = by_rows(s, G), has_reset = flagged && b.flags.reset;
+  const bool rowwise = by_rows(pool, s, G), has_reset = flagged && b.flags.reset;
   const int64_t vectors = (n + W - 1) / W, all_rows = (b.last_step - b.first_step) * s.batch;
   // The rows of the cotangents that the product reads at a step.
   const auto passes = [&](int64_t t, int64_t row) {
@@ -436,90 +371,94 @@ void run_backward(const Pool& pool, const Backward& b) {
     if (b.saved) store(b.rows.of_products + ((g * vectors + u / W) * all_rows + in_rows) * W, v);
   };
   const int64_t steps = b.last_step - b.first_step;
-  in_parallel(pool, threads(s, G, steps, rowwise ? s.batch / 4 : wide / 2), work(s, G, steps), [&](int part, int parts, Barrier* barrier) {
-    const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
-    const Range mine = rowwise ? Range{0, wide} : share(wide, part, parts);
-    const int64_t first_unit = mine.first * N * W, last_unit = smaller(n, mine.last * N * W);
-    Rows<flagged> rows(s, b.flags);
-    for (int64_t i = b.last_step - 1; i >= b.first_step; --i) {
-      const int64_t t = s.step(i), in_rows = (i - b.first_step) * s.batch, apart = n * (s.at(t, 1) - s.at(t, 0));
-      const int64_t from = s.at(b.saved && i > 0 ? s.step(i - 1) : t, 0) * n;
-      const bool is_first = b.saved && i == 0;
-      const float *h = is_first ? b.first.h : b.states.h + from, *c = is_first ? b.first.c : b.states.c + from;
-      const ConstState before = {h, Cell::has_c ? c : nullptr};
-      const Range active = rows.select(t, share_of_rows, before, is_first ? n : apart, [&](int64_t row, const float*, const float*) {
-        for (int64_t u = first_unit; u < last_unit; u += W) {
-          const int64_t left = n - u, to = row * n + u, at = s.at(t, row), gate = at * G * n + u;
-          store(b.of_state.h + to, load(b.of_state.h + to, left) + load(b.of_outputs + at * n + u, left), left);
-          for (int g = 0; g < G; ++g) {
-            store(b.of_drive + gate + g * n, V{}, left);
-            if (b.saved || Cell::two_cotangents) of_product(t, row, in_rows + row, g, u, V{}, left);
+  in_parallel(
+      pool, threads(s, G, steps, rowwise, rowwise ? s.batch / 4 : wide / 2), !rowwise, work(s, G, steps),
+      [&](int part, int parts, Barrier* barrier) {
+        const Range share_of_rows = rowwise ? share(s.batch, part, parts) : Range{0, s.batch};
+        const Range mine = rowwise ? Range{0, wide} : share(wide, part, parts);
+        const int64_t first_unit = mine.first * N * W, last_unit = smaller(n, mine.last * N * W);
+        Rows<flagged> rows(s, b.flags);
+        for (int64_t i = b.last_step - 1; i >= b.first_step; --i) {
+          const int64_t t = s.step(i), in_rows = (i - b.first_step) * s.batch, apart = n * (s.at(t, 1) - s.at(t, 0));
+          const int64_t from = s.at(b.saved && i > 0 ? s.step(i - 1) : t, 0) * n;
+          const bool is_first = b.saved && i == 0;
+          const real *h = is_first ? b.first.h : b.states.h + from, *c = is_first ? b.first.c : b.states.c + from;
+          const ConstState before = {h, Cell::has_c ? c : nullptr};
+          const Range active =
+              rows.select(t, share_of_rows, before, is_first ? n : apart, [&](int64_t row, const real*, const real*) {
+                for (int64_t u = first_unit; u < last_unit; u += W) {
+                  const int64_t left = n - u, to = row * n + u, at = s.at(t, row), gate = at * G * n + u;
+                  store(b.of_state.h + to, load(b.of_state.h + to, left) + load(b.of_outputs + at * n + u, left), left);
+                  for (int g = 0; g < G; ++g) {
+                    store(b.of_drive + gate + g * n, V{}, left);
+                    if (b.saved || Cell::two_cotangents) of_product(t, row, in_rows + row, g, u, V{}, left);
+                  }
+                  if (b.saved) store(b.rows.operands + (u / W * all_rows + in_rows + row) * W, V{});
+                }
+              });
+          for (int64_t j = active.first; j < active.last; ++j) {
+            const int64_t row = rows.row(j), at = s.at(t, row);
+            for (int64_t u = first_unit; u < last_unit; u += W) {
+              const int64_t left = n - u, to = row * n + u, gate = at * G * n + u;
+              V gates[G], product{}, of_a[G], of_r[G], of_cell = Cell::has_c ? load(b.of_state.c + to, left) : V{};
+              if (b.saved) {
+                for (int g = 0; g < G; ++g) gates[g] = load(b.drive + gate + g * n, left);
+                if (Cell::two_cotangents) product = load(b.recurrent + at * n + u, left);
+              } else {
+                V d[G], r[G];
+                load_drives<Cell>(b.drive + gate, b.drive_bias ? b.drive_bias + u : nullptr, n, left, d);
+                for (int g = 0; g < G; ++g) r[g] = load(b.recurrent + gate + g * n, left);
+                activate<Cell>(d, r, gates);
+                product = r[G - 1];
+              }
+              const V of = load(b.of_state.h + to, left) + load(b.of_outputs + at * n + u, left);
+              const V h = load(rows.h(j) + u, left), c = Cell::has_c ? load(rows.c(j) + u, left) : V{};
+              store(b.of_state.h + to, Cell::backward(gates, product, h, c, of, of_cell, of_a, of_r), left);
+              if (Cell::has_c) store(b.of_state.c + to, of_cell, left);
+              for (int g = 0; g < G; ++g) {
+                store(b.of_drive + gate + g * n, of_a[g], left);
+                const V of = Cell::two_cotangents ? of_r[g] : of_a[g];
+                if (b.saved || Cell::two_cotangents) of_product(t, row, in_rows + row, g, u, of, left);
+              }
+              if (b.saved) store(b.rows.operands + (u / W * all_rows + in_rows + row) * W, h);
+            }
           }
-          if (b.saved) store(b.rows.operands + (u / W * all_rows + in_rows + row) * W, V{});
+          if (!rowwise) pool.wait(barrier, parts);
+          for (int64_t p = mine.first; p < mine.last; ++p)
+            in_blocks<most>(active.first, active.last, [&](auto height, int64_t first) {
+              constexpr int R = decltype(height)::value;
+              const real* of_gates[R];
+              for (int r = 0; r < R; ++r) of_gates[r] = passes(t, rows.row(first + r));
+              V sum[1][R][N];
+              product<1, R, N>(of_gates, b.panels + p * G * n * N * W, G * n, sum);
+              for (int r = 0; r < R; ++r)
+                for (int v = 0; v < N; ++v) {
+                  const int64_t u = (p * N + v) * W, left = n - u;
+                  if (left <= 0) continue;
+                  real* to = b.of_state.h + rows.row(first + r) * n + u;
+                  store(to, load(to, left) + sum[0][r][v], left);
+                }
+            });
+          // The state before a reset has no effect on what follows, and the state after it is the initial one.
+          for (int64_t row = share_of_rows.first; has_reset && row < share_of_rows.last; ++row)
+            if (b.flags.reset[s.at(t, row)])
+              for (int64_t u = first_unit; u < last_unit; u += W) {
+                const int64_t left = n - u, at = row * n + u;
+                const auto move = [&](real* of_initial, real* of_state) {
+                  store(of_initial + at, load(of_initial + at, left) + load(of_state + at, left), left);
+                  store(of_state + at, V{}, left);
+                };
+                move(b.of_initial.h, b.of_state.h);
+                if (Cell::has_c) move(b.of_initial.c, b.of_state.c);
+              }
         }
       });
-      for (int64_t j = active.first; j < active.last; ++j) {
-        const int64_t row = rows.row(j), at = s.at(t, row);
-        for (int64_t u = first_unit; u < last_unit; u += W) {
-          const int64_t left = n - u, to = row * n + u, gate = at * G * n + u;
-          V gates[G], product{}, of_a[G], of_r[G], of_cell = Cell::has_c ? load(b.of_state.c + to, left) : V{};
-          if (b.saved) {
-            for (int g = 0; g < G; ++g) gates[g] = load(b.drive + gate + g * n, left);
-            if (Cell::two_cotangents) product = load(b.recurrent + at * n + u, left);
-          } else {
-            V d[G], r[G];
-            load_drives<Cell>(b.drive + gate, b.drive_bias ? b.drive_bias + u : nullptr, n, left, d);
-            for (int g = 0; g < G; ++g) r[g] = load(b.recurrent + gate + g * n, left);
-            activate<Cell>(d, r, gates);
-            product = r[G - 1];
-          }
-          const V of = load(b.of_state.h + to, left) + load(b.of_outputs + at * n + u, left);
-          const V h = load(rows.h(j) + u, left), c = Cell::has_c ? load(rows.c(j) + u, left) : V{};
-          store(b.of_state.h + to, Cell::backward(gates, product, h, c, of, of_cell, of_a, of_r), left);
-          if (Cell::has_c) store(b.of_state.c + to, of_cell, left);
-          for (int g = 0; g < G; ++g) {
-            store(b.of_drive + gate + g * n, of_a[g], left);
-            const V of = Cell::two_cotangents ? of_r[g] : of_a[g];
-            if (b.saved || Cell::two_cotangents) of_product(t, row, in_rows + row, g, u, of, left);
-          }
-          if (b.saved) store(b.rows.operands + (u / W * all_rows + in_rows + row) * W, h);
-        }
-      }
-      if (!rowwise) pool.wait(barrier, parts);
-      for (int64_t p = mine.first; p < mine.last; ++p)
-        in_blocks<most>(active.first, active.last, [&](auto height, int64_t first) {
-          constexpr int R = decltype(height)::value;
-          const float* of_gates[R];
-          for (int r = 0; r < R; ++r) of_gates[r] = passes(t, rows.row(first + r));
-          V sum[1][R][N];
-          product<1, R, N>(of_gates, b.panels + p * G * n * N * W, G * n, sum);
-          for (int r = 0; r < R; ++r)
-            for (int v = 0; v < N; ++v) {
-              const int64_t u = (p * N + v) * W, left = n - u;
-              if (left <= 0) continue;
-              float* to = b.of_state.h + rows.row(first + r) * n + u;
-              store(to, load(to, left) + sum[0][r][v], left);
-            }
-        });
-      // The state before a reset has no effect on what follows, and the state after it is the initial one.
-      for (int64_t row = share_of_rows.first; has_reset && row < share_of_rows.last; ++row)
-        if (b.flags.reset[s.at(t, row)])
-          for (int64_t u = first_unit; u < last_unit; u += W) {
-            const int64_t left = n - u, at = row * n + u;
-            const auto move = [&](float* of_initial, float* of_state) {
-              store(of_initial + at, load(of_initial + at, left) + load(of_state + at, left), left);
-              store(of_state + at, V{}, left);
-            };
-            move(b.of_initial.h, b.of_state.h);
-            if (Cell::has_c) move(b.of_initial.c, b.of_state.c);
-          }
-    }
-  });
 }
 
-// sum[r][v] of a[row][r] b[v][row] over the rows, for R outputs and N vectors of operands, which are `apart` floats apart.
+// sum[r][v] of a[row][r] b[v][row] over the rows, for R outputs and N vectors of operands, which are `apart` numbers
+// apart.
 template <int R, int N>
-__attribute__((noinline)) void outer_product(const float* a, const float* b, int64_t apart, int64_t rows, V (*sum)[N]) {
+__attribute__((noinline)) void outer_product(const real* a, const real* b, int64_t apart, int64_t rows, V (*sum)[N]) {
   V s[R][N] = {};
   for (int64_t i = 0; i < rows; ++i, a += W, b += W) {
     V columns[N];
@@ -536,12 +475,12 @@ __attribute__((noinline)) void outer_product(const float* a, const float* b, int
     for (int v = 0; v < N; ++v) sum[r][v] = s[r][v];
 }
 
-// Threads share the outputs, so the order of the sums does not depend on their number. The operands of N vectors of units
-// stay in the first cache while all outputs read them.
+// Threads share the outputs, so the order of the sums does not depend on their number. The operands of N vectors of
+// units stay in the first cache while all outputs read them.
 void run_gradient(const Pool& pool, const Gradient& f) {
-  constexpr int R = W / 2, N = 2;
+  constexpr int R = has_32_registers ? 8 : 4, N = 2;
   const int64_t vectors = (f.n + W - 1) / W, apart = f.rows * W, work = f.rows * f.gates * f.n * f.n;
-  in_parallel(pool, work > 1000000 ? f.gates * vectors : 1, work, [&](int part, int parts, Barrier*) {
+  in_parallel(pool, work > 1000000 ? f.gates * vectors : 1, false, work, [&](int part, int parts, Barrier*) {
     const Range mine = share(f.gates * vectors, part, parts);
     for (int64_t k = 0; k < vectors; k += N)
       for (int64_t v = mine.first; v < mine.last; ++v)
@@ -549,14 +488,14 @@ void run_gradient(const Pool& pool, const Gradient& f) {
           const int64_t unit = v % vectors * W + half, output = v / vectors * f.n + unit;
           if (unit >= f.n) continue;
           V sum[R][N];
-          const float *a = f.of_rows.of_products + v * apart + half, *b = f.of_rows.operands + k * apart;
+          const real *a = f.of_rows.of_products + v * apart + half, *b = f.of_rows.operands + k * apart;
           // The last vector has no second one beside it.
           outer_product<R, N>(a, b, k + 1 < vectors ? apart : 0, f.rows, sum);
           for (int r = 0; r < R && unit + r < f.n; ++r)
             for (int j = 0; j < N; ++j) {
               const int64_t u = (k + j) * W, left = f.n - u;
               if (left <= 0) continue;
-              float* to = f.of_weights + (output + r) * f.n + u;
+              real* to = f.of_weights + (output + r) * f.n + u;
               store(to, load(to, left) + sum[r][j], left);
             }
         }
@@ -564,7 +503,7 @@ void run_gradient(const Pool& pool, const Gradient& f) {
       const int64_t u = v % vectors * W, left = f.n - u;
       V sum{};
       for (int64_t i = 0; i < f.rows; ++i) sum += load(f.of_rows.of_products + v * apart + i * W);
-      float* to = f.of_bias + v / vectors * f.n + u;
+      real* to = f.of_bias + v / vectors * f.n + u;
       store(to, load(to, left) + sum, left);
     }
   });
@@ -572,14 +511,14 @@ void run_gradient(const Pool& pool, const Gradient& f) {
 
 // Threads share the outputs.
 void run_table_gradient(const Pool& pool, const TableGradient& f) {
-  const int64_t vectors = (f.outputs + W - 1) / W, floats = (f.last_step - f.first_step) * f.sizes.batch * f.outputs;
-  in_parallel(pool, floats > 100000 ? vectors : 1, floats, [&](int part, int parts, Barrier*) {
+  const int64_t vectors = (f.outputs + W - 1) / W, numbers = (f.last_step - f.first_step) * f.sizes.batch * f.outputs;
+  in_parallel(pool, numbers > 100000 ? vectors : 1, false, numbers, [&](int part, int parts, Barrier*) {
     const Range mine = share(vectors, part, parts);
     for (int64_t row = 0; row < f.sizes.batch; ++row)
       for (int64_t i = f.first_step; i < f.last_step; ++i) {
         const int64_t at = f.sizes.at(f.sizes.step(i), row);
-        const float* from = f.of_drive + at * f.outputs;
-        float* to = f.of_table + f.tokens[at] * f.outputs;
+        const real* from = f.of_drive + at * f.outputs;
+        real* to = f.of_table + f.tokens[at] * f.outputs;
         for (int64_t v = mine.first; v < mine.last; ++v) {
           const int64_t u = v * W, left = f.outputs - u;
           store(to + u, load(to + u, left) + load(from + u, left), left);
@@ -592,7 +531,7 @@ void run_table_gradient(const Pool& pool, const TableGradient& f) {
 void run_replay(const Pool& pool, const Replay& f) {
   const Sizes& s = f.sizes;
   const int64_t n = s.n, state = s.batch * n;
-  in_parallel(pool, s.time * state > 100000 ? s.batch : 1, s.time * state, [&](int part, int parts, Barrier*) {
+  in_parallel(pool, s.time * state > 100000 ? s.batch : 1, false, s.time * state, [&](int part, int parts, Barrier*) {
     const Range rows = share(s.batch, part, parts);
     for (int64_t i = 0; i < s.time; ++i) {
       const int64_t t = s.step(i), next = s.step(i + 1);
@@ -617,10 +556,10 @@ void run_replay(const Pool& pool, const Replay& f) {
   });
 }
 
-// Calls body(piece) for every piece, on several threads if there are many floats in total.
+// Calls body(piece) for every piece, on several threads if there are many numbers in total.
 template <class Body>
-void for_pieces(const Pool& pool, int64_t pieces, int64_t floats, const Body& body) {
-  in_parallel(pool, floats > 100000 ? pieces : 1, floats, [&](int part, int parts, Barrier*) {
+void for_pieces(const Pool& pool, int64_t pieces, int64_t numbers, const Body& body) {
+  in_parallel(pool, numbers > 100000 ? pieces : 1, false, numbers, [&](int part, int parts, Barrier*) {
     const Range mine = share(pieces, part, parts);
     for (int64_t p = mine.first; p < mine.last; ++p) body(p);
   });
@@ -628,19 +567,20 @@ void for_pieces(const Pool& pool, int64_t pieces, int64_t floats, const Body& bo
 
 // In the order in which the forward loop reads the weights: [panel][product][k][column][W].
 template <class Cell>
-int64_t pack(const Pool& pool, int64_t n, const float* weights, float* panels) {
+int64_t pack(const Pool& pool, int64_t n, const real* weights, real* panels) {
   constexpr int G = Cell::gates, U = Cell::vectors, N = Cell::columns;
   const int64_t columns = (n + U * W - 1) / (U * W) * U * G;
-  if (panels) for_pieces(pool, columns, columns * n * W, [&](int64_t column) {
-    const int64_t g = column % G, first = column / G * W, units = smaller(W, n - first);
-    const float* rows = weights + (g * n + first) * n;
-    float* panel = panels + column / N * n * N * W + column % N * W;
-    for (int64_t k = 0; k < n; ++k, panel += N * W)
-      if (units == W)
-        for (int64_t j = 0; j < W; ++j) panel[j] = rows[j * n + k];
-      else
-        for (int64_t j = 0; j < W; ++j) panel[j] = j < units ? rows[j * n + k] : 0.0f;
-  });
+  if (panels)
+    for_pieces(pool, columns, columns * n * W, [&](int64_t column) {
+      const int64_t g = column % G, first = column / G * W, units = smaller(W, n - first);
+      const real* rows = weights + (g * n + first) * n;
+      real* panel = panels + column / N * n * N * W + column % N * W;
+      for (int64_t k = 0; k < n; ++k, panel += N * W)
+        if (units == W)
+          for (int64_t j = 0; j < W; ++j) panel[j] = rows[j * n + k];
+        else
+          for (int64_t j = 0; j < W; ++j) panel[j] = j < units ? rows[j * n + k] : real(0);
+    });
   return columns * n * W;
 }
 
@@ -648,29 +588,35 @@ int64_t pack(const Pool& pool, int64_t n, const float* weights, float* panels) {
 template <class Run>
 auto of_cell(Cell cell, Run&& run) {
   switch (cell) {
-    case lstm: return run(LSTM{});
-    case gru: return run(GRU{});
-    case relu_network: return run(Vanilla<Relu>{});
-    case linear_network: return run(Vanilla<Identity>{});
-    default: return run(Vanilla<Tanh>{});
+    case lstm:
+      return run(LSTM{});
+    case gru:
+      return run(GRU{});
+    case relu_network:
+      return run(Vanilla<Relu>{});
+    case linear_network:
+      return run(Vanilla<Identity>{});
+    default:
+      return run(Vanilla<Tanh>{});
   }
 }
 
-int64_t pack_forward(const Pool& pool, Cell cell, int64_t n, const float* weights, float* panels) {
+int64_t pack_forward(const Pool& pool, Cell cell, int64_t n, const real* weights, real* panels) {
   return of_cell(cell, [&](auto cell) { return pack<decltype(cell)>(pool, n, weights, panels); });
 }
 
 // In the order in which the backward loop reads the weights: [column / 2W][row][2W].
-int64_t pack_backward(const Pool& pool, Cell cell, int64_t n, const float* weights, float* panels) {
+int64_t pack_backward(const Pool& pool, Cell cell, int64_t n, const real* weights, real* panels) {
   constexpr int64_t N = 2 * W;
   const int64_t depth = n * of_cell(cell, [](auto cell) { return decltype(cell)::gates; }), wide = (n + N - 1) / N;
-  if (panels) for_pieces(pool, wide, depth * n, [&](int64_t p) {
-    const int64_t units = smaller(N, n - p * N);
-    const float* from = weights + p * N;
-    float* to = panels + p * depth * N;
-    for (int64_t k = 0; k < depth; ++k, from += n, to += N)
-      for (int64_t j = 0; j < N; ++j) to[j] = j < units ? from[j] : 0.0f;
-  });
+  if (panels)
+    for_pieces(pool, wide, depth * n, [&](int64_t p) {
+      const int64_t units = smaller(N, n - p * N);
+      const real* from = weights + p * N;
+      real* to = panels + p * depth * N;
+      for (int64_t k = 0; k < depth; ++k, from += n, to += N)
+        for (int64_t j = 0; j < N; ++j) to[j] = j < units ? from[j] : real(0);
+    });
   return wide * depth * N;
 }
 
@@ -691,7 +637,7 @@ void backward(const Pool& pool, Cell cell, const Backward& b) {
 }  // namespace
 
 extern const Loops SEQJAX_VARIANT;
-const Loops SEQJAX_VARIANT = {pack_forward, pack_backward, forward, backward, run_replay, run_gradient,
-                              run_table_gradient};
+const Loops SEQJAX_VARIANT = {pack_forward, pack_backward, forward,           backward,
+                              run_replay,   run_gradient,  run_table_gradient};
 
 }  // namespace seqjax

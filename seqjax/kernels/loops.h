@@ -14,8 +14,10 @@ struct Barrier;
 // The threads that a call may use.
 struct Pool {
   void* threads;
-  // Runs body(argument, part, parts, barrier) for every part < parts, where parts <= wanted, and returns after all.
-  void (*run)(void* threads, int64_t wanted, int64_t work, void (*body)(const void*, int, int, Barrier*),
+  bool is_busy;  // whether other processes take the processors away from these threads
+  // Runs body(argument, part, parts, barrier) for every part < parts, where parts <= wanted, and returns after all. If
+  // `waits`, the parts wait for each other at the barrier, so each needs a thread of its own.
+  void (*run)(void* threads, int64_t wanted, bool waits, int64_t work, void (*body)(const void*, int, int, Barrier*),
               const void* argument);
   // Returns when all parts have called it.
   void (*wait)(Barrier* barrier, int parts);
@@ -32,93 +34,100 @@ struct Sizes {
   int64_t at(int64_t t, int64_t row) const { return batch_major ? row * time + t : t * batch + row; }
 };
 
-// Which steps are valid and before which steps the state is reset, (time, batch); null if all steps are valid, or if
-// there is no reset. A row that is not valid keeps its state. A reset replaces the state by h and c, (n,).
-struct Flags {
-  const bool *valid, *reset;
-  const float *h, *c;
-};
+// The arrays of the loops for one type of numbers.
+template <class real>
+struct Of {
+  // Which steps are valid and before which steps the state is reset, (time, batch); null if all steps are valid, or if
+  // there is no reset. A row that is not valid keeps its state. A reset replaces the state by h and c, (n,).
+  struct Flags {
+    const bool *valid, *reset;
+    const real *h, *c;
+  };
 
-// c is null for cells that have none.
-struct State {
-  float *h, *c;
-};
-struct ConstState {
-  const float *h, *c;
-};
+  // c is null for cells that have none.
+  struct State {
+    real *h, *c;
+  };
+  struct ConstState {
+    const real *h, *c;
+  };
 
-struct Forward {
-  Sizes sizes;
-  Flags flags;
-  int64_t first_step, last_step;  // which steps run, in the order of the loop, without the last one
-  const float *drive, *drive_bias, *panels, *bias;  // a bias is null if there is none
-  const int32_t* tokens;  // if not null, `drive` is a table, and this is the row of each step
-  ConstState first;                                 // (batch, n)
-  State states;                                     // of every step, (n,)
-  // What the backward loop reads of every step: the gates, (gates * n,), which may lie where the drives were; and the
-  // recurrent product of the candidate of a GRU, (n,). Null if nothing is saved.
-  float *gates, *candidate;
-  State buffers;  // (2, batch, n), for batch-major arrays; they hold the state between two calls
-};
+  struct Forward {
+    Sizes sizes;
+    Flags flags;
+    int64_t first_step, last_step;                   // which steps run, in the order of the loop, without the last one
+    const real *drive, *drive_bias, *panels, *bias;  // a bias is null if there is none
+    const int32_t* tokens;  // if not null, `drive` is a table, and this is the row of each step
+    ConstState first;       // (batch, n)
+    State states;           // of every step, (n,)
+    // What the backward loop reads of every step: the gates, (gates * n,), which may lie where the drives were; and the
+    // recurrent product of the candidate of a GRU, (n,). Null if nothing is saved.
+    real *gates, *candidate;
+    State buffers;  // (2, batch, n), for batch-major arrays; they hold the state between two calls
+  };
 
-// What the backward loop of whole sequences writes for each row of each of its steps, and the gradient of the weights
-// reads: dL/d(recurrent product) and h before the step. One vector of units of all rows after another, [gate][vector]
-// [row][W] and [vector][row][W], because then every loop reads memory in its order.
-struct StepRows {
-  float *of_products, *operands;
-  // (2, batch, stride): dL/d(recurrent product) of one step, with a stride that is no multiple of the size of a cache way.
-  float* of_step;
-  int64_t stride;
-};
+  // What the backward loop of whole sequences writes for each row of each of its steps, and the gradient of the weights
+  // reads: dL/d(recurrent product) and h before the step. One vector of units of all rows after another, [gate][vector]
+  // [row][W] and [vector][row][W], because then every loop reads memory in its order.
+  struct StepRows {
+    real *of_products, *operands;
+    // (2, batch, stride): dL/d(recurrent product) of one step, with a stride that is no multiple of the size of a cache
+    // way.
+    real* of_step;
+    int64_t stride;
+  };
 
-struct Backward {
-  Sizes sizes;
-  Flags flags;
-  int64_t first_step, last_step;  // as for the forward loop
-  // Of a chunk, the drives and the recurrent products. Of a whole sequence, `gates` and `candidate` of the forward loop.
-  bool saved;
-  const float *drive, *drive_bias, *recurrent, *panels, *of_outputs;
-  ConstState first;  // if `saved`, the state before the first step, (batch, n)
-  // If `saved`, the state after each step. Otherwise the state before each step and before a reset.
-  ConstState states;
-  State of_state;    // of the state after the last step on entry, and of the first state on return, (batch, n)
-  State of_initial;  // of the state after a reset, summed over the steps, (batch, n); null without resets
-  float *of_drive, *of_recurrent;
-  StepRows rows;  // if `saved`, in place of `of_recurrent`
-};
+  struct Backward {
+    Sizes sizes;
+    Flags flags;
+    int64_t first_step, last_step;  // as for the forward loop
+    // Of a chunk, the drives and the recurrent products. Of a whole sequence, `gates` and `candidate` of the forward
+    // loop.
+    bool saved;
+    const real *drive, *drive_bias, *recurrent, *panels, *of_outputs;
+    ConstState first;  // if `saved`, the state before the first step, (batch, n)
+    // If `saved`, the state after each step. Otherwise the state before each step and before a reset.
+    ConstState states;
+    State of_state;    // of the state after the last step on entry, and of the first state on return, (batch, n)
+    State of_initial;  // of the state after a reset, summed over the steps, (batch, n); null without resets
+    real *of_drive, *of_recurrent;
+    StepRows rows;  // if `saved`, in place of `of_recurrent`
+  };
 
-// Adds sum_rows of_products^T operands to dL/dW_hh, (gates * n, n), and sum_rows of_products to dL/db, (gates * n,).
-struct Gradient {
-  int64_t rows, gates, n;
-  StepRows of_rows;
-  float *of_weights, *of_bias;
-};
+  // Adds sum_rows of_products^T operands to dL/dW_hh, (gates * n, n), and sum_rows of_products to dL/db, (gates * n,).
+  struct Gradient {
+    int64_t rows, gates, n;
+    StepRows of_rows;
+    real *of_weights, *of_bias;
+  };
 
-// Adds the cotangents of the drives of some steps to those of the rows of a table.
-struct TableGradient {
-  Sizes sizes;
-  int64_t outputs, first_step, last_step;
-  const float* of_drive;
-  const int32_t* tokens;
-  float* of_table;
-};
+  // Adds the cotangents of the drives of some steps to those of the rows of a table.
+  struct TableGradient {
+    Sizes sizes;
+    int64_t outputs, first_step, last_step;
+    const real* of_drive;
+    const int32_t* tokens;
+    real* of_table;
+  };
 
-struct Replay {
-  Sizes sizes;
-  Flags flags;
-  const float *drive, *drive_bias, *recurrent, *c_0;
-  float* c_before;  // of each step, before a reset, (time, batch, n)
-};
+  struct Replay {
+    Sizes sizes;
+    Flags flags;
+    const real *drive, *drive_bias, *recurrent, *c_0;
+    real* c_before;  // of each step, before a reset, (time, batch, n)
+  };
 
-struct Loops {
-  // Both pack W_hh (gates * n, n). They return how many floats the panels have, and write them unless `panels` is null.
-  int64_t (*pack_forward)(const Pool&, Cell, int64_t n, const float* weights, float* panels);
-  int64_t (*pack_backward)(const Pool&, Cell, int64_t n, const float* weights, float* panels);
-  void (*forward)(const Pool&, Cell, const Forward&);
-  void (*backward)(const Pool&, Cell, const Backward&);
-  void (*replay)(const Pool&, const Replay&);
-  void (*gradient)(const Pool&, const Gradient&);
-  void (*table_gradient)(const Pool&, const TableGradient&);
+  struct Loops {
+    // Both pack W_hh (gates * n, n). They return how many numbers the panels have, and write them unless `panels` is
+    // null.
+    int64_t (*pack_forward)(const Pool&, Cell, int64_t n, const real* weights, real* panels);
+    int64_t (*pack_backward)(const Pool&, Cell, int64_t n, const real* weights, real* panels);
+    void (*forward)(const Pool&, Cell, const Forward&);
+    void (*backward)(const Pool&, Cell, const Backward&);
+    void (*replay)(const Pool&, const Replay&);
+    void (*gradient)(const Pool&, const Gradient&);
+    void (*table_gradient)(const Pool&, const TableGradient&);
+  };
 };
 
 }  // namespace seqjax

@@ -103,6 +103,7 @@ def _step(terms: Terms, cell: Callable[..., list[Formula]], roles: Roles, zero: 
 # The numbers of gates and of leaves of the state, and the formulas of the new state.
 FORMULAS = {"lstm": (4, 2, _lstm), "gru": (3, 1, _gru), "vanilla": (1, 1, _vanilla), "relu": (1, 1, _relu),
             "identity": (1, 1, _identity)}  # fmt: skip
+DTYPES = {jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)}
 SELECT = ("select_n", "[]")  # the primitive and its options
 
 
@@ -112,7 +113,7 @@ def kernel_for(parts: Parts) -> Kernel | None:
 
 
 def kernel_supports(parts: Parts) -> Kernel | None:
-    """The kernel whose formulas are those of a loop, if its arrays are float32."""
+    """The kernel whose formulas are those of a loop, if its arrays are all float32 or all float64."""
     if len(parts.cuts) != 1:
         return None
     (cut,) = parts.cuts
@@ -121,7 +122,8 @@ def kernel_supports(parts: Parts) -> Kernel | None:
     values = [v for v, read in zip(parts.hoisted, parts.read_in_loop, strict=True) if read]
     biases = [b for _, b in parts.biases.values()]
     arrays = [*parts.state, *drives, *biases, *values, cut.weights, cut.out]
-    if len(flags) > 2 or any(v.aval.dtype != jnp.float32 for v in arrays) or cut.weights.aval.ndim != 2:
+    dtypes = {v.aval.dtype for v in arrays}
+    if len(flags) > 2 or len(dtypes) > 1 or not dtypes <= DTYPES or cut.weights.aval.ndim != 2:
         return None
     try:
         units = Units(parts, Terms())
@@ -144,7 +146,7 @@ def kernel_supports(parts: Parts) -> Kernel | None:
                 biases = [parts.hoisted.index(parts.biases[v][1]) if v in parts.biases else None for v in parts.drives]
                 lookup = _lookup(parts, [blocks[block] for block in range(gates)])
                 drives_of_gates = tuple(blocks[block] for block in order)
-                return Kernel(name, n, roles, drives_of_gates, tuple(biases), lookup, outputs)
+                return Kernel(name, n, dtypes.pop(), roles, drives_of_gates, tuple(biases), lookup, outputs)
     return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from seqjax.kernels import calls
@@ -46,6 +47,7 @@ class Kernel:
     Attributes:
         name: the formulas, one of `seqjax.kernels.calls.CELLS`.
         size: n, the number of units.
+        dtype: float32 or float64.
         roles: which leaf, block or value is what the kernel means by it.
         drives: for each gate of the kernel, the index of the drive and the block in it.
         biases: for each drive, the index of the hoisted value that is added to it; None if there is none.
@@ -57,6 +59,7 @@ class Kernel:
 
     name: str
     size: int
+    dtype: np.dtype
     roles: Roles
     drives: tuple[tuple[int, int], ...]
     biases: tuple[int | None, ...]
@@ -71,7 +74,7 @@ class Kernel:
     @property
     def bytes_of_gates(self) -> int:
         """The bytes of what `forward_saving_gates` saves of one step of one row, besides its state."""
-        return 4 * self.size * (self.gates + (self.name == "gru"))
+        return self.dtype.itemsize * self.size * (self.gates + (self.name == "gru"))
 
     @property
     def runs_backward(self) -> bool:
@@ -197,7 +200,7 @@ class Kernel:
             return None
         starts = [k * self.size for _, k in self.drives]
         blocks = [b if b is None else b[at : at + self.size] for b, at in zip(added, starts, strict=True)]
-        zero = jnp.zeros(self.size, jnp.float32)
+        zero = jnp.zeros(self.size, self.dtype)
         return jnp.concatenate([zero if block is None else block for block in blocks])
 
     def _rows(self, hoisted: Hoisted, tokens: Array | None) -> calls.Rows | None:

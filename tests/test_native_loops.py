@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -317,7 +318,10 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_to_the_last_bit():
 ONE_PROCESS = """
 import os, sys
 os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[: int(sys.argv[1])]))
-import hashlib, jax, jax.numpy as jnp, numpy as np, seqjax as sj
+import hashlib, pathlib, jax, jax.numpy as jnp, numpy as np, seqjax as sj
+if folder := os.environ.get("LIBRARY_BY_CLANG"):
+    found, _ = sj.kernels._load(pathlib.Path(folder))
+    sj.kernels.loaded = lambda: found
 digest, total = hashlib.sha256(), []
 for n, batch in ((64, 33), (264, 9)):
     cell = sj.LSTM(1, n)
@@ -351,6 +355,19 @@ def test_every_variant_of_this_processor_computes_what_xla_does_with_any_number_
         assert status == f"{variant} of the compiled kernel"
         np.testing.assert_allclose(total, expected[2], rtol=1e-4)
     assert digest == in_one_process(threads=1, SEQJAX_KERNEL=variant)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang")
+def test_a_library_by_clang_computes_what_xla_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "clang++")
+    build(jax.ffi.include_dir(), tmp_path)
+    monkeypatch.setenv("LIBRARY_BY_CLANG", str(tmp_path))
+    expected = in_one_process(SEQJAX_KERNEL="off")
+    for variant in kernels.loaded().supported:
+        status, _, total, _ = in_one_process(SEQJAX_KERNEL=variant)
+        assert status == f"{variant} of the compiled kernel"
+        np.testing.assert_allclose(total, expected[2], rtol=1e-4)
 
 
 def test_a_word_that_is_no_variant_is_said_and_xla_runs_the_loops():

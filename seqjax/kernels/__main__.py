@@ -11,7 +11,7 @@ from seqjax.kernels.build import build
 if __name__ == "__main__":
     argparse.ArgumentParser(
         prog="python -m seqjax.kernels",
-        description="Compiles the kernel into the installed package with the compiler in $CXX, or with g++.",
+        description="Compiles the kernel into the installed package with the compiler in $CXX, or with g++ or clang++.",
     ).parse_args()
     try:
         print(f"compiled {build(jax.ffi.include_dir())}")

@@ -20,14 +20,16 @@ def elf(*texts: str, machine: int = 62) -> bytes:
     return b"\x7fELF" + bytes(14) + struct.pack("<H", machine) + "\0".join(["", *texts, ""]).encode()
 
 
-def mach_o(minimum: int, *texts: str) -> bytes:
-    header = struct.pack("<8I", 0xFEEDFACF, 0x100000C, 0, 6, 2, 48, 0, 0)
-    commands = struct.pack("<4I", 0x1B, 24, 0, 0) + bytes(8) + struct.pack("<6I", 0x32, 24, 1, minimum << 16, 0, 0)
-    return header + commands + "\0".join(["", *texts, ""]).encode()
+def mach_o(minimum: int, *libraries: str) -> bytes:
+    commands = [struct.pack("<6I", 0x32, 24, 1, minimum << 16, 0, 0)]
+    for name in libraries:
+        commands.append(struct.pack("<6I", 0xC, 64, 24, 0, 0, 0) + name.encode().ljust(40, b"\0"))
+    header = struct.pack("<8I", 0xFEEDFACF, 0x100000C, 0, 6, len(commands), 0, 0, 0)
+    return header + b"".join(commands) + b"\0_seqjax_forward\0/usr/lib/text_of_a_message.dylib\0"
 
 
 SYMBOLS = ("seqjax_forward", "libc.so.6", "ld-linux-x86-64.so.2", "GLIBC_2.2.5", "GLIBC_2.17")
-MAC_SYMBOLS = ("_seqjax_forward", "/usr/lib/libSystem.B.dylib")
+MAC_SYSTEM = "/usr/lib/libSystem.B.dylib"
 
 
 def wheel(folder: Path, tag: str, library: bytes | None, written: str | None = None) -> Path:
@@ -45,7 +47,7 @@ def wheel(folder: Path, tag: str, library: bytes | None, written: str | None = N
     [
         ("manylinux2014_x86_64", elf(*SYMBOLS), "x86_64, glibc 2.17"),
         ("manylinux2014_aarch64", elf(*SYMBOLS, machine=183), "aarch64, glibc 2.17"),
-        ("macosx_11_0_arm64", mach_o(11, *MAC_SYMBOLS), "arm64, macOS 11.0"),
+        ("macosx_11_0_arm64", mach_o(11, MAC_SYSTEM), "arm64, macOS 11.0"),
         ("any", None, "no library"),
     ],
 )
@@ -62,8 +64,8 @@ def test_a_wheel_that_fits_its_platform_passes(tag, library, said, tmp_path):
         ("manylinux2014_x86_64", elf(*SYMBOLS), "linux_x86_64"),
         ("manylinux2014_x86_64", None, None),
         ("manylinux2014_aarch64", elf(*SYMBOLS), None),
-        ("macosx_11_0_arm64", mach_o(12, *MAC_SYMBOLS), None),
-        ("macosx_11_0_arm64", mach_o(11, *MAC_SYMBOLS, "/usr/lib/libc++.1.dylib"), None),
+        ("macosx_11_0_arm64", mach_o(12, MAC_SYSTEM), None),
+        ("macosx_11_0_arm64", mach_o(11, MAC_SYSTEM, "/usr/lib/libc++.1.dylib"), None),
         ("any", elf(*SYMBOLS), None),
     ],
 )

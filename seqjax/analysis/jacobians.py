@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from seqjax.analysis._scaled import log_power, rescale
 from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import precise_jit
+from seqjax.sequence._devices import on_any_mesh
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._partition.tracing import shapes_of_one
 
@@ -111,6 +113,10 @@ def step_jacobians(
 
 def jacobians_at(cell: Cell, inputs: bool, sequences: Sequences, times: Array) -> tuple[Array, Array | None]:
     """The derivatives of `StepJacobians` at only the steps `times`, counted from 0."""
+    return on_any_mesh(partial(_jacobians_at, cell, inputs), sequences.inputs.x, sequences, times)
+
+
+def _jacobians_at(cell: Cell, inputs: bool, sequences: Sequences, times: Array) -> tuple[Array, Array | None]:
     before, inputs_at = jax.tree.map(lambda leaf: leaf[:, times], (flat_trajectory(cell, sequences), sequences.inputs))
     flat, params = flat_map(cell, sequences.params), sequences.params
     by_state = flat.jacobian(params, shapes_of_one((before, inputs_at), 2))

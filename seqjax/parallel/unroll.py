@@ -24,6 +24,7 @@ from seqjax.parallel.methods import DEER, Method
 from seqjax.parallel.search import Convergence, Limits, Options, combine, empty_search, search
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._devices import on_any_mesh
 from seqjax.sequence._masked_step import Inputs, draw_noise
 
 
@@ -96,6 +97,12 @@ def unroll_parallel(
 
 
 def _run(
+    cell: Cell, options: Options, params: Params, state: State, inputs: Inputs, key: Array | None, limits: Limits
+) -> tuple[tuple[State, Output], Convergence]:
+    return on_any_mesh(partial(_solve, cell, options), inputs.x, params, state, inputs, key, limits)
+
+
+def _solve(
     cell: Cell, options: Options, params: Params, state: State, inputs: Inputs, key: Array | None, limits: Limits
 ) -> tuple[tuple[State, Output], Convergence]:
     # The noise too is reversed below, because `unroll` draws it for the time index and not for the order of the steps.

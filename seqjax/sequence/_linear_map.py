@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -39,7 +40,14 @@ class Direction:
     plain: Map
 
 
-def linear_map(residuals: Leaves, linear: Leaves, push: Direction, pull: Direction, like: Leaves) -> list[Array]:
+def linear_map(
+    residuals: Leaves,
+    linear: Leaves,
+    push: Direction,
+    pull: Direction,
+    like: Leaves,
+    calls: ClosedJaxpr | None = None,
+) -> list[Array]:
     """Computes push(residuals, linear), whose transpose with respect to `linear` is pull(residuals, .).
 
     Args:
@@ -49,6 +57,8 @@ def linear_map(residuals: Leaves, linear: Leaves, push: Direction, pull: Directi
         pull: its transpose.
         like: arrays or shapes with the shapes and dtypes of the results. With them a direction that never runs is never
             traced.
+        calls: a program with the primitives of the directions whose lowering needs to know the devices. JAX searches
+            for them in the parameters of an equation, before it traces a direction.
 
     Returns:
         The arrays that `push.fast` returns.
@@ -63,27 +73,35 @@ def linear_map(residuals: Leaves, linear: Leaves, push: Direction, pull: Directi
         >>> double(jnp.array(3.0)).item(), jax.grad(double)(jnp.array(3.0)).item()
         (6.0, 2.125)
     """
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in like)
-    return _linear_map.bind(*residuals, *linear, push=push, pull=pull, residuals=len(residuals), like=shapes)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_mesh_of(residuals, linear)) for leaf in like)
+    sizes = {"residuals": len(residuals), "like": shapes}
+    return _linear_map.bind(*residuals, *linear, push=push, pull=pull, calls=calls, **sizes)
+
+
+def _mesh_of(residuals: Leaves, linear: Leaves) -> NamedSharding | None:
+    """The mesh of the arguments, which the results have too, as every array inside `jax.shard_map`."""
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in (*residuals, *linear))
+    return next((NamedSharding(mesh, PartitionSpec()) for mesh in meshes if not mesh.empty), None)
 
 
 _linear_map = Primitive("linear_map")
 _linear_map.multiple_results = True
 
 
-def _run(*args: ArrayLike, push: Direction, pull: Direction, residuals: int, like: Leaves) -> list[Array]:
+def _run(*args: ArrayLike, push: Direction, residuals: int, **_: Any) -> list[Array]:
     return list(push.fast(list(args[:residuals]), list(args[residuals:])))
 
 
 def _jvp(
-    primals: Leaves, tangents: Leaves, *, push: Direction, pull: Direction, residuals: int, like: Leaves
+    primals: Leaves, tangents: Leaves, *, push: Direction, pull: Direction, calls: Any, residuals: int, like: Leaves
 ) -> tuple[list[Array], list[Any]]:
     """The product rule: d(A(r) v) = A(r) dv + dA(r) v."""
     fixed, linear = primals[:residuals], primals[residuals:]
-    out = linear_map(fixed, linear, push, pull, like)
+    out = linear_map(fixed, linear, push, pull, like, calls)
     parts = []
     if any(type(t) is not ad.Zero for t in tangents[residuals:]):
-        parts.append(linear_map(fixed, [ad.instantiate_zeros(t) for t in tangents[residuals:]], push, pull, like))
+        moved = [ad.instantiate_zeros(t) for t in tangents[residuals:]]
+        parts.append(linear_map(fixed, moved, push, pull, like, calls))
     varied = [i for i, t in enumerate(tangents[:residuals]) if type(t) is not ad.Zero]
     if varied:
 
@@ -98,18 +116,25 @@ def _jvp(
 
 
 def _transpose(
-    cotangents: Leaves, *args: Any, push: Direction, pull: Direction, residuals: int, like: Leaves
+    cotangents: Leaves, *args: Any, push: Direction, pull: Direction, calls: Any, residuals: int, like: Leaves
 ) -> list[Any]:
     cts = [ad.instantiate_zeros(ct) for ct in cotangents]
     # Only the shapes of the linear arguments are known here, because the map is transposed with respect to them.
     inputs = [arg.aval if ad.is_undefined_primal(arg) else arg for arg in args[residuals:]]
-    pulled = linear_map(args[:residuals], cts, pull, push, inputs)
+    pulled = linear_map(args[:residuals], cts, pull, push, inputs, calls)
     undefined = [ad.is_undefined_primal(arg) for arg in args[residuals:]]
     return [None] * residuals + [ct if wanted else None for ct, wanted in zip(pulled, undefined, strict=True)]
 
 
 def _batch(
-    args: Leaves, axes: Sequence[int | None], *, push: Direction, pull: Direction, residuals: int, like: Leaves
+    args: Leaves,
+    axes: Sequence[int | None],
+    *,
+    push: Direction,
+    pull: Direction,
+    calls: Any,
+    residuals: int,
+    like: Leaves,
 ) -> tuple[list[Array], list[int]]:
     # All linear arguments get a batch axis, because the transpose of one without it would have to sum over the batch.
     size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
@@ -123,7 +148,7 @@ def _batch(
         return Direction(jax.vmap(direction.fast, in_axes), jax.vmap(direction.plain, in_axes))
 
     shapes = [jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype) for leaf in like]
-    out = linear_map(args[:residuals], linear, batched(push), batched(pull), shapes)
+    out = linear_map(args[:residuals], linear, batched(push), batched(pull), shapes, calls)
     return out, [0] * len(out)
 
 

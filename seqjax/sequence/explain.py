@@ -162,7 +162,7 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
 
 def _loop(stage: Stage, parts: Parts, names: list[str]) -> LoopExplanation:
     own = [names[i] for i in stage.leaves]
-    is_saved = Loop(parts, kernel=None, reverse=False).is_saved
+    is_saved = Loop(parts, kernel=None, reverse=False, chunk=1).is_saved
     saved = [n for n, s in zip(own, is_saved, strict=True) if s]
     size = sum(v.aval.size * v.aval.dtype.itemsize for v, s in zip(parts.state, is_saved, strict=True) if s)
     # From here on the program before products were merged, because merged products have no source lines.

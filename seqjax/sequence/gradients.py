@@ -18,6 +18,7 @@ All functions differentiate the masked step that `unroll` runs, so masks and res
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_floating_state, check_sequences
+from seqjax.sequence._devices import with_automatic_axes
 from seqjax.sequence._masked_step import Inputs, masked_step
 from seqjax.sequence.unroll import trajectory, unroll
 
@@ -91,6 +93,11 @@ def state_gradients(
 
 
 def _state_gradients(cell: Cell, loss: Loss, params: Params, state: State | None, inputs: Inputs) -> State:
+    run = partial(_state_gradients_on_mesh, cell, loss)
+    return with_automatic_axes(run, inputs.x, params, state, inputs)
+
+
+def _state_gradients_on_mesh(cell: Cell, loss: Loss, params: Params, state: State | None, inputs: Inputs) -> State:
     run = _ForwardPass(cell, params, state, inputs)
     after = jax.tree.map(lambda leaf: leaf[:, 1:], run.states)
     return run.state_gradients(jax.grad(loss)(after), run.zero_outputs())
@@ -139,6 +146,11 @@ def weight_gradients_by_step(
 
 
 def _weight_gradients(cell: Cell, loss: Loss, params: Params, state: State | None, inputs: Inputs) -> Params:
+    run = partial(_weight_gradients_on_mesh, cell, loss)
+    return with_automatic_axes(run, (), params, state, inputs)
+
+
+def _weight_gradients_on_mesh(cell: Cell, loss: Loss, params: Params, state: State | None, inputs: Inputs) -> Params:
     run = _ForwardPass(cell, params, state, inputs)
     d_outputs = run.output_gradients(loss)
     inputs = run.starting_with_a_reset()
@@ -200,6 +212,13 @@ def truncated_grad(
 
 
 def _truncated(cell: Cell, loss: Loss, window: int, params: Params, state: State | None, inputs: Inputs) -> Params:
+    run = partial(_truncated_on_mesh, cell, loss, window)
+    return with_automatic_axes(run, (), params, state, inputs)
+
+
+def _truncated_on_mesh(
+    cell: Cell, loss: Loss, window: int, params: Params, state: State | None, inputs: Inputs
+) -> Params:
     run = _ForwardPass(cell, params, state, inputs)
     d_outputs = run.output_gradients(loss)
     inputs = run.starting_with_a_reset()

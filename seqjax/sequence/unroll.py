@@ -7,7 +7,7 @@ cannot be divided runs as one plain scan per sequence. `_masked_step` defines wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checkpointed import run_checkpointed
 from seqjax.sequence._checks import batch_of_states, check_methods, check_sequences, check_steps
 from seqjax.sequence._declared import undeclared_step
+from seqjax.sequence._devices import with_automatic_axes, with_equal_axes, without_manual_axes
 from seqjax.sequence._execution.run import run_plan
 from seqjax.sequence._masked_step import Emit, Inputs, draw_noise, emit_output, emit_state, masked_step
 from seqjax.sequence._partition.plan import NoPlan, Plan, plan_of
@@ -44,6 +45,10 @@ def unroll(
     kernel: bool = True,
 ) -> tuple[State, Output]:
     """Runs a cell over a batch of sequences: s_t, o_t = step(theta, s_{t-1}, x_t).
+
+    If `xs` is sharded over the batch, so are the results, whether the axes of the mesh are automatic, explicit, or
+    manual inside `jax.shard_map`. Every device runs its own rows with all parameters, and their gradient is added over
+    the devices once, after the loops; with `checkpoint_every` once per chunk outside `jax.shard_map`.
 
     Args:
         cell: any object with `init`, `initial_state` and `step`.
@@ -125,7 +130,7 @@ def trajectory(
         s_0 = s_0[:, None]
         return jnp.concatenate([s, s_0] if reverse else [s_0, s], axis=1)
 
-    return jax.tree.map(join, first, states)
+    return with_automatic_axes(partial(jax.tree.map, join), states, first, states)
 
 
 def gates(
@@ -257,6 +262,13 @@ def _run(
 def _run_batch(
     cell: Cell, emit: Emit, options: Options, params: Params, state: State, inputs: Inputs, key: Array | None
 ) -> tuple[State, PyTree]:
+    run = partial(_run_partition, cell, emit, options)
+    return with_automatic_axes(run, inputs.x, params, state, inputs, key)
+
+
+def _run_partition(
+    cell: Cell, emit: Emit, options: Options, params: Params, state: State, inputs: Inputs, key: Array | None
+) -> tuple[State, PyTree]:
     batch, time = inputs.batch, inputs.time
     inputs = inputs._replace(noise=draw_noise(cell, key, batch, time))
     traced = traced_step(cell, emit, params, state, inputs)
@@ -265,9 +277,14 @@ def _run_batch(
     else:
         plan = NoPlan("there is no step")
     if isinstance(plan, Plan):
-        run = partial(run_plan, plan, options.reverse, params)
-    else:
-        run = partial(_run_plainly, cell, emit, options.reverse, params)
+        return without_manual_axes(partial(_run_in_chunks, partial(run_plan, plan), options), params, state, inputs)
+    return _run_in_chunks(partial(_run_plainly, cell, emit), options, *with_equal_axes((params, state, inputs)))
+
+
+def _run_in_chunks(
+    run: Callable[..., tuple[State, PyTree]], options: Options, params: Params, state: State, inputs: Inputs
+) -> tuple[State, PyTree]:
+    run = partial(run, options.reverse, params)
     if options.checkpoint_every is None:
         return run(state, inputs)
     return run_checkpointed(run, options.checkpoint_every, options.reverse, state, inputs)

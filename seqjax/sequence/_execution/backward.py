@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from seqjax.sequence._execution.chunks import Chunks, Leaves, chunk_length, scan_distinct, steps_of_chunk
+from seqjax.sequence._execution.chunks import Chunks, Leaves, scan_distinct, steps_of_chunk
 from seqjax.sequence._execution.forward import Arguments, Loop, Result, Saved, over_chunk
 from seqjax.sequence._partition.program import inexact
 
@@ -70,7 +70,7 @@ def backward(loop: Loop, arguments: Arguments, saved: Saved, cts: Result, wanted
     hoisted, active = parts.hoist(params), parts.active(wanted)
     is_inexact = [inexact(leaf) for leaf in state]
     chunk_loop = BackwardLoop(loop, hoisted, is_inexact, active)
-    length = chunk_length(batch, time)
+    length = loop.chunk
 
     def chunk(carry: tuple[Leaves, Leaves], start: Array, steps: int) -> tuple[Any, Leaves, None]:
         ct_state, ct_hoisted = carry

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from seqjax.sequence._execution.chunks import Chunks, Leaves, chunk_length, has_launches, scan_distinct, steps_of_chunk
+from seqjax.sequence._execution.chunks import Chunks, Leaves, has_launches, scan_distinct, steps_of_chunk
 from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Loop:
         parts: the parts of the loop.
         kernel: the compiled kernel that runs it; None if XLA does.
         reverse: whether it runs from right to left.
+        chunk: the number of steps of a chunk, the same on every device.
         saves_products: whether XLA's loops save the results of the cuts for the backward pass.
         saves_gates: whether the kernel runs the loop in one call and saves the gates of every step for the backward
             pass, which otherwise computes them again (`seqjax.sequence._execution.saved_gates`).
@@ -36,6 +37,7 @@ class Loop:
     parts: Parts
     kernel: Kernel | None
     reverse: bool
+    chunk: int
     saves_products: bool = False
     saves_gates: bool = False
 
@@ -126,7 +128,7 @@ def forward(loop: Loop, arguments: Arguments) -> tuple[Result, Saved]:
         inputs = over_chunk(parts.drives_without_biases, (length, batch), None, 0)(hoisted, x)
         return *run_chunk(loop, hoisted, products, state, inputs, length), state
 
-    chunks = Chunks(time, chunk_length(batch, time), loop.reverse)
+    chunks = Chunks(time, loop.chunk, loop.reverse)
     new_state, (states, outputs, results), first = chunks.scan(chunk, state)
     return Result(new_state, outputs), Saved(states, first, results)
 

@@ -19,9 +19,10 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params, State
 from seqjax.sequence._execution.backward import backward, pick, put
-from seqjax.sequence._execution.chunks import Leaves, has_launches
+from seqjax.sequence._execution.chunks import Leaves, chunk_length, has_launches
 from seqjax.sequence._execution.formulas import kernel_for
-from seqjax.sequence._execution.forward import Arguments, Loop, Result, forward
+from seqjax.sequence._execution.forward import Arguments, Loop, Result, Saved, forward
+from seqjax.sequence._execution.partitioned import NO_BATCH, axes_of, partitioned, partitioned_program
 from seqjax.sequence._execution.saved_gates import backward_from_gates, forward_saving_gates
 from seqjax.sequence._linear_map import Direction, linear_map
 from seqjax.sequence._partition.program import inexact
@@ -73,9 +74,10 @@ def _run_loop(plan: Plan, parts: Parts, arguments: Arguments, reverse: bool) -> 
         return Result([], _run_at_once(parts, arguments))
     if not parts.saves_work or not any(map(inexact, arguments.state)):
         return _run_plainly(parts, reverse, arguments)
-    loop = Loop(parts, kernel_for(parts) if plan.use_kernel else None, reverse)
+    batch, time = arguments.xs[0].shape[:2]
+    loop = Loop(parts, kernel_for(parts) if plan.use_kernel else None, reverse, chunk_length(batch, time))
     if plan.saves_gates:
-        loop = _with_saved_gates(loop, steps=arguments.xs[0].shape[0] * arguments.xs[0].shape[1])
+        loop = _with_saved_gates(loop, batch * time)
     return _run_in_parts(loop, arguments)
 
 
@@ -120,8 +122,12 @@ def _run_in_parts(loop: Loop, arguments: Arguments) -> Result:
     # Not `jax.custom_vjp`, which would exclude `jax.jvp` and second derivatives.
     @jax.custom_jvp
     def run(*leaves: Any) -> tuple[Result, Any]:
-        arguments = Arguments.divided(leaves, *sizes)
-        return forward_saving_gates(loop, arguments) if loop.saves_gates else forward(loop, arguments)
+        def on_one_device(*leaves: Any) -> tuple[Result, Any]:
+            arguments = Arguments.divided(leaves, *sizes)
+            return forward_saving_gates(loop, arguments) if loop.saves_gates else forward(loop, arguments)
+
+        axes = _batch_axes(*map(len, arguments))
+        return partitioned(on_one_device, leaves, axes, (0, _axes_of_saved(loop)))
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         out, saved = run(*primals)
@@ -136,6 +142,7 @@ def _run_in_parts(loop: Loop, arguments: Arguments) -> Result:
             Direction(derivative.push, derivative.push),
             Direction(derivative.pull, derivative.pull_plainly),
             like=pick(outs, is_inexact),
+            calls=partitioned_program(),
         )
         zeros = jax.tree.map(_zero_tangent, out)
         # The saved values depend on the inputs too, but nothing that reads them needs their tangents.
@@ -173,12 +180,19 @@ class _Derivative:
 
     def pull(self, residuals: Leaves, cts: Leaves) -> Leaves:
         """The cotangents of the wanted leaves, by the fast backward pass."""
-        n = len(self.wanted)
-        arguments = Arguments.divided(residuals[:n], *self.sizes)
-        saved = jax.tree.unflatten(self.saved_tree, residuals[n:])
+        n, n_saved = len(self.wanted), len(residuals)
         n_state = sum(self.is_inexact.new_state)
         run = backward_from_gates if self.loop.saves_gates else backward
-        return run(self.loop, arguments, saved, Result(cts[:n_state], cts[n_state:]), self.wanted)
+
+        def on_one_device(*leaves: Any) -> Leaves:
+            arguments = Arguments.divided(leaves[:n], *self.sizes)
+            saved = jax.tree.unflatten(self.saved_tree, leaves[n:n_saved])
+            cts = list(leaves[n_saved:])
+            return run(self.loop, arguments, saved, Result(cts[:n_state], cts[n_state:]), self.wanted)
+
+        axes = _batch_axes(*self.sizes, n - sum(self.sizes))
+        of_leaves = [*axes, *axes_of(_axes_of_saved(self.loop), self.saved_tree), *[0] * len(cts)]
+        return partitioned(on_one_device, [*residuals, *cts], of_leaves, pick(axes, self.wanted))
 
     def pull_plainly(self, residuals: Leaves, cts: Leaves) -> Leaves:
         """The cotangents of the wanted leaves, by a program that JAX can differentiate again."""
@@ -194,6 +208,16 @@ class _Derivative:
             return pick(_run_plainly(self.loop.parts, self.loop.reverse, arguments), self.is_inexact)
 
         return function, pick(leaves, self.wanted)
+
+
+def _batch_axes(params: int, state: int, xs: int) -> list[int]:
+    """The axis of the batch in each leaf of the arguments, by the numbers of these leaves."""
+    return [*[NO_BATCH] * params, *[0] * (state + xs)]
+
+
+def _axes_of_saved(loop: Loop) -> PyTree:
+    """The axis of the batch in what the forward pass saves."""
+    return 0 if loop.saves_gates else Saved._make((0, 1, 0))
 
 
 def _zero_tangent(leaf: Array) -> Any:

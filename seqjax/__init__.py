@@ -45,9 +45,14 @@ from .initializers import Glorot as Glorot
 from .initializers import Orthogonal as Orthogonal
 from .initializers import SpectralRadius as SpectralRadius
 from .initializers import Uniform as Uniform
+from .interop import weights as weights
 from .interop.equinox import from_equinox as from_equinox
 from .interop.linen import from_linen as from_linen
 from .interop.nnx import from_nnx as from_nnx
+from .interop.weights.keras import from_keras as from_keras
+from .interop.weights.keras import to_keras as to_keras
+from .interop.weights.torch import from_torch as from_torch
+from .interop.weights.torch import to_torch as to_torch
 from .kernels.installation import Installation as Installation
 from .kernels.installation import info as info
 from .models.generation import Generated as Generated

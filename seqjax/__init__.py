@@ -40,6 +40,8 @@ from .cells.vanilla import VanillaParams as VanillaParams
 from .cells.vanilla import VanillaRNN as VanillaRNN
 from .cells.vanilla import VanillaState as VanillaState
 from .cells.vanilla import vanilla_step as vanilla_step
+from .command.loading import LoadedRun as LoadedRun
+from .command.loading import load_run as load_run
 from .data.batch import Batch as Batch
 from .initializers import Glorot as Glorot
 from .initializers import Orthogonal as Orthogonal
@@ -76,6 +78,8 @@ from .models.objectives import every_step as every_step
 from .models.pooling import last_valid as last_valid
 from .models.pooling import masked_max as masked_max
 from .models.pooling import masked_mean as masked_mean
+from .models.saved import load as load
+from .models.saved import save as save
 from .parallel.contraction import NotContractingWarning as NotContractingWarning
 from .parallel.methods import DEER as DEER
 from .parallel.methods import ELK as ELK

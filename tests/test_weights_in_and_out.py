@@ -759,6 +759,11 @@ TWO = {f"a.{name}": shape for name, shape in LSTM.items()} | {f"b.{name}": shape
             ["weight_ih_l0 (4n, d) = (20, 3)", "pass weight_ih_l0.T", "bias_hh_l0 (4n) = (20,)", "(15,)"],
         ),
         (changed(weight_hh_l0=(5, 20)), {}, ["weight_hh_l0 (4n, n)", "got (5, 20)", "transposed, pass weight_hh_l0.T"]),
+        (
+            changed(weight_ih_l0=(20, 7, 7)),
+            {},
+            ["n = 5 hidden units and d inputs", "(4n, d), got (20, 7, 7)"],
+        ),
         (changed(weight_hh_l0=(11, 5)), {}, ["weight_hh_l0 (4n, n), (3n, n) or (n, n)", "got (11, 5)"]),
         (changed(), {"cell": "gru"}, ['cell="gru"', 'got the shapes of cell="lstm"']),
         (changed(), {"cell": "mgu"}, ['"lstm", "gru" or "rnn"', "'mgu'"]),
@@ -842,6 +847,13 @@ def test_weights_that_are_no_cell_of_flax_haiku_or_equinox_are_refused_in_one_se
     ):
         with raises(ValueError, "expected", ", got ", *parts):
             read(weights)
+
+
+@pytest.mark.parametrize("name", ["torch", "keras", "linen", "nnx", "haiku", "equinox"])
+@pytest.mark.parametrize("wrong", [42, None, "text"])
+def test_what_holds_no_weights_is_refused_by_every_library(name, wrong):
+    with raises((TypeError, ValueError), "expected", ", got "):
+        getattr(sj.weights, f"from_{name}")(wrong)
 
 
 class Doubled(sj.LSTM):

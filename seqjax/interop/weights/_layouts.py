@@ -118,11 +118,12 @@ def check_shapes(arrays: Mapping[str, np.ndarray], layout: Mapping[str, str], ti
         wanted, got = tuple(_size(term, d, n) for term in spec.split()), arrays[name].shape
         if got != wanted:
             hint = f" (transposed: pass {name}.T)" if got == wanted[::-1] else ""
-            wrong.append((f"{name} ({', '.join(spec.split())}) = {wanted}", f"{got}{hint}"))
+            sizes = f" = {wanted}" if d or "d" not in spec else ""
+            wrong.append((f"{name} ({', '.join(spec.split())}){sizes}", f"{got}{hint}"))
     if wrong:
         wanted, got = zip(*wrong, strict=True)
         raise ValueError(
-            f"expected {title} with n = {n} hidden units and d = {d or 'any number of'} inputs, {', '.join(wanted)}, "
+            f"expected {title} with n = {n} hidden units and {f'd = {d}' if d else 'd'} inputs, {', '.join(wanted)}, "
             f"got {', '.join(got)}: pass arrays of these shapes"
         )
     names: dict[str, list[str]] = {}

@@ -24,6 +24,7 @@ from seqjax.interop.weights._layouts import (
     layers_of,
     only_or_all,
 )
+from seqjax.sequence._parameter_checks import kind_of
 
 # The layers of each cell in the order of seqjax's rows, and those that have a bias.
 DENSE = {"lstm": ("ii if ig io", "hi hf hg ho"), "gru": ("ir iz in", "hr hz hn"), "rnn": ("i", "h")}
@@ -51,7 +52,7 @@ def from_linen(
     Raises:
         ValueError: names or shapes are not those of such a cell, all of them in one message; or the module has
             activations or a residual connection that no cell of seqjax has.
-        TypeError: an array is not floating-point.
+        TypeError: the variables are no mapping, or an array is not floating-point.
 
     Source: the cells of `flax.linen`.
 
@@ -138,6 +139,8 @@ def _split(names: list[str], array: np.ndarray) -> list[tuple[str, np.ndarray]]:
 def _layer(variables: Any, activation: str | None) -> Layer:
     for name in ("params", "cell"):  # of module.init, and of flax.linen.RNN
         variables = variables[name] if isinstance(variables, Mapping) and list(variables) == [name] else variables
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"expected the variables of a cell of flax.linen, got {kind_of(variables)}: module.init(...)")
     return by_gates(flat(variables), "the variables of a cell of flax.linen", activation)
 
 

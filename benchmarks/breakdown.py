@@ -65,8 +65,8 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
     one = (jnp.zeros(row.features), None, None, None)
     plan = plan_of(traced_one(cell, emit_output, params, cell.initial_state(params), one), True)
     loop_parts, leaves = plan.parts[0], [*plan.parts[0].consts, *jax.tree.leaves(params)]
-    forward_loop = Loop(loop_parts, kernel_for(loop_parts), False)
     length, n = chunk_length(row.batch, row.time), row.hidden
+    forward_loop = Loop(loop_parts, kernel_for(loop_parts), False, length)
     shape = (length, row.batch)
     keys = jax.random.split(jax.random.key(1), 4)
     x = [jax.random.normal(keys[0], (*shape, row.features))]

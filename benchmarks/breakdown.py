@@ -94,7 +94,7 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
 
     def replay(leaves, before, drives, results):
         first = [leaf[0] for leaf in before]
-        saved = [leaf if is_saved else None for leaf, is_saved in zip(before, loop_parts.is_saved, strict=True)]
+        saved = [leaf if is_saved else None for leaf, is_saved in zip(before, forward_loop.is_saved, strict=True)]
         return back(leaves).rematerialized(length, first, KnownSteps(saved, drives, results))
 
     def chain(leaves, state, before, drives, results, ct_kept):
@@ -116,7 +116,7 @@ def parts(kind: str, row: Row) -> tuple[dict[str, tuple[object, float]], int]:
             partial(jax.jit(of_weights), leaves, x, before, drives, results), of_x + of_h
         ),
     }  # fmt: skip
-    if not all(loop_parts.is_saved):
+    if not all(forward_loop.is_saved):
         calls["back: states that were not saved"] = (partial(jax.jit(replay), leaves, before, drives, results), 0)
     return calls, -(-row.time // length)
 

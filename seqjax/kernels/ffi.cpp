@@ -106,8 +106,8 @@ double seconds(clockid_t clock) {
   return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-// Whether other processes take the processors away from our threads, as seen when a thread last ran. It is believed for
-// a while, and for longer each time that the next attempt shows the same.
+// Whether other processes take the processors away from our threads. It is believed for a while after threads were
+// stopped twice within a short time, and for longer each time that the next attempt shows the same.
 class Busy {
  public:
   bool now() const { return seconds(CLOCK_MONOTONIC) < until.load(std::memory_order_relaxed); }
@@ -116,19 +116,19 @@ class Busy {
     const double began = seconds(CLOCK_MONOTONIC), ran = seconds(CLOCK_THREAD_CPUTIME_ID);
     body(argument, part, parts, barrier);
     const double ended = seconds(CLOCK_MONOTONIC), passed = ended - began;
-    const double lost = passed - (seconds(CLOCK_THREAD_CPUTIME_ID) - ran);
-    if (passed < 1e-4) return;  // too short to tell
-    if (lost > 2e-4 && lost > 0.1 * passed) {
+    const double stopped = passed - (seconds(CLOCK_THREAD_CPUTIME_ID) - ran);
+    if (stopped > 1e-3 && stopped > 0.3 * passed) {  // a process that shares the processor runs for milliseconds
+      if (ended - last.exchange(ended, std::memory_order_relaxed) > 0.1) return;
       const double longer = std::min(2 * period.load(std::memory_order_relaxed), 2.0);
       period.store(longer, std::memory_order_relaxed);
       until.store(ended + longer, std::memory_order_relaxed);
-    } else if (!now()) {
+    } else if (passed > 1e-3 && !now()) {
       period.store(0.05, std::memory_order_relaxed);
     }
   }
 
  private:
-  std::atomic<double> until{0}, period{0.05};
+  std::atomic<double> until{0}, last{0}, period{0.05};
 } busy;
 
 // Runs `parts` parts on this thread and on the threads of XLA's pool that come. Whoever is free takes the next part, so

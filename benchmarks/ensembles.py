@@ -3,8 +3,8 @@
     python -m benchmarks.ensembles        about two minutes on two cores
 
 Each network has its own weights and reads the same batch. "One after another" calls the compiled program of one network
-in a Python loop. Both directions are as in `benchmarks.peers`, in float32. The gradients of all ways must agree. Writes
-ensembles.json and ensembles.md beside this file.
+in a Python loop. Both directions are as in `benchmarks.peers`, in float32, with `save="gates"` as in training. The
+gradients of all ways must agree. Writes ensembles.json and ensembles.md beside this file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measure(kind: str, size: tuple[int, int, int, int]) -> dict:
     xs = jax.random.normal(jax.random.key(1), (batch, time, hidden))
 
     def forward(params, xs, kernel):
-        return sj.unroll(cell, params, xs, kernel=kernel)[1]
+        return sj.unroll(cell, params, xs, kernel=kernel, save="gates")[1]
 
     def backward(params, xs, kernel):
         return jax.grad(lambda params: jnp.sum(forward(params, xs, kernel) ** 2))(params)

@@ -95,6 +95,8 @@ from .sequence.gradients import truncated_grad as truncated_grad
 from .sequence.gradients import weight_gradients_by_step as weight_gradients_by_step
 from .sequence.memory import MemoryEstimate as MemoryEstimate
 from .sequence.memory import memory_estimate as memory_estimate
+from .sequence.stream import Stream as Stream
+from .sequence.stream import stream as stream
 from .sequence.unroll import gates as gates
 from .sequence.unroll import length_mask as length_mask
 from .sequence.unroll import trajectory as trajectory
@@ -102,3 +104,5 @@ from .sequence.unroll import unroll as unroll
 from .training.fit import Fitted as Fitted
 from .training.fit import evaluate as evaluate
 from .training.fit import fit as fit
+from .training.fit_many import FittedMany as FittedMany
+from .training.fit_many import fit_many as fit_many

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import breakdown, microscope, update
+from benchmarks import breakdown, microscope, scaling, update
 from benchmarks.any_cell import tables as any_cell_tables
 from benchmarks.any_cell.bars import BARS, summarize, verdicts
 from benchmarks.any_cell.measure import KERNEL, OWN, XLA
@@ -204,3 +204,10 @@ def test_the_updates_of_flax_and_of_seqjax_are_the_same(cell, lenient):
     ours, theirs = (list(itertools.islice(of(job), 4)) for of in (update.seqjax_updates, update.flax_updates))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert ours[0] != ours[-1]
+
+
+def test_the_model_of_many_devices_is_that_of_the_committed_measurements():
+    assert (ROOT / "docs" / "scaling.md").read_text() == scaling.document()
+    ethernet, job = scaling.LINKS["CPU"][0], scaling.jobs()[0]
+    assert scaling.ring(2, 1e6, ethernet) == scaling.tree(2, 1e6, ethernet) == 2 * (50e-6 + 1e6 / (2 * 25e9 / 8))
+    assert job.compute(2 * job.rows) == 2 * job.seconds

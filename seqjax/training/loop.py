@@ -194,7 +194,7 @@ def compiled_update(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function of (state, (xs, targets, mask, reset), key) that `updates` calls for each batch."""
     limit = float("inf") if clip_norm is None else float(clip_norm)
-    return cached_jit(_update, model, optimizer, loss, limit)
+    return cached_jit(update_once, model, optimizer, loss, limit)
 
 
 def _run_updates(
@@ -218,7 +218,7 @@ def _run_updates(
         yield state, metrics
 
 
-def _update(
+def update_once(
     model: Model,
     optimizer: optax.GradientTransformation,
     loss: Objective,
@@ -227,6 +227,7 @@ def _update(
     data: tuple[PyTree, ...],
     key: Array | None,
 ) -> tuple[TrainState, Metrics]:
+    """One update; `limit` is the norm that `Metrics.clipped` compares with, and `data` as for `compiled_update`."""
     xs, targets, mask, reset = data
     drawn = None if key is None else jax.random.fold_in(key, state.step)
 

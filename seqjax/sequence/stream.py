@@ -116,7 +116,7 @@ class Stream:
         from flax.serialization import msgpack_restore
 
         try:
-            found = msgpack_restore(data)
+            found: Any = msgpack_restore(data)
             leaves = [np.asarray(found.pop(str(i))) for i in range(len(found))]
         except Exception as error:  # noqa: BLE001 - msgpack has errors of several modules
             why = str(error).partition("\n")[0]

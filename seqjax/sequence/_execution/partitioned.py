@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import ad
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -31,23 +32,36 @@ def partitioned(run: Callable[..., PyTree], arguments: Sequence[Any], axes: Sequ
     """Computes `run(*arguments)`, on every device for its part of the batch if XLA divides it over devices.
 
     Args:
-        run: a function for any size of the batch, without a derivative.
+        run: a function for any size of the batch.
         arguments: arrays.
         axes: for each of them, which axis is the batch. With NO_BATCH every device gets the whole array.
         out: the same for the results, as a prefix of their tree. With NO_BATCH a result is a sum over the batch.
     """
     # Inside `jax.shard_map` the batch is that of one device already. In place of a random key, the function would get
     # its numbers.
-    is_divided = bool(jax.sharding.get_abstract_mesh().manual_axes)
-    if is_divided or any(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended) for leaf in arguments):
+    is_whole = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+    if is_whole or any(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended) for leaf in arguments):
         return run(*arguments)
     return _with_batching(_Call(run, tuple(axes), out))(*arguments)
 
 
 @functools.cache
-def partitioned_program() -> ClosedJaxpr:
-    """A program of which JAX knows that its lowering depends on the devices, because it contains such a call."""
-    return jax.make_jaxpr(partial(_on_each_device, _Call(lambda array: array, (NO_BATCH,), NO_BATCH)))(0.0)
+def partitioned_program() -> ClosedJaxpr | None:
+    """A program of which JAX knows that its lowering depends on the devices, because it contains such a call.
+
+    None if there is only one device.
+    """
+    if jax.device_count() == 1:
+        return None
+    program = jax.make_jaxpr(partial(_on_each_device, _Call(lambda array: array, (NO_BATCH,), NO_BATCH)))(0.0)
+    # Partial evaluation, as of a scan or of `jax.checkpoint`, drops the rule of the loops and keeps this call. JAX has
+    # no derivative for it, so a derivative of the result is that of the program in it.
+    ad.primitive_jvps.setdefault(program.jaxpr.eqns[0].primitive, _differentiated)
+    return program
+
+
+def _differentiated(primals: Sequence[Any], tangents: Sequence[Any], *, call: ClosedJaxpr, **_: Any) -> Any:
+    return jax.jvp(jaxpr_as_fun(call), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,11 +14,12 @@ a recurrent network has all its gradients at the first step of the sequence.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.update import JOBS, VOCABULARY
 
 DEVICES = (1, 2, 8, 64, 512)
 HERE = Path(__file__).parent
@@ -66,19 +67,16 @@ class Job(NamedTuple):
 def jobs() -> list[Job]:
     updates = json.loads((HERE / "update.json").read_text())
     gpu = json.loads((HERE / "gpu.json").read_text())["found"]
-    vocabulary, embedding = 96, 64  # of benchmarks/update.py
 
-    def of_character_model(hidden: int, layers: int) -> int:
-        sizes = [embedding, *[hidden] * layers]
-        cells = sum(4 * n * (d + n + 1) for d, n in itertools.pairwise(sizes))
-        return vocabulary * embedding + cells + vocabulary * (hidden + 1)
-
-    def seconds(job: str) -> float:
-        return updates[job]["ways"]["seqjax"]["min"]
+    def of_update(name: str, title: str) -> Job:
+        job = JOBS[name]
+        cells = sum(4 * row.hidden * (row.features + row.hidden + 1) for row in job.rows())
+        parameters = VOCABULARY * job.embedding + cells + VOCABULARY * (job.hidden + 1)
+        return Job(title, "CPU", job.batch, updates[name]["ways"]["seqjax"]["min"], parameters)
 
     return [
-        Job("LSTM of 256 units, window 128, on two cores", "CPU", 32, seconds("lstm"), of_character_model(256, 1)),
-        Job("2 LSTMs of 512 units, window 128, on two cores", "CPU", 64, seconds("deep"), of_character_model(512, 2)),
+        of_update("lstm", "LSTM of 256 units, window 128, on two cores"),
+        of_update("deep", "2 LSTMs of 512 units, window 128, on two cores"),
         Job(
             "LSTM of 768 units, 1024 steps, float32, on an H100",
             "GPU",

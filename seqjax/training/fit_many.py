@@ -20,7 +20,7 @@ from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.training.fit import Fitted
-from seqjax.training.loop import Metrics, TrainState, clipped, update_once
+from seqjax.training.loop import Metrics, TrainState, update_once, with_clipping
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -151,7 +151,7 @@ def _start(model: Model, make: Make, clip_norm: float | None, keys: Array, setti
 
 
 def _made(make: Make, clip_norm: float | None, setting: Mapping[str, Array]) -> optax.GradientTransformation:
-    return clipped.__wrapped__(make(**setting), clip_norm)  # not the cached one, which would keep traced settings
+    return with_clipping(make(**setting), clip_norm)
 
 
 def _update_all(

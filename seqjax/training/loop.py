@@ -86,6 +86,11 @@ def clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) ->
 
     The same arguments give the same object, so code that was compiled for it is reused.
     """
+    return with_clipping(optimizer, clip_norm)
+
+
+def with_clipping(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
+    """`clipped` for an optimizer that holds traced values, which must not be kept."""
     if clip_norm is None:
         return optimizer
     if not clip_norm > 0:

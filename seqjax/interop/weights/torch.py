@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Mapping
@@ -289,7 +290,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"expected a file with a state_dict, got {path}, which is not there: check the path")
     try:
-        import torch
+        # By name: where torch is not installed, a type checker takes "import torch" for this file.
+        torch = importlib.import_module("torch")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"expected torch to read {path.name}, got no such package: pip install torch, or save the state_dict with "

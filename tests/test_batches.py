@@ -201,3 +201,89 @@ def test_a_jit_function_is_traced_once_per_value_of_the_static_field():
         for continues in (False, True):
             total(random_batch(seed, mask=True, reset=True, continues=continues))
     assert traces == [False, True]
+
+
+def sequences_of(lengths, features=2):
+    random = np.random.default_rng(0)
+    return [random.normal(size=(n, features)).astype(np.float32) for n in lengths]
+
+
+@pytest.mark.parametrize("make", [sj.data.batches, lambda *a, **k: sj.data.packed(*a, window=9, **k)])
+def test_skipping_batches_is_leaving_them_out(make):
+    xs = sequences_of([3, 1, 4, 1, 5, 9, 2, 6])
+    whole = list(itertools.islice(make(xs, xs, batch=2, seed=3, passes=None), 12))
+    skipped = list(itertools.islice(make(xs, xs, batch=2, seed=3, passes=None, skip=5), 7))
+    for a, b in zip(whole[5:], skipped, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=30), st.integers(1, 4), st.integers(7, 20))
+def test_packed_rows_hold_every_sequence_once_and_fewer_rows_than_sequences(lengths, batch, window):
+    xs = [np.full((n, 1), i) for i, n in enumerate(lengths)]
+    found = list(sj.data.packed(xs, xs, batch, window, seed=0))
+    valid = [np.ones(b.xs.shape[:2], bool) if b.mask is None else b.mask for b in found]
+    assert all(b.xs.shape[1] == window and len(b.xs) <= batch for b in found)
+    values = np.concatenate([b.xs[mask][:, 0] for b, mask in zip(found, valid, strict=True)])
+    assert np.bincount(values, minlength=len(lengths)).tolist() == lengths
+    # A reset stands before each step that does not continue the sequence of the step before, and nowhere else in it.
+    for b, mask in zip(found, valid, strict=True):
+        changes = np.diff(b.xs[..., 0], axis=1, prepend=-1) != 0
+        np.testing.assert_array_equal(b.reset[mask], changes[mask])
+    assert sum(len(b.xs) for b in found) <= max(1, np.ceil(2 * sum(lengths) / window))  # no two rows are half empty
+    assert sj.data.padding_share(found) == pytest.approx(1 - sum(lengths) / sum(mask.size for mask in valid))
+
+
+def test_packed_sequences_have_the_outputs_and_the_gradient_of_rows_of_their_own():
+    xs = sequences_of([5, 3, 4, 1, 7, 2])
+    ys = [x.sum(axis=1) for x in xs]
+    cell = sj.GRU(2, 4)
+    params = cell.init(jax.random.key(0))
+
+    def loss(params, batches):
+        total = 0.0
+        for b in batches:
+            _, outputs = sj.unroll(cell, params, b.xs, mask=b.mask, reset=b.reset)
+            errors = (outputs.sum(axis=-1) - b.targets) ** 2
+            total += jnp.sum(errors if b.mask is None else jnp.where(b.mask, errors, 0.0))
+        return total
+
+    apart = list(sj.data.batches(xs, ys, batch=6))
+    together = list(sj.data.packed(xs, ys, batch=2, window=11))
+    assert [b.xs.shape for b in together] == [(2, 11, 2)]
+    for a, b in zip(
+        *(jax.tree.leaves(jax.value_and_grad(loss)(params, way)) for way in (apart, together)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_sequences_are_read_when_their_batch_is_made():
+    class Source:
+        """Random access, as to files on disk."""
+
+        read = 0
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            self.read += 1
+            return np.full((4, 1), i)
+
+    source = Source()
+    stream = sj.data.batches(source, np.arange(6), 2, sort=False)
+    before = source.read
+    assert next(stream).xs[:, 0, 0].tolist() == [0, 1]
+    assert source.read == before + 2
+
+
+def test_sequences_that_cannot_be_packed_are_refused():
+    with raises(ValueError, "at most window=2 steps", "got 3 in sequence 1", "1 such"):
+        sj.data.packed([[1], [1, 2, 3]], [[1], [1, 2, 3]], 1, 2)
+    with raises(ValueError, "one target per step", "sj.data.batches"):
+        sj.data.packed([[1], [1, 2]], [0, 1], 1, 2)
+    with raises(ValueError, "at least 1", "got 1 and 0"):
+        sj.data.packed([[1]], [[1]], 1, 0)
+    with raises(ValueError, "expected sequences (time, ...)", "number 3 in place 1"):
+        sj.data.batches([[1], 3], [0, 1], 1)
+    with raises(ValueError, "at most time=1 steps", "got 2"):
+        sj.data.pad([[1, 2]], 1)

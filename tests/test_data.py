@@ -137,24 +137,6 @@ def test_an_unknown_character_is_named_with_its_place(text, vocabulary, parts):
         sj.data.encode(text, vocabulary, "toy")
 
 
-def test_a_file_is_read_as_it_is(tmp_path):
-    text = "tab\tline\r\nü ☃ 😀\n"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    corpus = sj.data.read_text(tmp_path / "a.txt")
-    assert corpus.text == text
-    assert corpus.name == str(tmp_path / "a.txt")
-    assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_a_file_that_holds_no_text_is_refused(tmp_path):
-    (tmp_path / "empty.txt").write_bytes(b"")
-    with raises(ValueError, "expected text in", "empty.txt", "got none"):
-        sj.data.read_text(tmp_path / "empty.txt")
-    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
-    with raises(ValueError, "expected UTF-8 in", "latin.txt", "0xfc", "position 1", "iconv"):
-        sj.data.read_text(tmp_path / "latin.txt")
-
-
 def test_unigram_entropy_is_shannons():
     p = 0.9
     closed = -p * math.log2(p) - (1 - p) * math.log2(1 - p)

@@ -8,7 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from errors import raises
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -225,3 +227,58 @@ def test_the_logits_of_a_large_vocabulary_never_exist_all_together():
     assert program.compile().memory_analysis().temp_size_in_bytes < 4 * batch * time * vocabulary
     y = arguments[2].at[1, 300].set(vocabulary)
     assert np.isnan(sj.every_step(head, *arguments[:2], y, None)), "a class that does not exist"
+
+
+def tied_and_untied():
+    """A tied model, the same model with a matrix of its own, and their parameters with the same values."""
+    layers = [sj.Embedding(7, 4, dtype="float64"), sj.GRU(4, 4, dtype="float64")]
+    tied, own = (sj.Model(sj.stack(layers), sj.Categorical(4, 7, dtype="float64", tied=tie)) for tie in (True, False))
+    params = random_params(tied)
+    of_own = sj.ModelParams(params.cell, params.head._replace(W_hy=params.cell[0].E))
+    return tied, own, params, of_own
+
+
+def test_a_tied_head_reads_the_embedding_and_its_gradient_adds_to_it(x64):
+    tied, own, params, of_own = tied_and_untied()
+    tokens = np.random.default_rng(0).integers(0, 7, (2, 9))
+
+    def loss(params, model):
+        return -sj.log_probs(model, params, tokens[:, :-1], tokens[:, 1:])[1].sum()
+
+    value, gradient = jax.value_and_grad(loss)(params, tied)
+    expected, apart = jax.value_and_grad(loss)(of_own, own)
+    close(value, float(expected))
+    close(gradient.cell[0].E, np.asarray(apart.cell[0].E + apart.head.W_hy))
+    close(gradient.head.b_y, np.asarray(apart.head.b_y))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(leaf.size for leaf in jax.tree.leaves(of_own)) - 28
+
+
+def test_a_tied_model_is_trained_scored_sampled_and_saved_as_any_other(x64, tmp_path):
+    tied, own, params, of_own = tied_and_untied()
+    tokens = np.random.default_rng(0).integers(0, 7, (2, 9))
+    data = [sj.Batch(tokens[:, :-1], tokens[:, 1:])]
+    both = ((tied, params), (own, of_own))
+    one, other = (sj.fit(model, data, optimizer=optax.sgd(0.1), params=theta) for model, theta in both)
+    close(one.history["loss"], other.history["loss"])
+    assert one.params.head.W_hy is None
+    close(*(sj.evaluate(model, theta, data) for model, theta in both))
+    drawn = [sj.generate(model, theta, tokens[:, :3], 6, jax.random.key(1)).tokens for model, theta in both]
+    np.testing.assert_array_equal(*drawn)
+    path = tmp_path / "tied.safetensors"
+    sj.save(path, tied, params)
+    again, loaded = sj.load(path)
+    assert again == tied
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize(
+    ("cell", "parts"),
+    [
+        (sj.GRU(4, 4), ["expected one embedding (7, 4)", "got []"]),
+        (sj.stack([sj.Embedding(7, 3), sj.GRU(3, 4)]), ["(7, 4)", "[(7, 3)]", "tied=False"]),
+    ],
+)
+def test_a_tied_head_without_its_embedding_is_refused(cell, parts):
+    model = sj.Model(cell, sj.Categorical(4, 7, tied=True))
+    with raises(ValueError, *parts):
+        model.head_params(model.init(jax.random.key(0)))

@@ -186,7 +186,7 @@ def _scores(
     xs, targets, mask, reset = data
     targets = jax.tree.map(jnp.asarray, targets)
     final, outputs = unroll(model.cell, params.cell, xs, state=state, mask=mask, reset=reset)
-    head, theta = model.head, params.head
+    head, theta = model.head, model.head_params(params)
 
     def correct(h: PyTree, y: PyTree) -> Array:
         return _correct(head, theta, h, y)

@@ -28,7 +28,8 @@ from seqjax.command import character_model
 from seqjax.command.character_model import Settings
 from seqjax.command.job import Job, begin, resume, work
 from seqjax.command.run_folder import Run, RunError, restore
-from seqjax.data.text import decode, encode, manual_topics, read_text, unigram_entropy
+from seqjax.data.text import decode, encode, manual_topics, unigram_entropy
+from seqjax.data.text_files import read_text
 from seqjax.kernels import installation
 from seqjax.training.loop import Metrics, NotFinite
 

@@ -15,7 +15,8 @@ from seqjax.command.run_folder import Run, restore
 from seqjax.command.validation import Estimate, validation_bits, with_interval
 from seqjax.data.batch import Batch
 from seqjax.data.ngram import ngram_bits
-from seqjax.data.text import Corpus, decode, encode, manual_topics, read_text, split
+from seqjax.data.text import Corpus, decode, encode, manual_topics, split
+from seqjax.data.text_files import read_text
 from seqjax.models.model import Model, ModelParams
 from seqjax.reports import comparison
 from seqjax.reports import training_sections as training

@@ -1,26 +1,39 @@
-"""Batches of sequences of similar length, padded and shuffled."""
+"""Batches of sequences of different lengths: padded beside sequences of similar length, or packed into rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from seqjax.data.batch import Batch
 
 
-def pad(sequences: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@runtime_checkable
+class Sequences(Protocol):
+    """Arrays (time_b, ...) by number: a list, an array, or a source that reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: Any, /) -> Any: ...
+
+
+def pad(sequences: Sequences, time: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Pads sequences of different lengths with zeros at the end, and returns the mask of the valid steps.
 
     Args:
         sequences: arrays (time_b, ...); only the time may differ.
+        time: the number of steps; by default that of the longest sequence.
 
     Returns:
-        The array (batch, longest time, ...) and the mask (batch, longest time).
+        The array (batch, time, ...) and the mask (batch, time).
 
     Raises:
-        ValueError: there is no sequence, or the features of the sequences differ.
+        ValueError: there is no sequence, the features of the sequences differ, or a sequence is longer than `time`.
 
     Example:
         >>> import seqjax as sj
@@ -35,7 +48,10 @@ def pad(sequences: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(shapes) != 1 or not all(array.ndim for array in arrays):
         raise ValueError(f"expected sequences (time, ...) with the same features, got {[a.shape for a in arrays[:5]]}")
     lengths = np.array([len(array) for array in arrays])
-    mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
+    longest = int(lengths.max(initial=0))
+    if time is not None and longest > time:
+        raise ValueError(f"expected sequences of at most time={time} steps, got {longest}: use a larger time")
+    mask = np.arange(longest if time is None else time)[None] < lengths[:, None]
     # An empty list becomes float64, so empty arrays must not decide the dtype of tokens.
     padded = np.zeros(
         (*mask.shape, *shapes.pop()), np.result_type(*([array for array in arrays if array.size] or arrays))
@@ -45,15 +61,20 @@ def pad(sequences: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(
-    sequences: Sequence[Any] | np.ndarray,
-    targets: Sequence[Any] | np.ndarray,
+    sequences: Sequences,
+    targets: Sequences,
     batch: int,
     *,
     seed: int | None = None,
     passes: int | None = 1,
     sort: bool = True,
+    skip: int = 0,
 ) -> Iterator[Batch]:
     """Padded batches of sequences of similar length, so that there is little padding.
+
+    Sequences and targets are read when their batch is made, so they can be larger than memory: a memory-mapped array,
+    or any object with `len(sequences)` and `sequences[i]`. The n-th batch depends only on n, so a stream with `skip=n`
+    yields the same batches as one that has already yielded n.
 
     Args:
         sequences: arrays (time_b, ...).
@@ -64,6 +85,7 @@ def batches(
             shuffle.
         passes: the number of passes over the sequences; None for an endless stream.
         sort: sort by length. With False, only the shuffle sets the order.
+        skip: the number of batches to skip at the start.
 
     Yields:
         `Batch`, with a mask if the lengths of its sequences differ.
@@ -76,31 +98,163 @@ def batches(
         >>> [b.xs.shape for b in sj.data.batches([[1], [1, 2, 3], [1, 2], [1]], [0, 1, 1, 0], batch=2)]
         [(2, 1), (2, 3)]
     """
-    if len(sequences) != len(targets) or not len(sequences):
-        raise ValueError(f"expected one target per sequence, got {len(targets)} for {len(sequences)} sequences")
+    lengths, per_step = _lengths(sequences, targets)
     if batch < 1:
         raise ValueError(f"expected batch of at least 1, got {batch}")
-    arrays = [np.asarray(sequence) for sequence in sequences]
-    labels = [np.asarray(target) for target in targets]
-    lengths = np.array([len(array) for array in arrays])
-    # If only some targets have the length of their sequence, that is chance: they are vectors.
-    per_step = all(label.ndim and len(label) == n for label, n in zip(labels, lengths, strict=True))
 
-    def stream() -> Iterator[Batch]:
-        random = None if seed is None else np.random.default_rng(seed)
-        done = 0
-        while passes is None or done < passes:
-            order = np.arange(len(arrays)) if random is None else random.permutation(len(arrays))
+    def orders() -> Iterator[np.ndarray]:
+        """The rows of each batch."""
+        for random in _passes(seed, passes):
+            order = np.arange(len(lengths)) if random is None else random.permutation(len(lengths))
             if sort:
                 # A stable sort leaves sequences of equal length in their shuffled order.
                 order = order[np.argsort(lengths[order], kind="stable")]
             groups = [order[i : i + batch] for i in range(0, len(order), batch)]
             if random is not None:
                 random.shuffle(groups)
-            for rows in groups:
-                xs, mask = pad([arrays[i] for i in rows])
-                ys = pad([labels[i] for i in rows])[0] if per_step else np.stack([labels[i] for i in rows])
-                yield Batch(xs, ys, None if mask.all() else mask)
-            done += 1
+            yield from groups
+
+    def stream() -> Iterator[Batch]:
+        for rows in itertools.islice(orders(), skip, None):
+            xs, mask = pad([sequences[i] for i in rows])
+            labels = [np.asarray(targets[i]) for i in rows]
+            yield Batch(xs, pad(labels)[0] if per_step else np.stack(labels), None if mask.all() else mask)
 
     return stream()
+
+
+def packed(
+    sequences: Sequences,
+    targets: Sequences,
+    batch: int,
+    window: int,
+    *,
+    seed: int | None = None,
+    passes: int | None = 1,
+    skip: int = 0,
+) -> Iterator[Batch]:
+    """Batches whose rows hold several sequences one after the other, with a reset before each.
+
+    A reset starts the state anew, so the outputs of each sequence are those of a row of its own, with less padding.
+    Rows are filled best fit first, from the longest sequence to the shortest. Sequences and targets are read when their
+    batch is made, and `skip` works as in `batches`.
+
+    Args:
+        sequences: arrays (time_b, ...), at most `window` steps each.
+        targets: for each sequence an array (time_b, ...) with one target per step.
+        batch: rows per batch; the last batch of a pass may be smaller.
+        window: the steps of a row.
+        seed: shuffles the sequences of equal length and the order of the rows, differently in each pass. None for no
+            shuffle.
+        passes: the number of passes over the sequences; None for an endless stream.
+        skip: the number of batches to skip at the start.
+
+    Yields:
+        `Batch` with leaves (batch, window, ...), a mask if steps are left over, and resets.
+
+    Raises:
+        ValueError: the numbers of sequences and targets differ, a target is not one per step, a sequence is longer than
+            the window, or a size is not positive.
+
+    Source: best fit decreasing, Johnson 1973, "Near-optimal bin packing algorithms".
+
+    Example:
+        >>> import seqjax as sj
+        >>> lines = [[1, 2, 3], [4], [5, 6]]
+        >>> [(b.xs.tolist(), b.reset.tolist()) for b in sj.data.packed(lines, lines, batch=2, window=4)]
+        [([[1, 2, 3, 4], [5, 6, 0, 0]], [[True, False, False, True], [True, False, False, False]])]
+    """
+    lengths, per_step = _lengths(sequences, targets)
+    if batch < 1 or window < 1:
+        raise ValueError(f"expected batch and window of at least 1, got {batch} and {window}")
+    if not per_step:
+        raise ValueError(
+            "expected one target per step of each sequence, got others: several sequences share a row, so a row has "
+            "no single target; use sj.data.batches"
+        )
+    if (long := np.flatnonzero(lengths > window)).size:
+        raise ValueError(
+            f"expected sequences of at most window={window} steps, got {lengths[long[0]]} in sequence {long[0]} and "
+            f"{len(long)} such: use a larger window, or cut them"
+        )
+
+    def rows() -> Iterator[list[list[int]]]:
+        """The sequences in the rows of each batch."""
+        for random in _passes(seed, passes):
+            order = np.arange(len(lengths)) if random is None else random.permutation(len(lengths))
+            order = order[np.argsort(-lengths[order], kind="stable")]
+            filled = _best_fit(order, lengths, window)
+            if random is not None:
+                random.shuffle(filled)
+            yield from (filled[i : i + batch] for i in range(0, len(filled), batch))
+
+    def stream() -> Iterator[Batch]:
+        for members in itertools.islice(rows(), skip, None):
+            xs, ys = (_joined(values, members, window) for values in (sequences, targets))
+            ends = [np.cumsum([0, *lengths[row]]) for row in members]
+            mask = np.arange(window) < np.array([end[-1] for end in ends])[:, None]
+            reset = np.zeros(mask.shape, bool)
+            for flags, end in zip(reset, ends, strict=True):
+                flags[end[:-1][end[:-1] < window]] = True
+            yield Batch(xs, ys, None if mask.all() else mask, reset)
+
+    return stream()
+
+
+def padding_share(stream: Iterable[Batch]) -> float:
+    """The share of the steps of some batches that are padding.
+
+    Example:
+        >>> import seqjax as sj
+        >>> lines = [[1, 2, 3], [4], [5, 6]]
+        >>> sj.data.padding_share(sj.data.packed(lines, lines, batch=2, window=4))
+        0.25
+    """
+    steps = valid = 0
+    for batch in stream:
+        rows, time = np.shape(jax.tree.leaves(batch.xs)[0])[:2]
+        steps += rows * time
+        valid += rows * time if batch.mask is None else int(np.sum(batch.mask))
+    return 1 - valid / steps if steps else 0.0
+
+
+def _lengths(sequences: Sequences, targets: Sequences) -> tuple[np.ndarray, bool]:
+    """The length of each sequence, and whether all targets have one value per step."""
+    if len(sequences) != len(targets) or not len(sequences):
+        raise ValueError(f"expected one target per sequence, got {len(targets)} for {len(sequences)} sequences")
+    for i in range(len(sequences)):
+        if not np.ndim(sequences[i]):
+            raise ValueError(f"expected sequences (time, ...), got the number {sequences[i]!r} in place {i}")
+    lengths = np.array([len(sequences[i]) for i in range(len(sequences))])
+    # If only some targets have the length of their sequence, that is chance: they are vectors.
+    per_step = all(np.ndim(targets[i]) and len(targets[i]) == n for i, n in enumerate(lengths))
+    return lengths, per_step
+
+
+def _passes(seed: int | None, passes: int | None) -> Iterator[np.random.Generator | None]:
+    """The random numbers of each pass, which continue those of the pass before."""
+    random = None if seed is None else np.random.default_rng(seed)
+    return itertools.repeat(random) if passes is None else itertools.repeat(random, passes)
+
+
+def _best_fit(order: np.ndarray, lengths: np.ndarray, window: int) -> list[list[int]]:
+    """Rows of sequences, each sequence in the row in which the fewest steps are then left over."""
+    rows: list[list[int]] = []
+    left: list[tuple[int, int]] = []  # (steps that are left over, row), sorted
+    for i in order:
+        n = int(lengths[i])
+        place = bisect.bisect_left(left, (n, -1))
+        if place < len(left):
+            free, row = left.pop(place)
+        else:
+            free, row = window, len(rows)
+            rows.append([])
+        rows[row].append(int(i))
+        bisect.insort(left, (free - n, row))
+    return rows
+
+
+def _joined(values: Sequences, members: list[list[int]], window: int) -> np.ndarray:
+    """Rows of sequences one after the other, (rows, window, ...), with zeros after the last."""
+    rows = [np.concatenate([np.asarray(values[i]) for i in row]) for row in members]
+    return pad(rows, window)[0]

@@ -1,4 +1,4 @@
-"""Text as a stream of characters: the topics of the Python manual, or any UTF-8 file.
+"""Text as a stream of characters, such as the topics of the Python manual.
 
 Every Python includes the manual, so training on real prose needs no network. Its text differs slightly between versions
 of Python; the hash of the corpus identifies the text.
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ class Corpus:
         name: the source of the text.
         text: the whole text.
         vocabulary: the distinct characters of the text, sorted. The token of a character is its index.
+        notes: what was changed while the text was read, in words.
 
     Example:
         >>> import seqjax as sj
@@ -38,9 +38,10 @@ class Corpus:
     name: str
     text: str
     vocabulary: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, text: str) -> Corpus:
+    def of(cls, name: str, text: str, notes: tuple[str, ...] = ()) -> Corpus:
         """Builds the corpus of a text, with the vocabulary of its characters.
 
         Raises:
@@ -50,7 +51,7 @@ class Corpus:
             raise ValueError(
                 f"expected text in {name}, got none: choose a file with at least a few thousand characters"
             )
-        return cls(name, text, "".join(sorted(set(text))))
+        return cls(name, text, "".join(sorted(set(text))), notes)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -135,36 +136,6 @@ def manual_topics() -> Corpus:
     return Corpus.of(
         f"pydoc_data.topics of Python {version}", "\n".join(topics.topics[k] for k in sorted(topics.topics))
     )
-
-
-def read_text(path: str | Path) -> Corpus:
-    """Reads a UTF-8 file as a corpus.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The corpus, named after the file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is empty or not UTF-8.
-
-    Example:
-        >>> import pathlib, tempfile, seqjax as sj
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "toy.txt"
-        >>> _ = path.write_text("hello")
-        >>> sj.data.read_text(path).vocabulary
-        'ehlo'
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"expected UTF-8 in {path}, got byte {error.object[error.start]:#04x} at position {error.start}: "
-            f"convert it, for example with iconv -t utf-8"
-        ) from None
-    return Corpus.of(str(path), text)
 
 
 def unigram_entropy(tokens: Sequence[int] | Int[Any, " length"]) -> float:

@@ -157,16 +157,16 @@ def _generate(
     model: Model, steps: int, options: _Options, params: ModelParams, start: _Start, end: ArrayLike | None
 ) -> Generated:
     state, outputs = unroll(model.cell, params.cell, start.prompt, state=start.state, mask=start.mask)
-    last = last_valid(outputs, start.mask)
+    last, of_head = last_valid(outputs, start.mask), model.head_params(params)
 
     def one_row(state: State, h: PyTree, key: Array) -> Generated:
         def body(carry: tuple[State, State, PyTree, Array], t: Array) -> tuple[Any, PyTree]:
             # The state of the step before is part of the carry: `Generated.state` must not include the last token.
             _, state, h, ended = carry
-            y = model.head.sample(params.head, h, jax.random.fold_in(key, t), **options._asdict())
+            y = model.head.sample(of_head, h, jax.random.fold_in(key, t), **options._asdict())
             if end is not None:
                 y = jnp.where(ended, jnp.asarray(end, y.dtype), y)
-            log_p = jnp.where(ended, 0, model.head.log_prob(params.head, h, y))
+            log_p = jnp.where(ended, 0, model.head.log_prob(of_head, h, y))
             next_state, next_h = model.cell.step(params.cell, state, y)
             next_ended = ended if end is None else ended | (y == end)
             return (state, next_state, next_h, next_ended), (y, log_p, ~ended)

@@ -1,7 +1,8 @@
 """Readouts: p(y_t | x_{<=t}) = g(h_t), with log-probabilities and samples.
 
 A head is any object with the methods of `Head`. Like the step of a cell, it sees one example at one time.
-`head_log_probs` maps it over batch and time.
+`head_log_probs` maps it over batch and time. A head that shares parameters with the cell has a fourth method,
+`with_cell(params, cell_params)`, which returns the parameters that the others get.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from seqjax.cells.embedding import EmbeddingParams
 from seqjax.cells.fields import check_fields
 from seqjax.initializers import Glorot
 
@@ -46,9 +48,9 @@ class Head(Protocol):
 
 
 class ReadoutParams(NamedTuple):
-    """Parameters of a linear readout from n hidden units to m numbers."""
+    """Parameters of a linear readout from n hidden units to m numbers; W_hy is None if another part has it."""
 
-    W_hy: Float[Array, "m n"]
+    W_hy: Float[Array, "m n"] | None
     b_y: Float[Array, " m"]
 
 
@@ -70,6 +72,10 @@ def readout(params: ReadoutParams, h: Float[Array, " n"]) -> Float[Array, " m"]:
         >>> sj.readout(sj.ReadoutParams(jnp.array([[1.0, 2.0]]), jnp.array([0.5])), jnp.array([3.0, 4.0])).tolist()
         [11.5]
     """
+    if params.W_hy is None:
+        raise ValueError(
+            "expected W_hy in the parameters of the readout, got None: a tied head reads model.head_params(params)"
+        )
     if h.shape != params.W_hy.shape[1:]:
         raise ValueError(
             f"expected the output of a cell for one example at one time, h {params.W_hy.shape[1:]}, got {h.shape}: "
@@ -91,9 +97,13 @@ class Categorical:
         hidden_size: n, the length of the cell's output.
         classes: the number of values that y can take, 0..classes-1.
         dtype: the dtype of the parameters.
+        tied: whether W_hy is the matrix of the cell's embedding, (classes, n), in place of a matrix of its own. The
+            cell must have one `Embedding`, whose vectors have the length of the cell's output.
 
     Raises:
         ValueError: a size is not positive.
+
+    Source of tying: Press and Wolf 2017, "Using the output embedding to improve language models".
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
@@ -101,18 +111,41 @@ class Categorical:
         >>> uniform = jax.tree.map(jnp.zeros_like, head.init(jax.random.key(0)))
         >>> round(float(head.log_prob(uniform, jnp.ones(3), jnp.array(2))), 4)  # -ln 4
         -1.3863
+        >>> tied = sj.Model(sj.stack([sj.Embedding(50, 8), sj.GRU(8, 8)]), sj.Categorical(8, 50, tied=True))
+        >>> [leaf.shape for leaf in jax.tree.leaves(tied.init(jax.random.key(0)).head)]
+        [(50,)]
     """
 
     hidden_size: int
     classes: int
     dtype: DTypeLike = "float32"
+    tied: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, ("hidden_size", "classes"))
 
     def init(self, key: Array) -> ReadoutParams:
-        """Draws W_hy; b_y is zero."""
-        return _init_readout(self, key, self.classes)
+        """Draws W_hy, if the head has its own; b_y is zero."""
+        params = _init_readout(self, key, self.classes)
+        return params._replace(W_hy=None) if self.tied else params
+
+    def with_cell(self, params: ReadoutParams, cell_params: PyTree) -> ReadoutParams:
+        """The parameters of the readout, with W_hy from the parameters of the cell if it is tied.
+
+        Raises:
+            ValueError: the cell does not have one embedding, or its shape is not (classes, n).
+        """
+        if not self.tied:
+            return params
+        leaves = jax.tree.leaves(cell_params, is_leaf=lambda part: isinstance(part, EmbeddingParams))
+        found = [part.E for part in leaves if isinstance(part, EmbeddingParams)]
+        expected = (self.classes, self.hidden_size)
+        if [E.shape for E in found] != [expected]:
+            raise ValueError(
+                f"expected one embedding {expected} in the cell of a tied head, (classes, hidden_size), got "
+                f"{[E.shape for E in found]}: tied=False, or sj.Embedding{expected}"
+            )
+        return params._replace(W_hy=found[0])
 
     def logits(self, params: ReadoutParams, h: Float[Array, " n"]) -> Float[Array, " m"]:
         """The unnormalized log-probabilities, `readout(params, h)`."""

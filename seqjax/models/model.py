@@ -56,6 +56,11 @@ class Model:
         key_cell, key_head = jax.random.split(key)
         return ModelParams(self.cell.init(key_cell), self.head.init(key_head))
 
+    def head_params(self, params: ModelParams) -> PyTree:
+        """The parameters that the methods of the head get: its own, and those that it shares with the cell."""
+        with_cell = getattr(self.head, "with_cell", None)
+        return params.head if with_cell is None else with_cell(params.head, params.cell)
+
 
 def log_probs(
     model: Model,
@@ -92,7 +97,7 @@ def log_probs(
         [-1.3863, -1.3863, -1.3863]
     """
     final, outputs = unroll(model.cell, params.cell, xs, state=state, mask=mask, reset=reset)
-    return final, head_log_probs(model.head, params.head, outputs, targets, mask)
+    return final, head_log_probs(model.head, model.head_params(params), outputs, targets, mask)
 
 
 def sequence_log_prob(

@@ -82,7 +82,7 @@ def _batch_loss(
 ) -> tuple[State, Array]:
     xs, targets, mask, reset = data
     final, outputs = unroll(model.cell, params.cell, xs, state=carried, mask=mask, reset=reset)
-    return final, loss(model.head, params.head, outputs, targets, mask)
+    return final, loss(model.head, model.head_params(params), outputs, targets, mask)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "history", "state"), meta_fields=("reason",))

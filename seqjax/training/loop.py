@@ -241,7 +241,7 @@ def update_once(
         final, outputs = unroll(
             model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn, save="gates"
         )
-        return loss(model.head, params.head, outputs, targets, mask), final
+        return loss(model.head, model.head_params(params), outputs, targets, mask), final
 
     (value, final), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params)
     norm, leaf_norms = optax.tree.norm(gradient), map(optax.tree.norm, jax.tree.leaves(gradient))

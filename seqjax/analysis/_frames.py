@@ -22,6 +22,7 @@ from seqjax.cell import Cell
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._masked_step import Inputs
+from seqjax.sequence._partition.tracing import shapes_of_one
 
 LONGEST = 100  # steps between two QRs; longer intervals save no more time, because a QR is then cheap
 
@@ -77,6 +78,7 @@ def sweep(
     """
     flat, params = flat_map(cell, sequences.params), sequences.params
     initial = flat.start(params)
+    push = flat.pusher(params, frames.shape[1], shapes_of_one(sequences.inputs._replace(reset=None), 2))
 
     def one_sequence(v: Array, frame: Array, inputs: Inputs) -> tuple[Array, Array, Array]:
         def one_step(carry: tuple[Array, Array], at: Inputs) -> tuple[tuple[Array, Array], None]:
@@ -84,7 +86,7 @@ def sweep(
             # The reset is applied outside the step, whose Jacobian would be zero and end the frame.
             if at.reset is not None:
                 v = jnp.where(at.reset, initial, v)
-            return flat.push(params, v, frame, at._replace(reset=None)), None
+            return push(v, frame, at._replace(reset=None)), None
 
         def one_block(carry: tuple[Array, Array], inputs: Inputs) -> tuple[tuple[Array, Array], Array]:
             (v, frame), _ = jax.lax.scan(one_step, carry, inputs)

@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Output, Params, State, names_of_state, strong_type
 from seqjax.sequence._execution.jacobian import step_jacobian
+from seqjax.sequence._execution.push import differentiable_step
 from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
 from seqjax.sequence._partition.tracing import normal_step, traced_one
 
@@ -122,8 +123,17 @@ class FlatCell:
         Returns:
             s_t (n,), and J_t times each perturbation, (k, n).
         """
-        after, tangent = jax.linearize(lambda s: self.step(params, s, at), v)
-        return after, jax.vmap(tangent)(frame)
+        return _pushed(lambda s: self.step(params, s, at), v, frame)
+
+    def pusher(self, params: Params, rows: int, like: PyTree) -> Callable[[Array, Array, At], tuple[Array, Array]]:
+        """`push` of `rows` perturbations for a loop over steps; `like` is the inputs of one step, as shapes and dtypes.
+
+        What depends on the parameters only is computed here, once.
+        """
+        if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in jax.tree.leaves(self.like)):
+            return lambda v, frame, at: self.push(params, v, frame, at)
+        step = differentiable_step(traced_one(self.cell, emit_nothing, params, self.like, like), params, rows)
+        return lambda v, frame, at: _pushed(lambda s: self.ravel(step(self.unravel(s), at)), v, frame)
 
     def pull(self, params: Params, v: Array, frame: Array, at: At) -> Array:
         """Pulls gradients with respect to s_t back to s_{t-1}: G_{t-1} = J_t^T G_t, rows (k, n)."""
@@ -135,6 +145,11 @@ def flat_cell(cell: Cell, params: Params, *, normal_form: bool = False) -> FlatC
     """The map of vectors of a cell whose state has the type of its initial state."""
     like = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
     return FlatCell(cell, like, normal_form)
+
+
+def _pushed(step: Callable[[Array], Array], v: Array, frame: Array) -> tuple[Array, Array]:
+    after, tangent = jax.linearize(step, v)
+    return after, jax.vmap(tangent)(frame)
 
 
 def _numbers(leaf: Any) -> int:

@@ -95,6 +95,7 @@ from .sequence.gradients import truncated_grad as truncated_grad
 from .sequence.gradients import weight_gradients_by_step as weight_gradients_by_step
 from .sequence.memory import MemoryEstimate as MemoryEstimate
 from .sequence.memory import memory_estimate as memory_estimate
+from .sequence.noise import with_noise as with_noise
 from .sequence.stream import Stream as Stream
 from .sequence.stream import stream as stream
 from .sequence.unroll import gates as gates

@@ -31,7 +31,7 @@ program of `step` (`seqjax.sequence._partition`); `seqjax.explain` prints what w
   one array, and ("c", "h") for a tuple of two.
 - `noise(key)`: the randomness of one step. `unroll` with a key draws it for all steps before the loop and calls
   `step(params, state, x, noise)`. Without a key it calls `step(params, state, x)`, which is deterministic. So
-  randomness is an input and never hidden in the state.
+  randomness is an input and never hidden in the state. `seqjax.with_noise` draws it for functions without a key.
 """
 
 from __future__ import annotations

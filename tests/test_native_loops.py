@@ -608,6 +608,53 @@ def test_it_runs_under_vmap_in_scans_and_to_the_second_derivative(save, monkeypa
     assert_near(*both(monkeypatch, everything, params, xs), tolerance=1e-3)
 
 
+def by_lax_scan(cell, params, xs, state, **_):
+    """The unroll as plain JAX."""
+    step = jax.vmap(cell.step, (None, 0, 0))
+    state, outputs = jax.lax.scan(partial(step, params), state, jnp.swapaxes(xs, 0, 1))
+    return state, jnp.swapaxes(outputs, 0, 1)
+
+
+# A scan and `jax.checkpoint` evaluate the loop in part, and then JAX drops custom rules of derivatives.
+@pytest.mark.parametrize(
+    ("kind", "on", "save"), [("lstm", True, "states"), ("gru", True, "gates"), ("lstm", False, "states")]
+)
+def test_second_derivatives_inside_scans_and_checkpoints_are_those_of_lax_scan(kind, on, save, x64, monkeypatch):
+    cell, params, xs, state = case(kind, 5, 2, 4, dtype="float64")
+    pair, v = jnp.stack([xs, -xs]), like(params, "float64", 7)
+
+    def everything(unroll, params, pair, state, v):
+        def body(p, state, xs):
+            state, outputs = unroll(cell, p, xs, state=state, save=save)
+            return state, weighted(outputs)
+
+        def in_scan(body, p):
+            return jnp.sum(jax.lax.scan(partial(body, p), state, pair)[1])
+
+        def along(f):
+            return jax.jvp(jax.grad(f), (params,), (v,))[1]
+
+        checkpointed = jax.checkpoint(body)
+        return {
+            "scan": along(partial(in_scan, body)),
+            "checkpoint": along(lambda p: checkpointed(p, state, pair[0])[1]),
+            "scan of checkpoint": along(partial(in_scan, checkpointed)),
+            "reverse over reverse": jax.grad(lambda p: weighted(jax.grad(partial(in_scan, checkpointed))(p)))(params),
+            "vmap": jax.vmap(lambda scale: along(lambda p: scale * in_scan(checkpointed, p)))(jnp.arange(3.0)),
+            "vmap over networks": jax.vmap(lambda p: jax.jvp(jax.grad(partial(in_scan, checkpointed)), (p,), (v,))[1])(
+                jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), params)
+            ),
+            "hessian": jax.hessian(lambda b: in_scan(checkpointed, params._replace(b_h=b)))(params.b_h),
+        }
+
+    chosen = switched(monkeypatch, on)
+    got = jax.jit(partial(everything, sj.unroll))(params, pair, state, v)
+    expected = jax.jit(partial(everything, by_lax_scan))(params, pair, state, v)
+    assert {name is not None for name in chosen} == {on}
+    for name in expected:
+        assert_near(got[name], expected[name], 1e-11)
+
+
 def test_calls_from_many_threads_agree(monkeypatch):
     """Calls share XLA's threads, and none waits for a thread that another one holds."""
     switched(monkeypatch, True)

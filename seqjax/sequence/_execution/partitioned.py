@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.interpreters import ad
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -53,15 +52,7 @@ def partitioned_program() -> ClosedJaxpr | None:
     """
     if jax.device_count() == 1:
         return None
-    program = jax.make_jaxpr(partial(_on_each_device, _Call(lambda array: array, (NO_BATCH,), NO_BATCH)))(0.0)
-    # Partial evaluation, as of a scan or of `jax.checkpoint`, drops the rule of the loops and keeps this call. JAX has
-    # no derivative for it, so a derivative of the result is that of the program in it.
-    ad.primitive_jvps.setdefault(program.jaxpr.eqns[0].primitive, _differentiated)
-    return program
-
-
-def _differentiated(primals: Sequence[Any], tangents: Sequence[Any], *, call: ClosedJaxpr, **_: Any) -> Any:
-    return jax.jvp(jaxpr_as_fun(call), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+    return jax.make_jaxpr(partial(_on_each_device, _Call(lambda array: array, (NO_BATCH,), NO_BATCH)))(0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Params, State
@@ -119,15 +120,27 @@ def _run_in_parts(loop: Loop, arguments: Arguments) -> Result:
     """The loop by its parts, with the backward pass of `backward.py` as its derivative."""
     sizes = len(arguments.params), len(arguments.state)
 
-    # Not `jax.custom_vjp`, which would exclude `jax.jvp` and second derivatives.
-    @jax.custom_jvp
-    def run(*leaves: Any) -> tuple[Result, Any]:
+    def fast(*leaves: Any) -> tuple[Result, Any]:
         def on_one_device(*leaves: Any) -> tuple[Result, Any]:
             arguments = Arguments.divided(leaves, *sizes)
             return forward_saving_gates(loop, arguments) if loop.saves_gates else forward(loop, arguments)
 
         axes = _batch_axes(*map(len, arguments))
         return partitioned(on_one_device, leaves, axes, (0, _axes_of_saved(loop)))
+
+    # Not `jax.custom_vjp`, which would exclude `jax.jvp` and second derivatives.
+    @jax.custom_jvp
+    def run(*leaves: Any) -> tuple[Result, Any]:
+        if loop.kernel is None and jax.device_count() == 1:
+            return fast(*leaves)
+        # JAX cannot differentiate the calls in this program. Partial evaluation, as of a scan or of `jax.checkpoint`,
+        # drops the rule below and keeps what is here, so it is a map that has the derivative of `run` too.
+        program, shapes = jax.make_jaxpr(fast, return_shape=True)(*leaves)
+        forwards = Direction(
+            lambda leaves, _: jaxpr_as_fun(program)(*leaves), lambda leaves, _: jax.tree.leaves(run(*leaves))
+        )
+        shapes, tree = jax.tree.flatten(shapes)
+        return tree.unflatten(linear_map(leaves, [], forwards, forwards, shapes, calls=program))
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         out, saved = run(*primals)

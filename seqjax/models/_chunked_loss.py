@@ -18,6 +18,7 @@ from seqjax.models.heads import Head, head_log_probs
 from seqjax.sequence._execution.backward import pick, put
 from seqjax.sequence._execution.chunks import Chunks, Leaves
 from seqjax.sequence._partition.program import inexact
+from seqjax.sequence._sizes import is_known
 
 AT_ONCE = 2**20  # numbers; fewer are faster all at once
 ROWS = 512  # examples in a chunk, enough for a fast product
@@ -29,6 +30,9 @@ def steps_in_chunk(head: Head, params: PyTree, outputs: PyTree, targets: PyTree)
     program = jax.make_jaxpr(head.log_prob)(params, h, y)
     largest = max((v.aval.size for e in program.jaxpr.eqns for v in e.outvars), default=1)
     batch, time = jax.tree.leaves(outputs)[0].shape[:2]
+    if not is_known(time):  # the last chunk could be empty
+        return None
+    batch = batch if is_known(batch) else 1
     length = -(-ROWS // max(batch, 1))
     return length if batch * time * largest > AT_ONCE and length < time else None
 

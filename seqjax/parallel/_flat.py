@@ -13,6 +13,7 @@ from seqjax.parallel._algebra import DENSE, Algebra
 from seqjax.parallel._layers import LoopCell
 from seqjax.sequence._flat_cell import At, FlatCell
 from seqjax.sequence._partition.tracing import shapes_of_one
+from seqjax.sequence._sizes import is_known
 
 AT_ONCE = 2**22  # numbers in the Jacobians that are in memory at once if only their diagonals are needed
 
@@ -38,8 +39,8 @@ class NewtonCell(FlatCell):
         def diagonal(step: tuple[Array, At]) -> Array:
             return jnp.diagonal(jacobian(*step))
 
-        at_once = max(1, AT_ONCE // self.size**2)
-        if len(before) <= at_once:
+        at_once, time = max(1, AT_ONCE // self.size**2), before.shape[0]
+        if not is_known(time) or time <= at_once:
             return jax.vmap(diagonal)((before, inputs))
         return jax.lax.map(diagonal, (before, inputs), batch_size=at_once)
 

@@ -53,7 +53,7 @@ def linear_scan(algebra: Algebra, A: Array, b: Array, reverse: bool = False) -> 
 
 def previous_states(first: Array, states: Array) -> Array:
     """The state before each step: s_0..s_{T-1} from s_0 (n,) and s_1..s_T (time, n)."""
-    return jnp.concatenate([first[None], states])[: len(states)]
+    return jnp.concatenate([first[None], states])[:-1]
 
 
 def next_matrices(matrices: Array) -> Array:

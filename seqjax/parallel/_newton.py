@@ -110,7 +110,7 @@ def _candidates(
 ) -> tuple[Array, Array]:
     """The next trajectory by the method, and one that only settles one more step, for use if the first is no better."""
     loose = at.residuals > ROUNDING * flat.epsilon
-    order, head = jnp.arange(len(loose)), jnp.argmax(loose)
+    order, head = jnp.arange(loose.shape[0]), jnp.argmax(loose)
     settled, head = (order < head) | ~jnp.any(loose), (order == head) & loose
     # With a zero Jacobian and a zero residual, the scan does not change a settled step.
     J = flat.jacobians(method.algebra, params, previous_states(first, at.states), inputs)

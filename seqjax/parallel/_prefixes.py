@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from seqjax.sequence._sizes import is_known
+
 CHUNK = 16  # steps
 
 
@@ -48,8 +50,8 @@ def prefix_scan(
     """
     if reverse:
         return _reversed(prefix_scan(join, finish, _reversed(steps)))
-    time = len(jax.tree.leaves(steps)[0])
-    length = min(CHUNK, time)
+    time = jax.tree.leaves(steps)[0].shape[0]
+    length = min(CHUNK, time) if is_known(time) else CHUNK
     chunks = jax.tree.map(lambda leaf: _divide(leaf, length), steps)  # (length, chunks, ...)
     heads, rest = jax.tree.map(lambda leaf: leaf[0], chunks), jax.tree.map(lambda leaf: leaf[1:], chunks)
 
@@ -66,8 +68,8 @@ def prefix_scan(
 
 def _join_totals(join: Callable[[PyTree, PyTree], PyTree], totals: PyTree) -> PyTree:
     """The inclusive scan of the totals. Sweep k joins each with the one 2^k before it."""
-    count = len(jax.tree.leaves(totals)[0])
-    if count == 1:
+    count = jax.tree.leaves(totals)[0].shape[0]
+    if is_known(count) and count == 1:
         return totals
 
     def sweep(level: Array, totals: PyTree) -> PyTree:
@@ -77,14 +79,17 @@ def _join_totals(join: Callable[[PyTree, PyTree], PyTree], totals: PyTree) -> Py
         valid = jnp.arange(count) >= distance
         return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(valid, a, b), joined, totals)
 
-    return jax.lax.fori_loop(0, (count - 1).bit_length(), sweep, totals)
+    if is_known(count):
+        return jax.lax.fori_loop(0, (count - 1).bit_length(), sweep, totals)
+    return jax.lax.fori_loop(0, 32 - jax.lax.clz(jnp.asarray(count - 1, jnp.int32)), sweep, totals)
 
 
 def _divide(leaf: Array, length: int) -> Array:
     """Reshapes (time, ...) to (length, chunks, ...), padded at the end with zeros."""
-    padding = -len(leaf) % length
-    leaf = jnp.concatenate([leaf, jnp.zeros_like(leaf, shape=(padding, *leaf.shape[1:]))])
-    return jnp.swapaxes(leaf.reshape(-1, length, *leaf.shape[1:]), 0, 1)
+    time = leaf.shape[0]
+    count = -(-time // length)
+    leaf = jnp.concatenate([leaf, jnp.zeros_like(leaf, shape=(count * length - time, *leaf.shape[1:]))])
+    return jnp.swapaxes(leaf.reshape(count, length, *leaf.shape[1:]), 0, 1)
 
 
 def _shift(leaf: Array) -> Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from seqjax.cell import Params
 from seqjax.parallel._flat import At, NewtonCell
 from seqjax.parallel.methods import Method
+from seqjax.sequence._sizes import is_known
 
 CHUNK = 32  # steps; the depth of the computation is twice that
 
@@ -45,19 +46,31 @@ def largest_exponent(flat: NewtonCell, params: Params, first: Array, states: Arr
     Source: Benettin et al. 1980, "Lyapunov characteristic exponents for smooth dynamical systems".
     """
     time, n = states.shape
-    length = max(1, min(CHUNK, -(-time // 2)))
+    length = max(1, min(CHUNK, -(-time // 2))) if is_known(time) else CHUNK
     chunks, valid = _divide(inputs, time, length)
-    v = jnp.concatenate([first[None], states])[:time:length]
+    count = valid.shape[0]
+    starts = jnp.concatenate([first[None], states])[jnp.arange(count) * length]
     u = jnp.cos(jnp.arange(n, dtype=first.dtype))  # an arbitrary direction, equal on every call
-    u = jnp.broadcast_to((u / jnp.linalg.norm(u))[None], v.shape)
+    u_0 = jnp.broadcast_to((u / jnp.linalg.norm(u))[None], starts.shape)
     push = jax.vmap(lambda v, u, at: _push_chunk(flat, params, v, u, at))
-    v, u, growth = push(v, u, chunks)
-    if len(v) > 1:  # a second pass, in which each chunk starts with the perturbation at the end of the one before
+    v, u, growth = push(starts, u_0, chunks)
+    # A second pass, in which each chunk starts with the perturbation at the end of the one before.
+    if not is_known(count):
+        is_later = jnp.arange(count) > 0
+        v, u = (_select(is_later, jnp.roll(end, 1, axis=0), start) for end, start in ((v, starts), (u, u_0)))
+        counts = is_later | (jnp.asarray(count) == 1)
+        valid = valid & counts[:, None]
+        growth = jnp.where(counts, push(v, u, chunks)[2], 0)
+    elif count > 1:
         valid, later = valid[1:], jax.tree.map(lambda leaf: leaf[1:], chunks)
         _, _, growth = push(v[:-1], u[:-1], later)
     steps = jnp.sum(valid, dtype=jnp.int32)
     mean = jnp.sum(growth) / jnp.maximum(steps, 1).astype(growth.dtype)
     return mean.astype(jnp.float32)
+
+
+def _select(chunks: Array, yes: Array, no: Array) -> Array:
+    return jax.vmap(jnp.where)(chunks, yes, no)
 
 
 def _divide(inputs: At, time: int, length: int) -> tuple[At, Array]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State
+from seqjax.sequence._sizes import is_known
 
 
 def run_checkpointed(
@@ -29,9 +30,17 @@ def run_checkpointed(
 
     Returns:
         The same as one call of `run` over the whole time.
+
+    Raises:
+        ValueError: the time is unknown, and it is not known to be a multiple of `every`.
     """
     time = jax.tree.leaves(sequences)[0].shape[1]
     count = time // every
+    if not is_known(time % every):
+        raise ValueError(
+            f"expected a time that is a multiple of checkpoint_every={every}, got the unknown time {time}: "
+            f'export it for the time "{every}*n", or with checkpoint_every=None'
+        )
     # Inside a scan XLA cannot merge the second run with the first, so the barrier that prevents it is not needed.
     chunk = jax.checkpoint(lambda state, part: run(state, part), prevent_cse=False)
 

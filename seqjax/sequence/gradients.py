@@ -31,6 +31,7 @@ from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_floating_state, check_sequences
 from seqjax.sequence._devices import with_automatic_axes
 from seqjax.sequence._masked_step import Inputs, masked_step
+from seqjax.sequence._sizes import is_known
 from seqjax.sequence.unroll import trajectory, unroll
 
 Loss = Callable[[PyTree], Array]
@@ -222,7 +223,9 @@ def _truncated_on_mesh(
     run = _ForwardPass(cell, params, state, inputs)
     d_outputs = run.output_gradients(loss)
     inputs = run.starting_with_a_reset()
-    if window >= inputs.time:
+    # For an unknown time the windows run too: with k >= time they give the full gradient.
+    is_full = is_known(inputs.time) and window >= inputs.time
+    if is_full:
         delta = run.state_gradients(run.zero_states(), d_outputs, inputs)
         delta = jax.tree.map(lambda leaf: leaf[:, 1:], delta)
     else:
@@ -234,7 +237,7 @@ def _truncated_on_mesh(
         d_before = pull((delta, d_outputs))[1]
         return jax.tree.map(lambda leaf: jnp.concatenate([leaf[:, 1:], jnp.zeros_like(leaf[:, :1])], axis=1), d_before)
 
-    if window < inputs.time:
+    if not is_full:
         delta = jax.lax.fori_loop(0, window - 1, one_step_further, delta)
     return pull((delta, d_outputs))[0]
 

@@ -27,6 +27,7 @@ from seqjax.sequence._execution.run import run_plan
 from seqjax.sequence._masked_step import Emit, Inputs, draw_noise, emit_output, emit_state, masked_step
 from seqjax.sequence._partition.plan import NoPlan, Plan, plan_of
 from seqjax.sequence._partition.tracing import traced_step
+from seqjax.sequence._sizes import is_known
 from seqjax.sequence._step_errors import errors_of_step
 
 
@@ -273,7 +274,8 @@ def _run_partition(
     inputs = inputs._replace(noise=draw_noise(cell, key, batch, time))
     traced = traced_step(cell, emit, params, state, inputs)
     if batch and time:
-        plan = plan_of(traced, options.kernel, options.saves_gates, batch * time)
+        steps = batch * time if is_known(batch, time) else 0
+        plan = plan_of(traced, options.kernel, options.saves_gates, steps)
     else:
         plan = NoPlan("there is no step")
     if isinstance(plan, Plan):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from seqjax.sequence._sizes import is_known
+
 Leaves = list[Any]  # of a tree of arrays; None for a leaf that is not there
 
 ChunkBody = Callable[[Any, Array, int], tuple[Any, PyTree, PyTree]]
@@ -25,7 +27,13 @@ def has_launches() -> bool:
 
 
 def chunk_length(batch: int, time: int) -> int:
-    """A length with enough rows for a fast product and few chunks; a divisor of the time if one is near."""
+    """A length with enough rows for a fast product and few chunks; a divisor of the time if one is near.
+
+    An unknown time is one chunk, because the last one could be empty. An unknown batch counts as one row.
+    """
+    if not is_known(time):
+        return time
+    batch = batch if is_known(batch) else 1
     if batch * time <= 1024:  # a loop over chunks would cost more than it saves
         return time
     if has_launches():
@@ -124,7 +132,8 @@ def scan_distinct(
     """
     distinct = _DistinctLeaves()
     length = jax.tree.leaves(xs)[0].shape[0]
-    unroll = max(n for n in range(1, 9) if length % n == 0) if has_launches() else 1
+    is_many = has_launches() and is_known(length)
+    unroll = max(n for n in range(1, 9) if length % n == 0) if is_many else 1
 
     def distinct_body(carry: PyTree, x: PyTree) -> tuple[Any, list[Array]]:
         carry, out = body(carry, x)

@@ -27,6 +27,7 @@ from seqjax.sequence._execution.partitioned import NO_BATCH, axes_of, partitione
 from seqjax.sequence._execution.saved_gates import backward_from_gates, forward_saving_gates
 from seqjax.sequence._linear_map import Direction, linear_map
 from seqjax.sequence._partition.program import inexact
+from seqjax.sequence._sizes import is_known
 
 if TYPE_CHECKING:
     from seqjax.sequence._partition.parts import Parts
@@ -77,7 +78,7 @@ def _run_loop(plan: Plan, parts: Parts, arguments: Arguments, reverse: bool) -> 
         return _run_plainly(parts, reverse, arguments)
     batch, time = arguments.xs[0].shape[:2]
     loop = Loop(parts, kernel_for(parts) if plan.use_kernel else None, reverse, chunk_length(batch, time))
-    if plan.saves_gates:
+    if plan.saves_gates and is_known(batch, time):  # otherwise they may not fit
         loop = _with_saved_gates(loop, batch * time)
     return _run_in_parts(loop, arguments)
 

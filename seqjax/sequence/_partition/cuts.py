@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from seqjax.sequence._partition.program import Eqn, Var, bind, contracted_axis
+from seqjax.sequence._sizes import is_known
 
 # Entries of a matrix. A batch of one row gains little from W^T, and above this size the transposition costs more.
 LARGE = 2**14
@@ -60,7 +61,8 @@ class Cut:
         if e.primitive.name != "dot_general" or self.weights.aval.ndim != 2:
             return False
         position = self._position_of_weights
-        return contracted_axis(e, position) == position and (batch > 1 or self.weights.aval.size <= LARGE)
+        is_faster = not is_known(batch) or batch > 1 or self.weights.aval.size <= LARGE
+        return contracted_axis(e, position) == position and is_faster
 
     def product_with_transposed(self, W_T: ArrayLike, v: ArrayLike) -> Array:
         """W v from W^T."""

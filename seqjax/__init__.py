@@ -49,6 +49,9 @@ from .initializers import SpectralRadius as SpectralRadius
 from .initializers import Uniform as Uniform
 from .interop import weights as weights
 from .interop.equinox import from_equinox as from_equinox
+from .interop.export import Exported as Exported
+from .interop.export import export as export
+from .interop.export import load_exported as load_exported
 from .interop.linen import from_linen as from_linen
 from .interop.nnx import from_nnx as from_nnx
 from .interop.weights.keras import from_keras as from_keras

@@ -7,8 +7,9 @@ even of a cell of the user (`seqjax.sequence._execution.formulas`).
 SEQJAX_KERNEL in the environment chooses: "off" for XLA's loops, or the name of a variant, such as "x86-64-v3", for the
 instructions of an older processor. By default it is the fastest variant that the processor can run.
 
-An exported program contains the custom calls TARGETS, which `jax.export.export` must be allowed by name. It runs where
-this package is installed, after a call of `available()`. With `unroll(..., kernel=False)` it contains none of them.
+A program of `jax.export.export` contains the custom calls TARGETS, which must be allowed by name. It runs where this
+package is installed, after a call of `available()`. With `unroll(..., kernel=False)` it contains none of them.
+`seqjax.interop.export` does all of this.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 
+from seqjax.kernels._exporting import target
 from seqjax.kernels.build import DIGESTS, FOLDER, LIBRARY, SOURCES, digest
 
 CALLS = ("pack", "forward", "backward", "backward_from_gates", "replay")
@@ -49,7 +51,9 @@ class Loaded(NamedTuple):
 
 def available() -> bool:
     """Whether the kernel runs. The first call loads it."""
-    return os.environ.get("SEQJAX_KERNEL") not in OFF and loaded().variant is not None
+    exported = target()
+    is_allowed = exported is None or (exported.kernel and exported.platforms == ("cpu",))
+    return is_allowed and os.environ.get("SEQJAX_KERNEL") not in OFF and loaded().variant is not None
 
 
 def variant() -> str | None:
@@ -106,6 +110,11 @@ def _load(folder: Path) -> tuple[Loaded, bool]:
     return Loaded(wanted, supported), False
 
 
+def sources() -> str:
+    """The digest of the sources of the kernel, which a program that calls it depends on."""
+    return digest(*(FOLDER / name for name in SOURCES))
+
+
 def _damage(folder: Path) -> str:
     """Why the library must not be loaded, because a file that was cut short crashes the process; empty if it may.
 
@@ -115,7 +124,7 @@ def _damage(folder: Path) -> str:
     of_sources, of_library = (folder / DIGESTS).read_text().split()
     if digest(folder / LIBRARY) != of_library:
         return f"the kernel in {folder} is damaged"
-    if digest(*(FOLDER / name for name in SOURCES)) != of_sources:
+    if sources() != of_sources:
         return f"the kernel in {folder} was compiled from other sources"
     return ""
 

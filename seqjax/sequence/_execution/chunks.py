@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from seqjax.kernels._exporting import target
 from seqjax.sequence._sizes import is_known
 
 Leaves = list[Any]  # of a tree of arrays; None for a leaf that is not there
@@ -23,7 +24,8 @@ ChunkBody = Callable[[Any, Array, int], tuple[Any, PyTree, PyTree]]
 
 def has_launches() -> bool:
     """Whether each operation of a step is a launch, as on a GPU, so that the number of operations decides the time."""
-    return jax.default_backend() != "cpu"
+    exported = target()
+    return jax.default_backend() != "cpu" if exported is None else "cpu" not in exported.platforms
 
 
 def chunk_length(batch: int, time: int) -> int:

@@ -22,6 +22,8 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from seqjax.kernels._exporting import target
+
 NO_BATCH = -1  # the axis of the batch of an array that has none
 
 Names = list[str | None]  # of the axes of an array; None for an axis of which every device has all
@@ -36,22 +38,28 @@ def partitioned(run: Callable[..., PyTree], arguments: Sequence[Any], axes: Sequ
         axes: for each of them, which axis is the batch. With NO_BATCH every device gets the whole array.
         out: the same for the results, as a prefix of their tree. With NO_BATCH a result is a sum over the batch.
     """
-    # Inside `jax.shard_map` the batch is that of one device already. In place of a random key, the function would get
-    # its numbers.
-    is_whole = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+    # Inside `jax.shard_map` the batch is that of one device already. An exported program runs on one device, without
+    # this process. In place of a random key, the function would get its numbers.
+    is_whole = _runs_on_one_device() or bool(jax.sharding.get_abstract_mesh().manual_axes)
     if is_whole or any(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended) for leaf in arguments):
         return run(*arguments)
     return _with_batching(_Call(run, tuple(axes), out))(*arguments)
 
 
-@functools.cache
 def partitioned_program() -> ClosedJaxpr | None:
     """A program of which JAX knows that its lowering depends on the devices, because it contains such a call.
 
     None if there is only one device.
     """
-    if jax.device_count() == 1:
-        return None
+    return None if _runs_on_one_device() else _partitioned_program()
+
+
+def _runs_on_one_device() -> bool:
+    return jax.device_count() == 1 or target() is not None
+
+
+@functools.cache
+def _partitioned_program() -> ClosedJaxpr:
     return jax.make_jaxpr(partial(_on_each_device, _Call(lambda array: array, (NO_BATCH,), NO_BATCH)))(0.0)
 
 

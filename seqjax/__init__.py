@@ -52,6 +52,9 @@ from .interop.equinox import from_equinox as from_equinox
 from .interop.export import Exported as Exported
 from .interop.export import export as export
 from .interop.export import load_exported as load_exported
+from .interop.layers import as_equinox as as_equinox
+from .interop.layers import as_linen as as_linen
+from .interop.layers import as_nnx as as_nnx
 from .interop.linen import from_linen as from_linen
 from .interop.nnx import from_nnx as from_nnx
 from .interop.weights.keras import from_keras as from_keras

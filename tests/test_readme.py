@@ -28,7 +28,7 @@ def test_every_block_prints_what_its_comment_says():
             assert float(bound[2]) == round(1 / 6, 4)
         else:
             assert printed == said[1]
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
 
 
 def test_the_first_example_is_short_and_early():

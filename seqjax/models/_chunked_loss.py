@@ -7,6 +7,7 @@ gradient by the outputs of the cell and the sum of the gradients by the paramete
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, PyTree
 from seqjax.models.heads import Head, head_log_probs
 from seqjax.sequence._execution.backward import pick, put
 from seqjax.sequence._execution.chunks import Chunks, Leaves
+from seqjax.sequence._execution.partitioned import NO_BATCH, partitioned
 from seqjax.sequence._partition.program import inexact
 from seqjax.sequence._sizes import is_known
 
@@ -71,7 +73,25 @@ def loss_in_chunks(
         loss, moving = of_chunk(leaves, mask, jnp.asarray(0), length)
         return jnp.zeros((), jax.eval_shape(loss, moving).dtype)
 
+    def on_each_device(run: Callable[[Leaves, Array | None], PyTree], out: PyTree) -> Callable[..., Any]:
+        """`run(leaves, mask)` on every device for its rows. Sums over the batch are then added once, after the loop."""
+
+        def partitioned_run(leaves: Leaves, mask: Array | None) -> Any:
+            def of_arrays(*arrays: Array) -> PyTree:
+                return run(list(arrays[: len(leaves)]), None if mask is None else arrays[-1])
+
+            arrays = leaves if mask is None else [*leaves, mask]
+            return partitioned(
+                of_arrays, arrays, [*(0 if step else NO_BATCH for step in is_step), 0][: len(arrays)], out
+            )
+
+        # A second derivative is that of the loop as a whole.
+        partitioned_run = jax.custom_jvp(partitioned_run)
+        partitioned_run.defjvp(lambda primals, tangents: jax.jvp(run, primals, tangents))
+        return partitioned_run
+
     @jax.custom_jvp
+    @partial(on_each_device, out=NO_BATCH)
     def total(leaves: Leaves, mask: Array | None) -> Array:
         def body(value: Array, start: Array, steps: int) -> tuple[Array, Leaves, None]:
             loss, moving = of_chunk(leaves, mask, start, steps)
@@ -79,9 +99,8 @@ def loss_in_chunks(
 
         return chunks.scan(body, zero(leaves, mask))[0]
 
-    @total.defjvp
-    def total_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        leaves, mask = primals
+    @partial(on_each_device, out=(NO_BATCH, NO_BATCH, 0))
+    def with_gradient(leaves: Leaves, mask: Array | None) -> tuple[Array, Leaves, Leaves]:
         of_params = pick(leaves[:count], is_moving[:count])
 
         def body(carry: tuple[Array, Leaves], start: Array, steps: int) -> tuple[Any, Leaves, None]:
@@ -94,6 +113,11 @@ def loss_in_chunks(
 
         first = (zero(leaves, mask), [*map(jnp.zeros_like, of_params)])
         (value, ct_params), ct_steps, _ = chunks.scan(body, first)
+        return value, ct_params, ct_steps
+
+    @total.defjvp
+    def total_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        value, ct_params, ct_steps = with_gradient(*primals)
         moves = pick(list(tangents[0]), is_moving)
         changes = [jnp.sum(ct * t) for ct, t in zip([*ct_params, *ct_steps], moves, strict=True)]
         return value, sum(changes, jnp.zeros_like(value))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State
@@ -23,19 +24,27 @@ from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.unroll import unroll
+from seqjax.training._devices import Devices, by_rows, everywhere, mesh_of
 from seqjax.training._validated import validated
 from seqjax.training.loop import Metrics, NotFinite, TrainState, clipped, start, updates
 
 ADAM = optax.adam(1e-3)  # one object, because optax.adam(1e-3) != optax.adam(1e-3) and each would compile again
 
 
-def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss: Objective = every_step) -> float:
+def evaluate(
+    model: Model,
+    params: ModelParams,
+    stream: Iterable[Batch],
+    *,
+    loss: Objective = every_step,
+    devices: Devices = None,
+) -> float:
     """The mean loss over a finite stream. Each batch is weighted by its valid steps, or sequences for `ManyToOne`.
 
     Args:
         model, params: the model and its parameters.
         stream: batches. The state is carried from one batch to the next if the latter continues the former.
-        loss: as for `updates`.
+        loss, devices: as for `updates`.
 
     Returns:
         The mean loss, in nats for the losses of this library.
@@ -52,21 +61,25 @@ def evaluate(model: Model, params: ModelParams, stream: Iterable[Batch], *, loss
         >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
         1.3863
     """
-    return _evaluator(model, loss)(params, stream)
+    return _evaluator(model, loss, devices)(params, stream)
 
 
-def _evaluator(model: Model, loss: Objective) -> Callable[[ModelParams, Iterable[Batch]], Any]:
+def _evaluator(model: Model, loss: Objective, devices: Devices) -> Callable[[ModelParams, Iterable[Batch]], Any]:
     """`evaluate` as a function that compiles once, even for objects that compare by identity."""
-    return partial(_mean_loss, cached_jit(_batch_loss, model, loss), loss)
+    return partial(_mean_loss, cached_jit(_batch_loss, model, loss), loss, mesh_of(devices))
 
 
 def _mean_loss(
-    run: Callable[..., tuple[State, Array]], loss: Objective, params: ModelParams, stream: Iterable[Batch]
+    run: Callable[..., tuple[State, Array]],
+    loss: Objective,
+    mesh: Mesh | None,
+    params: ModelParams,
+    stream: Iterable[Batch],
 ) -> Any:
-    carried, total, weight = None, 0.0, 0
+    carried, total, weight, params = None, 0.0, 0, everywhere(mesh, params)
     for batch in stream:
         state = check_batch(batch, carried)
-        carried, value = run(params, state, (batch.xs, batch.targets, batch.mask, batch.reset))
+        carried, value = run(params, state, by_rows(mesh, (batch.xs, batch.targets, batch.mask, batch.reset)))
         rows, time = jax.tree.leaves(batch.xs)[0].shape[:2]
         steps = rows * time if batch.mask is None else int(np.sum(batch.mask))
         counted = rows if getattr(loss, "per_sequence", False) else steps
@@ -132,6 +145,7 @@ def fit(
     validation: Callable[[], Iterable[Batch]] | None = None,
     validate_every: int = 100,
     progress: Callable[[int, Metrics], None] | None = None,
+    devices: Devices = None,
 ) -> Fitted:
     """Trains a model: theta <- theta + optimizer(clip(dL/dtheta)) for each batch.
 
@@ -151,6 +165,8 @@ def fit(
         validation: returns a fresh finite stream at every call.
         validate_every: updates between two evaluations.
         progress: called with the step and its metrics after every update.
+        devices: share the rows of every batch, also in the evaluations, as for `sj.training.updates`:
+            `jax.devices()`. By default one device computes everything.
 
     Returns:
         `Fitted`: params, history, state, reason. A loss or gradient that is not finite stops the training with a
@@ -172,12 +188,14 @@ def fit(
     optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
     first: Any = latest.step if isinstance(latest.step, Tracer) else int(latest.step)
-    rows, validations, evaluator = [], [], _evaluator(model, loss)
+    rows, validations, evaluator = [], [], _evaluator(model, loss, devices)
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"
     try:
         run = validated(
-            updates(model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm, key=key),
+            updates(
+                model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm, key=key, devices=devices
+            ),
             is_last=lambda number, _: number == steps,
             validate=None if validation is None else lambda params: evaluator(params, validation()),
             validate_every=validate_every,

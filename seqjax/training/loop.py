@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State, optional
@@ -28,6 +29,7 @@ from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.gradients import detach
 from seqjax.sequence.unroll import unroll
+from seqjax.training._devices import Devices, by_rows, everywhere, mesh_of
 
 
 class TrainState(NamedTuple):
@@ -143,6 +145,7 @@ def updates(
     loss: Objective = every_step,
     clip_norm: float | None = None,
     key: Array | None = None,
+    devices: Devices = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """Trains one batch at a time, theta <- theta + optimizer(dL/dtheta), as a generator.
 
@@ -154,6 +157,10 @@ def updates(
         loss: `every_step`, `ManyToOne(pool)`, or your own function of (head, params, outputs, targets, mask).
         clip_norm: the threshold that `Metrics.clipped` compares with. It does not clip: the optimizer does.
         key: for a cell that draws noise. Update n uses `fold_in(key, n)`, so a resumed training draws the same noise.
+        devices: share the rows of every batch: `jax.devices()`. Parameters and optimizer are on each of them, and the
+            gradient is added over them once per update. A batch whose rows they do not divide evenly is computed by
+            each of them, with a warning. They may belong to several processes, each of which runs this call with the
+            same arguments and the same batches, and reads its own rows; then every batch must divide evenly.
 
     Yields:
         The state after each update, and its `Metrics` as Python numbers. The device already computes the next update
@@ -161,8 +168,8 @@ def updates(
         metrics are arrays, and nothing checks whether they are finite.
 
     Raises:
-        ValueError, TypeError: a batch does not fit the model, the first batch continues another one, or the cell draws
-            noise and there is no key.
+        ValueError, TypeError: a batch does not fit the model or the devices, the first batch continues another one, or
+            the cell draws noise and there is no key.
         NotFinite: the loss, the gradient or the parameters of an update are not finite. That update is not yielded.
 
     Example:
@@ -177,7 +184,8 @@ def updates(
     if key is None and optional(model.cell, "noise") is not None:
         raise ValueError("expected a key for a cell that draws noise, such as Dropout, got none: key=jax.random.key(0)")
     pending = None
-    for update in _run_updates(model, stream, state, optimizer, loss, clip_norm, key):
+    run = compiled_update(model, optimizer, loss, clip_norm)
+    for update in _run_updates(run, stream, state, key, mesh_of(devices)):
         if pending is not None:
             yield _finite(*pending)
         pending = update
@@ -203,23 +211,23 @@ def compiled_update(
 
 
 def _run_updates(
-    model: Model,
+    update: Callable[..., tuple[TrainState, Metrics]],
     stream: Iterable[Batch],
     state: TrainState,
-    optimizer: optax.GradientTransformation,
-    loss: Objective,
-    clip_norm: float | None,
     key: Array | None,
+    mesh: Mesh | None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    update = compiled_update(model, optimizer, loss, clip_norm)
     # On a CPU a call holds its temporaries from its launch on, so two calls at a time would need twice the memory.
     on_cpu = jax.default_backend() == "cpu"
+    carried = by_rows(mesh, state.carried)
+    state, key = everywhere(mesh, (state._replace(carried=None), key))
+    state = state._replace(carried=carried)
     for batch in stream:
-        carried = check_batch(batch, state.carried)
-        data = (batch.xs, batch.targets, batch.mask, batch.reset)
+        state = state._replace(carried=check_batch(batch, state.carried))
+        data = by_rows(mesh, (batch.xs, batch.targets, batch.mask, batch.reset))
         if on_cpu and not isinstance(state.step, Tracer):
             jax.block_until_ready(state.step)
-        state, metrics = update(state._replace(carried=carried), data, key)
+        state, metrics = update(state, data, key)
         yield state, metrics
 
 

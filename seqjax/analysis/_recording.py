@@ -25,7 +25,6 @@ from seqjax.analysis._flow import Sequences, cast_floats, check_arguments, flat_
 from seqjax.analysis._padding import without_held_steps
 from seqjax.cell import Cell, Params, State, cached_check
 from seqjax.sequence._cached_jit import precise_jit
-from seqjax.sequence._devices import on_automatic_mesh
 from seqjax.sequence._masked_step import Inputs, emit_nothing, masked_step
 
 
@@ -108,10 +107,9 @@ def recording(
         ValueError: a shape does not match, there is no sequence or no step, or no step of any sequence is valid.
         TypeError: a dtype does not match, or the state cannot be differentiated.
     """
-    with on_automatic_mesh((params, xs, state, mask, reset)) as arguments:
-        cell, sequences = check_arguments(cell, *arguments, backward=backward)
-        with _recording(cell, arguments[0], sequences) as record:
-            yield record
+    cell, sequences = check_arguments(cell, params, xs, state, mask, reset, backward=backward)
+    with _recording(cell, params, sequences) as record:
+        yield record
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from seqjax.models.heads import Head, head_log_probs
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import ManyToOne, Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
+from seqjax.sequence._devices import for_automatic_axes
 from seqjax.sequence.unroll import unroll
 
 Score = Literal["loss", "accuracy"]
@@ -66,6 +67,7 @@ class ScoreByLength(NamedTuple):
         return "\n".join(lines)
 
 
+@for_automatic_axes
 def score_by_length(
     model: Model,
     params: ModelParams,

@@ -23,6 +23,7 @@ from seqjax.cells.learned_state import LearnedState
 from seqjax.cells.stack import Stack
 from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._declared import declared
+from seqjax.sequence._devices import for_automatic_axes
 from seqjax.sequence.unroll import gates
 
 
@@ -66,6 +67,7 @@ def _mean_at_end(log: Float[np.ndarray, "batch lags"]) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
+@for_automatic_axes
 def cell_path(
     cell: Cell,
     params: Params,

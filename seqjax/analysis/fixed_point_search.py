@@ -25,6 +25,7 @@ from seqjax.analysis._forward import LARGE
 from seqjax.analysis._starts import check_input, flat_starts
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import precise_jit
+from seqjax.sequence._devices import for_automatic_axes
 
 
 class Search(NamedTuple):
@@ -101,6 +102,7 @@ class FixedPoints(NamedTuple):
         return describe_points(self)
 
 
+@for_automatic_axes
 def fixed_points(
     cell: Cell,
     params: Params,

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, PyTree
 
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._declared import declared
+from seqjax.sequence._devices import for_automatic_axes
 from seqjax.sequence.unroll import gates
 
 BINS = 20
@@ -59,6 +60,7 @@ class GateStatistics(NamedTuple):
         return f"GateStatistics({self})"
 
 
+@for_automatic_axes
 def gate_statistics(
     cell: Cell,
     params: Params,

@@ -22,6 +22,7 @@ from seqjax.analysis._recording import Recording, by_sequence, recording
 from seqjax.analysis._spans import check_horizon, check_times
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import precise_jit
+from seqjax.sequence._devices import for_automatic_axes
 
 EXACT = 256  # the largest state, in numbers, for which every column is pulled back by default
 PROBES = 32  # random columns for larger states
@@ -85,6 +86,7 @@ class GradientByLag(NamedTuple):
         )
 
 
+@for_automatic_axes
 def gradient_by_lag(
     cell: Cell,
     params: Params,

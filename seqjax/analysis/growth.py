@@ -34,6 +34,7 @@ from seqjax.analysis.gradient_flow import EXACT, PROBES, TIMES
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import precise_jit
+from seqjax.sequence._devices import for_automatic_axes
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence.unroll import unroll
 
@@ -68,6 +69,7 @@ class FrameGrowth(NamedTuple):
         return self.log_growth.sum(-2) / steps
 
 
+@for_automatic_axes
 def frame_growth(
     cell: Cell,
     params: Params,
@@ -132,6 +134,7 @@ def frame_growth(
     return FrameGrowth(log_growth, steps, final, frames)
 
 
+@for_automatic_axes
 def lag_growth(
     cell: Cell,
     params: Params,

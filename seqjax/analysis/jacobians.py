@@ -20,7 +20,7 @@ from seqjax.analysis._scaled import log_power, rescale
 from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import precise_jit
-from seqjax.sequence._devices import on_any_mesh
+from seqjax.sequence._devices import for_automatic_axes, on_any_mesh
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._partition.tracing import shapes_of_one
 
@@ -153,6 +153,7 @@ class JacobianProduct(NamedTuple):
         )
 
 
+@for_automatic_axes
 def jacobian_product(
     cell: Cell,
     params: Params,

@@ -43,6 +43,7 @@ from seqjax.analysis._statistics import MIN_STEPS, mean_interval
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import precise_jit
+from seqjax.sequence._devices import for_automatic_axes
 
 PRINTED = 4  # sequences
 MIN_BLOCKS = 32  # if the run is long enough, because the confidence intervals resample the blocks
@@ -99,6 +100,7 @@ class LyapunovExponents(NamedTuple):
         return "\n".join([*lines[:PRINTED], *more, *([self.reason] if self.reason else [])])
 
 
+@for_automatic_axes
 def lyapunov_exponents(
     cell: Cell,
     params: Params,

@@ -27,6 +27,7 @@ from seqjax.analysis._scaled import rescale_rows, scale_by_power, to_common_scal
 from seqjax.cell import Cell, Params, State
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import precise_jit
+from seqjax.sequence._devices import for_automatic_axes
 from seqjax.sequence.unroll import unroll
 
 EXACT = 2**18  # the largest S_t, in entries, for which every column is pushed by default: 1 MB in float32
@@ -67,6 +68,7 @@ class ParameterSensitivity(NamedTuple):
         return "\n".join(lines)
 
 
+@for_automatic_axes
 def parameter_sensitivity(
     cell: Cell,
     params: Params,

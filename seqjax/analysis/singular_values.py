@@ -31,6 +31,7 @@ from seqjax.analysis._recording import in_float64
 from seqjax.analysis._spans import check_span
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import precise_jit
+from seqjax.sequence._devices import for_automatic_axes
 
 OVERSAMPLED = 8  # additional columns, because a value converges at the rate of its ratio to the last column's value
 MOST_SWEEPS = 30
@@ -64,6 +65,7 @@ class ProductSingularValues(NamedTuple):
         )
 
 
+@for_automatic_axes
 def product_singular_values(
     cell: Cell,
     params: Params,

@@ -24,6 +24,7 @@ from seqjax.cell import Cell, Params, State, optional
 from seqjax.cells.vanilla import VanillaRNN
 from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._checks import check_methods
+from seqjax.sequence._devices import for_automatic_axes
 from seqjax.sequence._parameter_checks import check_params
 from seqjax.sequence._partition.tracing import shapes_of_one
 
@@ -172,6 +173,7 @@ class Spectrum(NamedTuple):
         return "\n".join(lines)
 
 
+@for_automatic_axes
 def spectrum(
     cell: Cell,
     params: Params,
@@ -236,6 +238,7 @@ def spectrum(
     return Spectrum(steps, chosen, recurrent, bound, holds, steps.norm.max(axis=1))
 
 
+@for_automatic_axes
 def recurrent_matrices(cell: Cell, params: Params, x: PyTree | None = None) -> dict[str, Float[np.ndarray, "out in"]]:
     """The matrices that multiply the state in a step, found in its program, by name.
 

@@ -22,6 +22,7 @@ from seqjax.analysis.lyapunov import LyapunovExponents, exponents_of
 from seqjax.cell import Cell, Params, State
 from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._devices import for_automatic_axes
 from seqjax.sequence._masked_step import Inputs
 
 FIRST_DISTANCE = (
@@ -67,6 +68,7 @@ class Verdict(NamedTuple):
         return "\n".join([self.summary, *(f"- {line}" for line in (*self.evidence, *self.advice))])
 
 
+@for_automatic_axes
 def verdict(
     cell: Cell,
     params: Params,

@@ -9,8 +9,9 @@ automatic axes, and the results get their types at the end.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.core import Tracer
@@ -18,6 +19,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def with_automatic_axes(run: Callable[..., Any], xs: PyTree, *arguments: PyTree) -> Any:
@@ -57,6 +61,17 @@ def on_automatic_mesh(tree: PyTree) -> Iterator[PyTree]:
 
     with jax.set_mesh(mesh):
         yield jax.tree.map(move, tree)
+
+
+def for_automatic_axes(analysis: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function with all explicit axes of the meshes of its arguments automatic. Its results are on such a mesh."""
+
+    @functools.wraps(analysis)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with on_automatic_mesh((args, kwargs)) as (args, kwargs):
+            return analysis(*args, **kwargs)
+
+    return run
 
 
 def _is_explicit(leaf: Any) -> bool:

@@ -33,8 +33,8 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{_readable(size)} {name}" for name, size in self._asdict().items())
-        return f"{_readable(self.total)} ({parts})"
+        parts = ", ".join(f"{readable(size)} {name}" for name, size in self._asdict().items())
+        return f"{readable(self.total)} ({parts})"
 
 
 def memory_estimate(
@@ -104,6 +104,7 @@ def memory_estimate(
     return MemoryEstimate(used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """A number of bytes with three digits and a unit."""
     power = 0 if size < 1000 else min(4, int(math.log10(size) / 3))
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import PyTree
+
+if TYPE_CHECKING:
+    from seqjax.training.loop import TrainState
+else:  # needed only in annotations
+    TrainState = Any
 
 BATCH = "batch"  # the axis of the mesh
 
@@ -59,6 +64,20 @@ def by_rows(mesh: Mesh | None, tree: PyTree) -> PyTree:
     text = f"{mesh.size} devices do not divide a batch of {rows} rows, so each of them computes all rows"
     warnings.warn(f"{text}: choose a multiple of {mesh.size} rows", stacklevel=2)
     return everywhere(mesh, tree)
+
+
+def on_one_device(tree: PyTree) -> PyTree:
+    """The tree of arrays that every device has, on one device of this process."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def places_of(mesh: Mesh | None, state: TrainState) -> TrainState:
+    """For each array of a training state its sharding."""
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), state)
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (BATCH,)))
+    places = jax.tree.map(lambda _: whole, state)
+    return places._replace(carried=jax.tree.map(lambda _: rows, state.carried))
 
 
 def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:

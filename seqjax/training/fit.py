@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State
@@ -146,6 +147,9 @@ def fit(
     validate_every: int = 100,
     progress: Callable[[int, Metrics], None] | None = None,
     devices: Devices = None,
+    accumulate: int = 1,
+    checkpoint_every: int | None = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Fitted:
     """Trains a model: theta <- theta + optimizer(clip(dL/dtheta)) for each batch.
 
@@ -167,6 +171,9 @@ def fit(
         progress: called with the step and its metrics after every update.
         devices: share the rows of every batch, also in the evaluations, as for `sj.training.updates`:
             `jax.devices()`. By default one device computes everything.
+        accumulate, checkpoint_every, compute_dtype: as for `sj.training.updates`: the first two save memory, and
+            compute_dtype="bfloat16" is faster on a GPU. An evaluation uses the dtype of the parameters. A warning says
+            if an update needs more memory than the device has.
 
     Returns:
         `Fitted`: params, history, state, reason. A loss or gradient that is not finite stops the training with a
@@ -194,7 +201,17 @@ def fit(
     try:
         run = validated(
             updates(
-                model, batches, latest, optimizer=optimizer, loss=loss, clip_norm=clip_norm, key=key, devices=devices
+                model,
+                batches,
+                latest,
+                optimizer=optimizer,
+                loss=loss,
+                clip_norm=clip_norm,
+                key=key,
+                devices=devices,
+                accumulate=accumulate,
+                checkpoint_every=checkpoint_every,
+                compute_dtype=compute_dtype,
             ),
             is_last=lambda number, _: number == steps,
             validate=None if validation is None else lambda params: evaluator(params, validation()),

@@ -19,6 +19,7 @@ from seqjax.data.history import LEAF_PREFIX, leaf_names
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
+from seqjax.training._gradient import AT_ONCE
 from seqjax.training.fit import Fitted
 from seqjax.training.loop import Metrics, TrainState, update_once, with_clipping
 
@@ -168,7 +169,7 @@ def _update_all(
 ) -> tuple[TrainState, Array, Metrics]:
     def one(state: TrainState, failed: Array, setting: dict[str, Array], key: Array) -> Any:
         optimizer = _made(make, clip_norm, setting)
-        new, metrics = update_once(model, optimizer, loss, limit, state, data, key)
+        new, metrics = update_once(model, optimizer, loss, limit, AT_ONCE, state, data, key)
         good = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.param_norm)
         goes_on = good & (failed < 0)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(goes_on, new, old))

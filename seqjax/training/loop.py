@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State, optional
@@ -27,9 +28,9 @@ from seqjax.data.history import LEAF_PREFIX, leaf_names
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
-from seqjax.sequence.gradients import detach
-from seqjax.sequence.unroll import unroll
 from seqjax.training._devices import Devices, by_rows, everywhere, mesh_of
+from seqjax.training._gradient import AT_ONCE, Means, loss_and_gradient
+from seqjax.training._memory import warn_of_memory
 
 
 class TrainState(NamedTuple):
@@ -146,6 +147,9 @@ def updates(
     clip_norm: float | None = None,
     key: Array | None = None,
     devices: Devices = None,
+    accumulate: int = 1,
+    checkpoint_every: int | None = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """Trains one batch at a time, theta <- theta + optimizer(dL/dtheta), as a generator.
 
@@ -161,6 +165,12 @@ def updates(
             gradient is added over them once per update. A batch whose rows they do not divide evenly is computed by
             each of them, with a warning. They may belong to several processes, each of which runs this call with the
             same arguments and the same batches, and reads its own rows; then every batch must divide evenly.
+        accumulate: the number of parts of a batch whose gradients are computed one after another and added up, with
+            the memory of one part. The update is that of the whole batch if the loss is a mean over valid steps, or
+            over sequences with `per_sequence = True`.
+        checkpoint_every: as for `unroll`, to save memory.
+        compute_dtype: of the cell's parameters, inputs and states in the unroll, such as "bfloat16". The parameters
+            themselves, the head, its loss and the optimizer keep their own dtype. The kernel runs float32 and float64.
 
     Yields:
         The state after each update, and its `Metrics` as Python numbers. The device already computes the next update
@@ -184,8 +194,11 @@ def updates(
     if key is None and optional(model.cell, "noise") is not None:
         raise ValueError("expected a key for a cell that draws noise, such as Dropout, got none: key=jax.random.key(0)")
     pending = None
-    run = compiled_update(model, optimizer, loss, clip_norm)
-    for update in _run_updates(run, stream, state, key, mesh_of(devices)):
+    mesh = mesh_of(devices)
+    run = compiled_update(
+        model, optimizer, loss, clip_norm, Means.of(accumulate, checkpoint_every, compute_dtype, mesh)
+    )
+    for update in _run_updates(run, stream, state, key, mesh):
         if pending is not None:
             yield _finite(*pending)
         pending = update
@@ -203,11 +216,15 @@ def _finite(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
 
 
 def compiled_update(
-    model: Model, optimizer: optax.GradientTransformation, loss: Objective, clip_norm: float | None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    loss: Objective,
+    clip_norm: float | None,
+    means: Means = AT_ONCE,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function of (state, (xs, targets, mask, reset), key) that `updates` calls for each batch."""
     limit = float("inf") if clip_norm is None else float(clip_norm)
-    return cached_jit(update_once, model, optimizer, loss, limit)
+    return cached_jit(update_once, model, optimizer, loss, limit, means)
 
 
 def _run_updates(
@@ -221,12 +238,15 @@ def _run_updates(
     on_cpu = jax.default_backend() == "cpu"
     carried = by_rows(mesh, state.carried)
     state, key = everywhere(mesh, (state._replace(carried=None), key))
-    state = state._replace(carried=carried)
+    state, is_first = state._replace(carried=carried), True
     for batch in stream:
         state = state._replace(carried=check_batch(batch, state.carried))
         data = by_rows(mesh, (batch.xs, batch.targets, batch.mask, batch.reset))
         if on_cpu and not isinstance(state.step, Tracer):
             jax.block_until_ready(state.step)
+        if is_first:
+            warn_of_memory(update, state, data, key)
+            is_first = False
         state, metrics = update(state, data, key)
         yield state, metrics
 
@@ -236,22 +256,14 @@ def update_once(
     optimizer: optax.GradientTransformation,
     loss: Objective,
     limit: float,
+    means: Means,
     state: TrainState,
     data: tuple[PyTree, ...],
     key: Array | None,
 ) -> tuple[TrainState, Metrics]:
     """One update; `limit` is the norm that `Metrics.clipped` compares with, and `data` as for `compiled_update`."""
-    xs, targets, mask, reset = data
     drawn = None if key is None else jax.random.fold_in(key, state.step)
-
-    def batch_loss(params: ModelParams) -> tuple[Array, State]:
-        carried = detach(state.carried)  # for a gradient of the user's through several updates
-        final, outputs = unroll(
-            model.cell, params.cell, xs, state=carried, mask=mask, reset=reset, key=drawn, save="gates"
-        )
-        return loss(model.head, model.head_params(params), outputs, targets, mask), final
-
-    (value, final), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params)
+    value, final, gradient = loss_and_gradient(model, loss, means, state.params, state.carried, data, drawn)
     norm, leaf_norms = optax.tree.norm(gradient), map(optax.tree.norm, jax.tree.leaves(gradient))
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to its integer count
         change, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)

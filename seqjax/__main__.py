@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -14,8 +15,13 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(f'seqjax: expected the packages of the command line, got no {error.name}: pip install "seqjax[cli]"')
     from seqjax.command.cli import run
+    from seqjax.command.processes import is_worker
 
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if status and is_worker():
+        sys.stdout.flush()
+        os._exit(status)  # because JAX would wait for workers that may be gone
+    sys.exit(status)
 
 
 if __name__ == "__main__":

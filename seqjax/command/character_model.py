@@ -25,6 +25,7 @@ from seqjax.data.text import windows
 from seqjax.models.generation import stream_tokens
 from seqjax.models.heads import Categorical
 from seqjax.models.model import Model, ModelParams, log_probs
+from seqjax.training._devices import Devices, on_one_device
 from seqjax.training.fit import evaluate
 from seqjax.training.loop import Metrics, TrainState, clipped, start, updates
 
@@ -67,13 +68,31 @@ class Settings:
     """Updates between two looks at the validation text."""
     checkpoint_every: int = 100
     """Updates between two checkpoints on disk."""
+    accumulate: int = 1
+    """Parts of a batch whose gradients are computed one after another, to save memory."""
+    rematerialize_every: int | None = None
+    """Steps between two states that are saved for the gradient, to save memory; all states by default."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of states and products; the parameters stay in float32."""
 
     def __post_init__(self) -> None:
         if self.cell not in CELLS:
             raise ValueError(f"expected cell to be one of {', '.join(CELLS)}, got {self.cell!r}")
-        for name in ("embedding", "hidden", "layers", "window", "batch", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
+        for name in (
+            "embedding",
+            "hidden",
+            "layers",
+            "window",
+            "batch",
+            "validate_every",
+            "checkpoint_every",
+            "accumulate",
+            "rematerialize_every",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"expected accumulate to divide the batch of {self.batch} rows, got {self.accumulate}")
         for name in ("learning_rate", "clip_norm", "minutes", "steps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -121,22 +140,37 @@ def first_state(settings: Settings, model: Model) -> TrainState:
 
 
 def train(
-    settings: Settings, model: Model, tokens: np.ndarray, state: TrainState
+    settings: Settings, model: Model, tokens: np.ndarray, state: TrainState, devices: Devices = None
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """The updates after `state`, up to the last step of the settings, or endless if they set none."""
     done = int(state.step)
     stream = windows(tokens, settings.batch, settings.window, skip=done)
     left = None if settings.last_step is None else max(settings.last_step - done, 0)
     return updates(
-        model, itertools.islice(stream, left), state, optimizer=optimizer(settings), clip_norm=settings.clip_norm
+        model,
+        itertools.islice(stream, left),
+        state,
+        optimizer=optimizer(settings),
+        clip_norm=settings.clip_norm,
+        devices=devices,
+        accumulate=settings.accumulate,
+        checkpoint_every=settings.rematerialize_every,
+        compute_dtype=None if settings.compute_dtype == "float32" else settings.compute_dtype,
     )
 
 
-def mean_loss(settings: Settings, model: Model, params: ModelParams, tokens: np.ndarray) -> float:
-    """The mean loss in nats per character, on a text in `batch` rows as in training, or in one row if it is short."""
+def mean_loss(
+    settings: Settings, model: Model, params: ModelParams, tokens: np.ndarray, devices: Devices = None
+) -> float:
+    """The mean loss in nats per character, on a text in `batch` rows as in training, or in one row if it is short.
+
+    The devices share the rows; of a short text every process reads the row.
+    """
     enough = (len(tokens) - 1) // settings.batch >= settings.window
     batch, window = (settings.batch, settings.window) if enough else (1, min(settings.window, len(tokens) - 1))
-    return evaluate(model, params, windows(tokens, batch, window, passes=1))
+    if not enough:
+        params, devices = on_one_device(params), None
+    return evaluate(model, params, windows(tokens, batch, window, passes=1), devices=devices)
 
 
 def log_probability(model: Model, params: ModelParams, tokens: np.ndarray, chunk: int = 1024) -> float:

@@ -15,6 +15,7 @@ import datetime
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,10 +28,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from seqjax.command import character_model
 from seqjax.command.character_model import Settings
 from seqjax.command.job import Job, begin, resume, work
-from seqjax.command.run_folder import Run, RunError, restore
-from seqjax.data.text import decode, encode, manual_topics, unigram_entropy
+from seqjax.command.processes import OptionError, Places, end_worker, is_first, is_worker, start_worker, watch
+from seqjax.command.run_folder import Run, RunError, restore, versions_of_packages
+from seqjax.data.text import Corpus, decode, encode, manual_topics, unigram_entropy
 from seqjax.data.text_files import read_text
 from seqjax.kernels import installation
+from seqjax.training._devices import on_one_device
+from seqjax.training._memory import MemoryWarning
 from seqjax.training.loop import Metrics, NotFinite
 
 
@@ -45,6 +49,7 @@ class Train:
     """Go on with the run in this folder, with its own settings."""
     report: bool = True
     """Write RUN/report.html at the end."""
+    places: Annotated[Places, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,39 +116,82 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command.
 
     Returns:
-        The exit status: 0 done; 1 not done, with one sentence on stderr that says why; 130 interrupted.
+        The exit status: 0 done; 1 not done, with one sentence on stderr that says why; 2 for options that are wrong;
+        130 interrupted.
     """
     try:
         command = _parse(arguments)
+        if isinstance(command, Train) and command.places.processes > 1 and not is_worker():
+            return _watch(command, arguments)
         return FUNCTIONS[type(command)](command)
+    except OptionError as error:
+        print(f"seqjax: {error}", file=sys.stderr)
+        return 2
     except (RunError, ValueError, ModuleNotFoundError) as error:
         print(f"seqjax: {error}", file=sys.stderr)
     except BrokenPipeError:
         sys.stdout = None  # the reader of the output is gone, and flushing at exit would raise again
     except OSError as error:
-        where = f"got {error.filename}" if error.filename else "got none"
-        print(f"seqjax: expected a file to read, {where}: {error.strerror or error}; check the path", file=sys.stderr)
+        print(f"seqjax: {_unreadable(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("seqjax: interrupted", file=sys.stderr)
         return 130
     return 1
 
 
+def _unreadable(error: OSError) -> str:
+    where = f"got {error.filename}" if error.filename else "got none"
+    return f"expected a file to read, {where}: {error.strerror or error}; check the path"
+
+
+def _watch(command: Train, arguments: Sequence[str]) -> int:
+    """`train` as one of several processes."""
+    path = command.resume or command.out
+    if path is None:
+        raise OptionError("expected --out or --resume with --processes, got neither: give all the same shared folder")
+    command.places.check_batch(command.settings.batch, command.settings.accumulate)
+    return watch(command.places, arguments, lambda: _told(command), f"seqjax train --resume {path}")
+
+
+def _told(command: Train) -> dict[str, Any]:
+    """What must be equal in all processes that train together."""
+    values = dataclasses.asdict(command.settings) | {"devices": command.places.devices}
+    values |= {"out": str(command.out), "resume": str(command.resume)}
+    options = {f"--{name.replace('_', '-')}": value for name, value in values.items() if name != "text"}
+    versions = {f"version of {name}": version for name, version in versions_of_packages().items()}
+    try:
+        text = _corpus(command.settings).sha256[:12]
+    except OSError as error:
+        raise RunError(_unreadable(error)) from None
+    return options | versions | {"text (sha256)": text}
+
+
+def _corpus(settings: Settings) -> Corpus:
+    return manual_topics() if settings.text is None else read_text(settings.text)
+
+
 def train(command: Train) -> int:
     """Trains until the last step, the last minute or an interruption, and prints the result."""
-    settings, console = command.settings, Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    corpus = manual_topics() if settings.text is None else read_text(settings.text)
+    settings, places = command.settings, command.places
+    places.check_batch(settings.batch, settings.accumulate)
+    corpus = _corpus(settings)
+    if is_worker():
+        start_worker(places)
+    devices = places.mesh_devices()
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not is_first())
     if command.resume is not None:
-        job = resume(settings, corpus, command.resume)
+        job = resume(settings, corpus, command.resume, devices)
         if job.other_loops:
             console.print(job.other_loops)
     else:
         new = Path("runs") / f"{settings.cell}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        job = begin(settings, corpus, command.out or new)
+        job = begin(settings, corpus, command.out or new, devices)
     path = job.run.path
     console.print(f"{path}: {_describe(job)}")
     try:
-        with _Display(console, settings) as display:
+        with _Display(console, settings) as display, warnings.catch_warnings():
+            warnings.simplefilter("always", MemoryWarning)
+            warnings.showwarning = lambda message, *_: console.print(f"warning: {message}")
             interrupted = work(job, display.show)
     except NotFinite as error:
         job.run.save(job.state)
@@ -152,10 +200,14 @@ def train(command: Train) -> int:
             f"seqjax train --resume {path} --learning-rate {settings.learning_rate / 4:g}"
         ) from None
     if interrupted:
+        end_worker()
         console.print(f"interrupted at step {job.step}, which is kept: seqjax train --resume {path}")
         return 130
     _conclude(job, console)
-    if command.report:
+    end_worker()
+    if command.report and places.processes > 1:
+        console.print(f"the report: seqjax report {path}")
+    elif command.report:
         _add_report(path, console)
     return 0
 
@@ -306,12 +358,15 @@ def _conclude(job: Job, console: Console) -> None:
     _, validation, test = job.parts
     validation_loss = job.mean_loss(validation) if math.isnan(job.validation) else job.validation
     console.print(f"after {job.step} steps, {job.table.seconds:.0f} s of training")
+    test_loss = job.mean_loss(test)
+    if not is_first():
+        return
     console.print(f"bits per character, validation text    {validation_loss / math.log(2):.3f}")
-    console.print(f"bits per character, test text          {job.mean_loss(test) / math.log(2):.3f}")
+    console.print(f"bits per character, test text          {test_loss / math.log(2):.3f}")
     entropy = unigram_entropy(np.concatenate(job.parts))
     console.print(f"unigram entropy of the corpus          {entropy:.3f}  (a model without memory)")
     prompt, vocabulary = validation[:20], job.run.corpus.vocabulary
-    drawn = character_model.sample(job.model, job.state.params, prompt, 200, seed=0, temperature=0.8)
+    drawn = character_model.sample(job.model, on_one_device(job.state.params), prompt, 200, seed=0, temperature=0.8)
     text = f"{decode(prompt, vocabulary)}|{decode(np.array(list(drawn)), vocabulary)}"
     console.print("a sample, after the bar:\n")
     console.print("    " + text.replace("\n", "\n    "))

@@ -14,13 +14,18 @@ import numpy as np
 
 from seqjax.command import character_model
 from seqjax.command.character_model import Settings
+from seqjax.command.processes import in_any, wait_for_all
 from seqjax.command.run_folder import MetricsTable, Run, RunError, restore
 from seqjax.data.text import Corpus, encode, split
 from seqjax.models.model import Model
+from seqjax.training._devices import Devices
 from seqjax.training._validated import Update, validated
 from seqjax.training.loop import Metrics, TrainState
 
-MAY_CHANGE = ("steps", "minutes", "learning_rate", "clip_norm", "validate_every", "checkpoint_every")
+MAY_CHANGE = (
+    "steps", "minutes", "learning_rate", "clip_norm", "validate_every", "checkpoint_every", "accumulate",
+    "rematerialize_every",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -35,6 +40,7 @@ class Job:
         table: its metrics on disk.
         validation: the mean loss on the validation text at its last evaluation, in nats per character; NaN before.
         other_loops: a sentence if a resumed run goes on with other loops than it began with.
+        devices: share the rows of a batch; None for the default device.
     """
 
     run: Run
@@ -44,6 +50,7 @@ class Job:
     table: MetricsTable
     validation: float = math.nan
     other_loops: str = ""
+    devices: Devices = None
 
     @property
     def step(self) -> int:
@@ -57,37 +64,46 @@ class Job:
 
     def mean_loss(self, tokens: np.ndarray) -> float:
         """The mean loss on a text, in nats per character."""
-        return character_model.mean_loss(self.run.settings, self.model, self.state.params, tokens)
+        return character_model.mean_loss(self.run.settings, self.model, self.state.params, tokens, self.devices)
 
-    def updates(self) -> Iterator[Update]:
-        """The remaining updates, with their validations."""
+    def updates(self, is_last: Callable[[int, float], bool]) -> Iterator[Update]:
+        """The remaining updates, with their validations; `is_last` as for `validated`."""
         settings = self.run.settings
         if self.finished:
             return iter(())
         return validated(
-            character_model.train(settings, self.model, self.parts[0], self.state),
-            is_last=settings.finished,
-            validate=lambda params: character_model.mean_loss(settings, self.model, params, self.parts[1]),
+            character_model.train(settings, self.model, self.parts[0], self.state, self.devices),
+            is_last=is_last,
+            validate=lambda params: character_model.mean_loss(
+                settings, self.model, params, self.parts[1], self.devices
+            ),
             validate_every=settings.validate_every,
             done=self.step,
             seconds=self.table.seconds,
         )
 
 
-def begin(settings: Settings, corpus: Corpus, path: Path) -> Job:
+def begin(settings: Settings, corpus: Corpus, path: Path, devices: Devices = None) -> Job:
     """A new run in a new folder.
+
+    Args:
+        settings, corpus, path: of the run.
+        devices: share the rows of a batch.
 
     Raises:
         ValueError: the text is too short.
         RunError: the folder cannot be created.
     """
-    model, parts = character_model.build(settings, corpus.vocabulary), _parts(settings, corpus)
+    parts = _parts(settings, corpus)
     run = Run.create(path, settings, corpus)
-    return Job(run, model, parts, character_model.first_state(settings, model), MetricsTable(run, 0))
+    wait_for_all("the folder is made")
+    model = character_model.build(settings, corpus.vocabulary)
+    state = character_model.first_state(settings, model)
+    return Job(run, model, parts, state, MetricsTable(run, 0), devices=devices)
 
 
-def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
-    """An earlier run, from its last checkpoint.
+def resume(settings: Settings, corpus: Corpus, path: Path, devices: Devices = None) -> Job:
+    """An earlier run, from its last checkpoint; the arguments as for `begin`.
 
     Raises:
         RunError: the folder, the text or the settings are not those of that run.
@@ -109,9 +125,9 @@ def resume(settings: Settings, corpus: Corpus, path: Path) -> Job:
                 f"leave it out, or train anew; a resumed run may change {', '.join(MAY_CHANGE)}"
             )
     run = dataclasses.replace(stored, settings=dataclasses.replace(settings, text=stored.settings.text))
-    model, state = restore(run)
+    model, state = restore(run, devices)
     table, other_loops = MetricsTable(run, int(state.step)), stored.other_loops()
-    job = Job(run, model, _parts(run.settings, corpus), state, table, other_loops=other_loops)
+    job = Job(run, model, _parts(run.settings, corpus), state, table, other_loops=other_loops, devices=devices)
     run.set_aside_after(job.step)
     if run.settings != stored.settings:
         run.write_settings()
@@ -133,11 +149,18 @@ def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:
     Raises:
         NotFinite: an update is not finite; the job holds the state before it.
     """
-    settings = job.run.settings
-    with _interruptible() as interrupted, contextlib.closing(job.table):
-        for update in job.updates():
+    settings, interrupted = job.run.settings, False
+
+    def is_last(number: int, seconds: float) -> bool:
+        nonlocal interrupted
+        # All processes stop after the same update, though each has its own clock and is interrupted for itself.
+        finished, interrupted = in_any(settings.finished(number, seconds), bool(noted))
+        return finished
+
+    with _interruptible() as noted, contextlib.closing(job.table):
+        for update in job.updates(is_last):
             job.state, job.table.seconds = update.state, update.seconds
-            stop = update.last or bool(interrupted)
+            stop = update.last or interrupted
             if update.validation is not None:
                 job.validation = update.validation
             characters = update.number * settings.batch * settings.window
@@ -146,8 +169,8 @@ def work(job: Job, show: Callable[[Job, Metrics, bool], None]) -> bool:
             if stop or update.number % settings.checkpoint_every == 0:
                 job.run.save(job.state)
             if stop:
-                break
-    return not job.finished
+                return not update.last
+    return False
 
 
 def _parts(settings: Settings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@
     RUN/unreadable/    damaged checkpoints, which resuming has moved aside
     RUN/report.html    the report
 
-Every file is written under another name and then renamed, so a file is complete or absent.
+Every file is written under another name and then renamed, so a file is complete or absent. If several processes train
+together, the first one writes the text files, and each writes its part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from seqjax import kernels
 from seqjax.command.character_model import Settings, build, first_state
 from seqjax.data.text import Corpus
 from seqjax.models.model import Model
 from seqjax.sequence.explain import explain
+from seqjax.training._devices import Devices, mesh_of, places_of
 from seqjax.training.loop import Metrics, TrainState
 
 FORMAT = 2
@@ -67,11 +70,14 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, settings: Settings, corpus: Corpus) -> Run:
-        """Creates the folder.
+        """Creates the folder. Of several processes, the first one creates it.
 
         Raises:
             RunError: the path exists and is not an empty folder, or it cannot be written to.
         """
+        run = cls(path, settings, CorpusRecord.of(corpus))
+        if not _writes():
+            return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
                 f"expected a new folder, got {path}, which holds something: "
@@ -82,7 +88,6 @@ class Run:
                 f"expected a path without any of []*?{{}}, which the checkpoints' store takes for patterns, "
                 f"got {path} with {' '.join(strange)}: choose another --out"
             )
-        run = cls(path, settings, CorpusRecord.of(corpus))
         try:
             path.mkdir(parents=True, exist_ok=True)
             run.write_settings()
@@ -131,7 +136,7 @@ class Run:
             "format": FORMAT,
             "settings": settings,
             "corpus": dataclasses.asdict(self.corpus),
-            "versions": _versions(),
+            "versions": versions_of_packages(),
             "kernels": _kernels(self.settings, self.corpus.vocabulary),
             "variant": kernels.variant(),
         }
@@ -171,22 +176,25 @@ class Run:
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints of later steps, which could not be read, aside, so that new ones can be written."""
+        if not _writes():
+            return
         for folder in (self.path / "checkpoints").iterdir():
             if folder.name.isdigit() and int(folder.name) > step:
                 aside = self.path / "unreadable"
                 aside.mkdir(exist_ok=True)
                 os.replace(folder, aside / f"{folder.name}-{time.time_ns()}")
 
-    def restore(self, like: TrainState) -> TrainState:
+    def restore(self, like: TrainState, devices: Devices = None) -> TrainState:
         """The newest checkpoint that can be read.
 
         Args:
             like: the shapes and dtypes of a training state of this run, such as those of its first state.
+            devices: share the rows of the carried state, which other devices may have written.
 
         Raises:
             RunError: no checkpoint can be read.
         """
-        abstract = jax.tree.map(_abstract, like._asdict())
+        abstract = jax.tree.map(_abstract, like, places_of(mesh_of(devices), like))._asdict()
         reasons = []
         if (self.path / "checkpoints").is_dir():
             with _manager(self.path) as manager:
@@ -202,11 +210,11 @@ class Run:
         )
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def _abstract(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def restore(run: Run) -> tuple[Model, TrainState]:
+def restore(run: Run, devices: Devices = None) -> tuple[Model, TrainState]:
     """The model of a run and its last state.
 
     Raises:
@@ -214,7 +222,7 @@ def restore(run: Run) -> tuple[Model, TrainState]:
     """
     model = build(run.settings, run.corpus.vocabulary)
     # Only shapes and dtypes are needed, and to draw the first parameters takes seconds, most of them to compile.
-    return model, run.restore(jax.eval_shape(lambda: first_state(run.settings, model)))
+    return model, run.restore(jax.eval_shape(lambda: first_state(run.settings, model)), devices)
 
 
 class MetricsTable:
@@ -234,7 +242,8 @@ class MetricsTable:
         self.clipped = sum(float(row["clipped"]) for row in rows)
         lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
         _write(self.path, "\n".join(lines) + "\n")
-        self.file = self.path.open("a", newline="", encoding="utf-8")
+        place = self.path if _writes() else Path(os.devnull)
+        self.file = place.open("a", newline="", encoding="utf-8")
 
     def add(self, step: int, metrics: Metrics, validation: float | None, characters: int) -> None:
         """Writes the row of one update; `self.seconds` is the training time up to it."""
@@ -249,13 +258,21 @@ class MetricsTable:
         self.file.close()
 
 
+def _writes() -> bool:
+    """Whether this process writes the text files of the folder: the first of all processes that train together."""
+    return jax.process_index() == 0
+
+
 def _write(path: Path, text: str) -> None:
+    if not _writes():
+        return
     beside = path.with_name(path.name + ".new")
     beside.write_text(text, "utf-8")
     os.replace(beside, path)
 
 
-def _versions() -> dict[str, str]:
+def versions_of_packages() -> dict[str, str]:
+    """The versions of Python and of the packages that a training depends on."""
     import importlib.metadata
     import platform
 

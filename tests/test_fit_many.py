@@ -39,7 +39,7 @@ def test_each_network_is_that_of_a_training_of_its_own(found):
     for i, rate in enumerate(RATES):
         alone = sj.fit(MODEL, batches(), key=KEYS[i], optimizer=optax.adam(float(rate)))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found[i].params, alone.params)
-        assert found[i].history.keys() >= alone.history.keys() - {"validation", "validation_step"}
+        assert found[i].history.keys() == alone.history.keys()
         for name in ("step", "loss", "grad_norm", "clipped", "param_norm", "grad_norm/cell.1.W_hh"):
             np.testing.assert_allclose(found[i].history[name], alone.history[name], rtol=1e-4, err_msg=name)
     assert int(found[1].state.step) == 4
@@ -63,6 +63,32 @@ def test_a_network_that_fails_keeps_its_last_numbers_and_disturbs_no_other(found
 def test_a_number_of_steps_ends_the_training():
     assert trained(steps=2).reasons == ("steps",) * 3
     assert trained(steps=2).history["loss"].shape == (3, 2)
+
+
+def test_each_network_is_validated_for_itself():
+    found = trained(validation=lambda: batches(2), validate_every=2)
+    assert found.history["validation_step"].tolist() == [[2, 4]] * 3
+    for i in range(3):
+        expected = sj.evaluate(MODEL, found[i].params, batches(2))
+        assert found[i].history["validation"][-1] == pytest.approx(expected, rel=1e-5)
+        assert "validation" in str(found[i])
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="this process has one device")
+def test_devices_share_the_networks():
+    def both(devices):
+        return sj.fit_many(
+            MODEL, batches(), keys=KEYS[:2], settings={"learning_rate": RATES[:2]}, devices=devices,
+            validation=lambda: batches(2),
+        )  # fmt: skip
+
+    found, expected = both(jax.devices()[:2]), both(None)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found.params, expected.params)
+    np.testing.assert_allclose(found.history["validation"], expected.history["validation"], rtol=1e-4)
+    for leaf in jax.tree.leaves((found.params, found.state.carried)):
+        assert leaf.sharding.shard_shape(leaf.shape)[0] == 1
+    with raises(ValueError, "networks that 2 devices divide evenly", "got 3"):
+        sj.fit_many(MODEL, batches(), keys=KEYS, devices=jax.devices()[:2])
 
 
 def test_what_does_not_fit_is_said():

@@ -62,10 +62,12 @@ def evaluate(
         >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
         1.3863
     """
-    return _evaluator(model, loss, devices)(params, stream)
+    return evaluator_of(model, loss, devices)(params, stream)
 
 
-def _evaluator(model: Model, loss: Objective, devices: Devices) -> Callable[[ModelParams, Iterable[Batch]], Any]:
+def evaluator_of(
+    model: Model, loss: Objective, devices: Devices = None
+) -> Callable[[ModelParams, Iterable[Batch]], Any]:
     """`evaluate` as a function that compiles once, even for objects that compare by identity."""
     return partial(_mean_loss, cached_jit(_batch_loss, model, loss), loss, mesh_of(devices))
 
@@ -195,7 +197,7 @@ def fit(
     optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
     first: Any = latest.step if isinstance(latest.step, Tracer) else int(latest.step)
-    rows, validations, evaluator = [], [], _evaluator(model, loss, devices)
+    rows, validations, evaluator = [], [], evaluator_of(model, loss, devices)
     batches = stream if steps is None else itertools.islice(stream, steps)
     reason = "stream"
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ from seqjax.data.history import LEAF_PREFIX, leaf_names
 from seqjax.models.model import Model, ModelParams
 from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
+from seqjax.training._devices import Devices, by_rows, everywhere, mesh_of
 from seqjax.training._gradient import AT_ONCE
-from seqjax.training.fit import Fitted
+from seqjax.training._validated import validated
+from seqjax.training.fit import Fitted, evaluator_of
 from seqjax.training.loop import Metrics, TrainState, update_once, with_clipping
 
 Make = Callable[..., optax.GradientTransformation]
@@ -32,7 +34,7 @@ class FittedMany:
 
     Attributes:
         params: the trained parameters, leaves (networks, ...).
-        history: as that of `Fitted`, each array (networks, updates).
+        history: as that of `Fitted`, each array (networks, updates) or (networks, evaluations).
         state: the training states, leaves (networks, ...).
         reasons: for each network why its training stopped: "steps", "stream" (no batch was left), or "not finite at
             step N", after which its parameters stay those before that step.
@@ -76,6 +78,9 @@ def fit_many(
     settings: Mapping[str, Any] | None = None,
     clip_norm: float | None = 1.0,
     loss: Objective = every_step,
+    validation: Callable[[], Iterable[Batch]] | None = None,
+    validate_every: int = 100,
+    devices: Devices = None,
 ) -> FittedMany:
     """Trains many networks on the same batches, as one compiled program: theta_i <- theta_i + optimizer_i(g_i).
 
@@ -91,13 +96,15 @@ def fit_many(
         settings: its arguments by name, each a number, or an array (networks,) with one for each network; by default
             a learning rate of 1e-3.
         clip_norm: the largest norm of the gradient; None does not clip.
-        loss: as for `fit`.
+        loss, validation, validate_every: as for `fit`.
+        devices: share the networks: `jax.devices()`. No device waits for a sum over the others.
 
     Returns:
         `FittedMany`: the parameters, the history, the states and the reasons.
 
     Raises:
-        ValueError: `keys` is not a row of keys, a setting has another number of networks, or a batch does not fit.
+        ValueError: `keys` is not a row of keys, a setting has another number of networks, the devices do not divide the
+            networks evenly, or a batch does not fit.
         TypeError: the stream yields something that is not a `Batch`.
 
     Example:
@@ -114,19 +121,47 @@ def fit_many(
         raise ValueError(f"expected steps of at least 0, got {steps}")
     count = _networks(keys)
     settings = {name: _one_each(name, value, count) for name, value in (settings or {"learning_rate": 1e-3}).items()}
-    limit = float("inf") if clip_norm is None else float(clip_norm)
+    mesh = mesh_of(devices)
+    if mesh is not None and count % mesh.size:
+        raise ValueError(
+            f"expected networks that {mesh.size} devices divide evenly, got {count}: other keys or devices"
+        )
+    keys, settings = by_rows(mesh, (keys, settings))
     state = cached_jit(_start, model, optimizer, clip_norm)(keys, settings)
-    failed, rows = jnp.full(count, -1), []
-    update = cached_jit(_update_all, model, optimizer, clip_norm, loss, limit)
-    for batch in stream if steps is None else itertools.islice(stream, steps):
-        state = state._replace(carried=check_batch(batch, state.carried))
-        data = (batch.xs, batch.targets, batch.mask, batch.reset)
-        jax.block_until_ready(failed)  # a call holds its temporaries from its launch on
-        state, failed, metrics = update(state, failed, settings, data, keys)
-        rows.append(metrics)
+    failed, rows, validations, evaluator = by_rows(mesh, jnp.full(count, -1)), [], [], evaluator_of(model, loss)
+    limit = float("inf") if clip_norm is None else float(clip_norm)
+    update_all = cached_jit(_update_all, model, optimizer, clip_norm, loss, limit)
+
+    def updates(state: TrainState) -> Iterator[tuple[TrainState, Metrics]]:
+        nonlocal failed
+        for batch in stream if steps is None else itertools.islice(stream, steps):
+            state = state._replace(carried=check_batch(batch, state.carried))
+            data = everywhere(mesh, (batch.xs, batch.targets, batch.mask, batch.reset))
+            jax.block_until_ready(failed)  # a call holds its temporaries from its launch on
+            state, failed, metrics = update_all(state, failed, settings, data, keys)
+            yield state, metrics
+
+    def validate(params: ModelParams) -> Array:
+        batches = list(validation() if validation is not None else ())
+        return jax.vmap(lambda one: evaluator(one, everywhere(mesh, batches)))(params)
+
+    run = validated(
+        updates(state),
+        is_last=lambda number, _: number == steps,
+        validate=None if validation is None else validate,
+        validate_every=validate_every,
+    )
+    for update in run:
+        state = update.state
+        rows.append({"step": np.full(count, update.number)} | update.metrics.row())
+        if update.validation is not None:
+            validations.append({"validation_step": np.full(count, update.number), "validation": update.validation})
     ended = "steps" if len(rows) == steps else "stream"
     reasons = tuple(ended if at < 0 else f"not finite at step {at}" for at in failed.tolist())
-    return FittedMany(state.params, _history(state.params, rows), state, reasons)
+    leaves = leaf_names(jax.tree.map(lambda leaf: leaf[0], state.params))
+    names = ["step", *Metrics._fields[:-1], *(f"{LEAF_PREFIX}{name}" for name in leaves)]
+    history = _columns(names, count, rows) | _columns(["validation_step", "validation"], count, validations)
+    return FittedMany(state.params, history, state, reasons)
 
 
 def _networks(keys: Array) -> int:
@@ -180,10 +215,7 @@ def _update_all(
     return jax.vmap(one)(state, failed, dict(settings), keys)
 
 
-def _history(params: ModelParams, rows: list[Metrics]) -> dict[str, Any]:
-    """Arrays (networks, updates) by name."""
-    one = jax.tree.map(lambda leaf: leaf[0], params)
-    names = ["step", *Metrics._fields[:-1], *(f"{LEAF_PREFIX}{name}" for name in leaf_names(one))]
-    count = jax.tree.leaves(params)[0].shape[0]
-    table = [{"step": np.full(count, i + 1)} | metrics.row() for i, metrics in enumerate(jax.device_get(rows))]
+def _columns(names: list[str], count: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Arrays (networks, rows) by name."""
+    table = jax.device_get(rows)
     return {name: np.stack([row[name] for row in table], axis=1) if table else np.zeros((count, 0)) for name in names}

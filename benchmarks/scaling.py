@@ -143,9 +143,13 @@ CONCLUSION = """
   fewer rows than measured do not make it shorter: beyond 8 devices there is no gain at all. Up to 8 the table flatters,
   because one GPU runs 128 rows at once in less time than eight times 16 rows.
 - Then other means are used: shorter windows (`truncated_grad`, or `reset` with several windows side by side) turn time
-  into rows; `sj.unroll_parallel` divides time itself where the network contracts; gradients of several updates can be
-  added before they are sent; members of an ensemble need no communication; and optimiser states that are sharded save
-  memory, not time.
+  into rows; `sj.unroll_parallel` divides time itself where the network contracts; a batch in parts (`accumulate`) sends
+  its gradient once; members of an ensemble need no communication; and optimiser states that are sharded save memory,
+  not time.
+
+`sj.fit(..., devices=jax.devices())` and `seqjax train --devices N --coordinator HOST:PORT --processes M` train in this
+way. `sj.fit_many(..., devices=jax.devices())` divides an ensemble, and an engine for tasks runs a sweep on several
+machines, as in [sweep_with_dask.py](sweep_with_dask.py).
 """
 
 

@@ -49,7 +49,8 @@ def unroll(
 
     If `xs` is sharded over the batch, so are the results, whether the axes of the mesh are automatic, explicit, or
     manual inside `jax.shard_map`. Every device runs its own rows with all parameters, and their gradient is added over
-    the devices once, after the loops; with `checkpoint_every` once per chunk outside `jax.shard_map`.
+    the devices once, after the loops; with `checkpoint_every` once per chunk outside `jax.shard_map`, except in
+    `sj.fit(..., devices=...)`.
 
     Args:
         cell: any object with `init`, `initial_state` and `step`.

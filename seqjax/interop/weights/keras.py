@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from seqjax.cell import Cell, Params
+from seqjax.interop.weights._keras_file import read_layer
 from seqjax.interop.weights._layouts import (
     ORDER,
     Layer,
@@ -42,6 +45,7 @@ def from_keras(
     cell: Literal["lstm", "gru", "rnn"] | None = None,
     reset_after: bool | None = None,
     activation: Literal["tanh", "relu", "linear"] | None = None,
+    layer: str | None = None,
 ) -> tuple[Any, Params]:
     """The weights of a recurrent layer of Keras as a cell of seqjax and its parameters.
 
@@ -51,11 +55,13 @@ def from_keras(
     `sj.GRU(d, n, reset="before", update="keeps")`.
 
     Args:
-        source: a layer or cell of Keras, `layer.get_weights()`, or its arrays by the names kernel, recurrent_kernel and
-            bias. A list of such sources, starting at the input, gives a stack.
+        source: a layer or cell of Keras, `layer.get_weights()`, its arrays by the names kernel, recurrent_kernel and
+            bias, or the path of a `.keras` file, from which nothing is executed. A list of such sources, starting at
+            the input, gives a stack.
         cell: the kind of the cell. The shapes decide it, so this is only a check.
         reset_after: for a GRU without a bias whose layer is not given. The shape of a bias decides it.
         activation: of a SimpleRNN whose layer is not given; "tanh" by default.
+        layer: the name of the layer in a file that has several recurrent layers.
 
     Returns:
         An `LSTM`, `GRU` or `VanillaRNN`, or a `Stack` of them, and its parameters, copied. They are the same bits,
@@ -63,8 +69,10 @@ def from_keras(
 
     Raises:
         ValueError: names or shapes are not those of such a layer, all of them in one message; an activation that no
-            cell of seqjax has; or a layer that reads backwards or in both directions.
+            cell of seqjax has; a layer that reads backwards or in both directions; or a file that is damaged or has no
+            such layer.
         TypeError: the source is none of these.
+        ModuleNotFoundError: the file needs h5py, which is not installed.
 
     Source: the layers of Keras 3, `keras.layers.GRU`.
 
@@ -75,10 +83,13 @@ def from_keras(
         >>> type(cell).__name__, cell.reset, params.b_h.tolist()[::4], params.b_hn.tolist()
         ('GRU', 'after', [2.0, 2.0, 1.0], [1.0, 1.0, 1.0])
     """
-    if _is_list_of_layers(source):
+    is_file = isinstance(source, str | os.PathLike)
+    if layer is not None and not is_file:
+        raise ValueError(f"expected a file for layer={layer!r}, got {kind_of(source)}: pass that layer itself")
+    if not is_file and _is_list_of_layers(source):
         parts = [_layers(part, cell, reset_after, activation) for part in source]
         return build([layer for part in parts for layer in part])
-    return build(_layers(source, cell, reset_after, activation))
+    return build(_layers(source, cell, reset_after, activation, layer))
 
 
 def to_keras(cell: Cell, params: Params, *, bias: bool = True) -> list[Any]:
@@ -118,21 +129,39 @@ def _is_list_of_layers(source: Any) -> bool:
     return isinstance(source, list | tuple) and not all(hasattr(part, "shape") for part in source)
 
 
-def _layers(source: Any, cell: str | None, reset_after: bool | None, activation: str | None) -> list[Layer]:
+def _layers(
+    source: Any, cell: str | None, reset_after: bool | None, activation: str | None, name: str | None = None
+) -> list[Layer]:
     """The layers of one source; several for a layer of stacked cells."""
-    if not isinstance(source, Mapping | Sequence):
+    if isinstance(source, str | os.PathLike):
+        stored, source = read_layer(Path(source), name)
+        _check_direction(stored.options)
+        activation, reset_after = _options(stored.kind, stored.options, activation)
+    elif not isinstance(source, Mapping | Sequence):
         source = _cell_of(source)
         if hasattr(source, "cells"):  # StackedRNNCells
             return [layer for part in source.cells for layer in _layers(part, cell, reset_after, activation)]
-        options = source.get_config()
-        if "Simple" in type(source).__name__:
-            activation = options["activation"]
-        else:
-            check_gated(options["activation"], options["recurrent_activation"], f"a layer {type(source).__name__}")
-        reset_after = options.get("reset_after")
+        activation, reset_after = _options(type(source).__name__, source.get_config(), activation)
         source = {name: getattr(source, name, None) for name in NAMES}
         source = {name: value for name, value in source.items() if value is not None}
     return [_layer(_named(source), cell, reset_after, activation)]
+
+
+def _options(kind: str, options: Mapping[str, Any], activation: str | None) -> tuple[str | None, bool | None]:
+    """The activation and the place of the reset gate of a layer or a cell, from its class and arguments."""
+    if "Simple" in kind:
+        activation = options["activation"]
+    else:
+        check_gated(options["activation"], options["recurrent_activation"], f"a layer {kind}")
+    return activation, options.get("reset_after")
+
+
+def _check_direction(options: Mapping[str, Any]) -> None:
+    if options.get("go_backwards", False):
+        raise ValueError(
+            "expected a layer of Keras that reads forwards, got go_backwards=True: pass layer.get_weights(), and run "
+            "the cell with sj.unroll(..., reverse=True), which keeps each output at its own time"
+        )
 
 
 def _cell_of(layer: Any) -> Any:
@@ -143,11 +172,7 @@ def _cell_of(layer: Any) -> Any:
                 "expected a layer of Keras that reads in one direction, got Bidirectional: convert "
                 "layer.forward_layer, and layer.backward_layer.get_weights() for sj.unroll(..., reverse=True)"
             )
-    if getattr(layer, "go_backwards", False):
-        raise ValueError(
-            "expected a layer of Keras that reads forwards, got go_backwards=True: pass layer.get_weights(), and run "
-            "the cell with sj.unroll(..., reverse=True), which keeps each output at its own time"
-        )
+    _check_direction({"go_backwards": getattr(layer, "go_backwards", False)})
     cell = getattr(layer, "cell", layer)
     if hasattr(cell, "cells"):
         return cell

@@ -1,13 +1,14 @@
 """Padded batches, resets, and single steps: what recurrent reinforcement learning and inference run on a CPU.
 
-    python -m benchmarks.ragged        about four minutes on two cores
+    python -m benchmarks.ragged        about five minutes on two cores
 
 - Padding: sequences of 10 % to 100 % of T steps, 55 % on average, as a mask (seqjax), `seq_lengths` (flax), a mask of
   Keras, and torch's packed sequences. The outputs of valid steps must agree.
 - Resets: 3 % of the steps start anew. flax, equinox and torch have no resets, so their users write a scan over the cell
   that selects the initial state; here that is flax's cell. Keras and torch's layers have no way to reset.
 - One step: one row from a carried state, as an agent or a sampler runs it, by `jax.jit` of the cell's step. Each call
-  waits for its result.
+  waits for its result. `sj.stream` also keeps the state and checks its input.
+- A chunk: 16 steps of one row from a carried state, by `push` of `sj.stream`, flax's RNN and torch's layer.
 
 Both directions are as in `benchmarks.peers`. All ways have the same weights, float32. Needs keras and torch. Writes
 ragged.json and ragged.md beside this file.
@@ -31,6 +32,7 @@ from benchmarks.peers.rows import Row, inputs, weights
 
 ROWS = [Row(128, 128, 256, 256), Row(32, 128, 128, 128), Row(8, 64, 64, 64)]
 UNITS = (256, 1024)
+CHUNK = 16
 KINDS = ("lstm", "gru")
 SECONDS = 2.0  # per way
 REASONS = """A packed sequence has no padding in any product. seqjax leaves masked rows out of the recurrent products,
@@ -161,7 +163,7 @@ def compare(kind: str, row: Row, pool) -> dict:
 
 
 def one_step(kind: str, hidden: int, pool) -> dict:
-    """The times of one step of one row."""
+    """The times of one step of one row, and of a chunk of steps."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -180,20 +182,34 @@ def one_step(kind: str, hidden: int, pool) -> dict:
     ours, theirs = jax.jit(cell.step), jax.jit(module.apply)
     state = cell.initial_state(params)
     np.testing.assert_allclose(ours(params, state, x)[1], theirs(of_flax, carry, x)[1], atol=1e-5)
-    timers = {
+    stream = sj.stream(cell, params)
+    step = {
         "seqjax": partial(call_times, partial(ours, params, state, x)),
+        "sj.stream": partial(call_times, partial(stream.step, x)),
         "flax": partial(call_times, partial(theirs, of_flax, carry, x)),
-        "torch": lambda n: pool.apply(torch_steps, (kind, hidden, max(n, 30))),
+        "torch": lambda n: pool.apply(torch_steps, (kind, hidden, 1, max(n, 30))),
     }
-    return in_turns(timers, SECONDS)
+    xs, layer = jnp.ones((CHUNK, hidden)), nn.RNN(module, return_carry=True)
+    of_layer = {"params": {"cell": of_flax["params"]}}
+    chunk_of_flax = jax.jit(lambda carry, xs: layer.apply(of_layer, xs, initial_carry=carry))
+    np.testing.assert_allclose(sj.stream(cell, params).push(xs), chunk_of_flax(carry, xs)[1], atol=1e-5)
+    chunk = {
+        "sj.stream": partial(call_times, partial(stream.push, xs)),
+        "flax": partial(call_times, partial(chunk_of_flax, carry, xs)),
+        "torch": lambda n: pool.apply(torch_steps, (kind, hidden, CHUNK, max(n, 30))),
+    }
+    return {"step": in_turns(step, SECONDS), "chunk": in_turns(chunk, SECONDS)}
 
 
-def torch_steps(kind: str, hidden: int, calls: int) -> list[float]:
+def torch_steps(kind: str, hidden: int, steps: int, calls: int) -> list[float]:
+    """The seconds of calls of a cell, or of a layer for several steps; in a process of its own."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    module = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell}[kind](hidden, hidden)
-    x, zero, seconds = torch.ones(1, hidden), torch.zeros(1, hidden), []
+    cells, layers = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell}, {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
+    module = (cells if steps == 1 else layers)[kind](hidden, hidden)
+    # A layer without a batch reads (time, features), and its state has one entry per layer.
+    x, zero, seconds = torch.ones(steps, hidden), torch.zeros(1, hidden), []
     state = (zero, zero) if kind == "lstm" else zero
     with torch.inference_mode():
         for _ in range(calls + 5):
@@ -216,11 +232,20 @@ def document(found: dict) -> str:
             lines.append(f"| {way.replace('/', ': ')} | {row} |")
         ratios = [of[d]["resets/seqjax"]["min"] / of[d]["whole/seqjax"]["min"] for d in ("forward", "backward")]
         lines += ["", f"With resets / without: {ratios[0]:.2f} forward, {ratios[1]:.2f} with backward.", ""]
-    lines += ["## One step of one row, microseconds", "", "| | seqjax | flax | torch |", "|---|---|---|---|"]
-    for key, of in found["steps"].items():
-        row = " | ".join(f"{1e6 * of[way]['min']:.0f} ({1e6 * of[way]['median']:.0f})" for way in of)
-        lines.append(f"| {key.upper()} | {row} |")
-    lines += ["", "## Where a peer is faster", "", *slower(found)]
+    for task, title in (("step", "One step"), ("chunk", f"A chunk of {CHUNK} steps")):
+        tables = {key: of[task] for key, of in found["steps"].items()}
+        names = list(next(iter(tables.values())))
+        lines += [
+            f"## {title} of one row, microseconds",
+            "",
+            f"| | {' | '.join(names)} |",
+            "|---" * (1 + len(names)) + "|",
+        ]
+        for key, of in tables.items():
+            row = " | ".join(f"{1e6 * of[way]['min']:.0f} ({1e6 * of[way]['median']:.0f})" for way in names)
+            lines.append(f"| {key.upper()} | {row} |")
+        lines.append("")
+    lines += ["## Where a peer is faster", "", *slower(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -235,8 +260,10 @@ def slower(found: dict) -> list[str]:
                 if ratio > 1 and "seqjax" not in name:
                     lines.append(f"- {key}, {direction}, {task}: {ratio:.2f} times the time of {name}.")
     for key, of in found["steps"].items():
-        lines += [f"- One step, {key}: {of['seqjax']['min'] / of[way]['min']:.2f} times the time of {way}."
-                  for way in ("flax", "torch") if of[way]["min"] < of["seqjax"]["min"]]  # fmt: skip
+        for task, ours in (("step", "seqjax"), ("step", "sj.stream"), ("chunk", "sj.stream")):
+            times = {way: of[task][ours]["min"] / of[task][way]["min"] for way in ("flax", "torch")}
+            lines += [f"- A {task}, {key}: {ours} takes {x:.2f} times the time of {way}." for way, x in times.items()
+                      if x > 1]  # fmt: skip
     return [*lines, "", REASONS]
 
 

@@ -30,7 +30,7 @@ class Stream:
     def __init__(self, cell: Cell, params: Params, state: State, has_batch: bool) -> None:
         self.cell, self.params, self.state = cell, params, state
         self._has_batch = has_batch
-        self._push = cached_jit(_push, cell, has_batch)
+        self._push, self._step = (cached_jit(function, cell, has_batch) for function in (_push, _step))
 
     def push(self, xs: PyTree) -> Output:
         """Runs the next steps and returns their outputs. It compiles once for each number of steps.
@@ -74,9 +74,8 @@ class Stream:
             >>> stream.step(jnp.ones((5, 2))).shape
             (5, 3)
         """
-        axis = 1 if self._has_batch else 0
-        outputs = self.push(jax.tree.map(lambda leaf: jnp.expand_dims(leaf, axis), x))
-        return jax.tree.map(lambda leaf: leaf.take(0, axis), outputs)
+        self.state, outputs = self._step(self.params, self.state, x)
+        return outputs
 
     def to_bytes(self) -> bytes:
         """The state as bytes, for another process. They hold numbers only, and no parameters.
@@ -172,6 +171,12 @@ def _push(cell: Cell, has_batch: bool, params: Params, state: State, xs: PyTree)
         return unroll(cell, params, xs, state=state)
     state, xs = jax.tree.map(lambda leaf: leaf[None], (state, xs))
     return jax.tree.map(lambda leaf: leaf[0], unroll(cell, params, xs, state=state))
+
+
+def _step(cell: Cell, has_batch: bool, params: Params, state: State, x: PyTree) -> tuple[State, Output]:
+    axis = 1 if has_batch else 0
+    state, outputs = _push(cell, has_batch, params, state, jax.tree.map(lambda leaf: jnp.expand_dims(leaf, axis), x))
+    return state, jax.tree.map(lambda leaf: leaf.take(0, axis), outputs)
 
 
 def _is_key(leaf: Any) -> bool:

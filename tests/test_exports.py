@@ -312,6 +312,11 @@ def test_bytes_of_another_kind_are_refused_in_one_sentence(exported):
             sj.load_exported(data)
 
 
+def test_the_path_of_a_file_is_refused_with_how_to_read_it():
+    with raises(TypeError, "expected the bytes of sj.export, got", "read_bytes()"):
+        sj.load_exported("unroll.bin")
+
+
 def test_a_program_that_this_jax_cannot_read_names_both_versions(exported):
     program = parts(exported)[1]
     for other in (b"\0" * 64, program[:100] + b"\0" * 100 + program[200:]):

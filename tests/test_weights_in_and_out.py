@@ -907,3 +907,12 @@ for path in (sys.argv[1], "a.safetensors"):
     assert imported == ""
     for message, fix in zip(messages, ["pip install torch", 'pip install "seqjax[files]"'], strict=True):
         assert fix in message
+
+
+def test_all_arrays_that_are_no_numbers_are_named_at_once():
+    weights = drawn(torch_shapes(4, 2, 3), "float32")
+    weights |= {"weight_ih_l0": weights["weight_ih_l0"].astype(int), "bias_hh_l0": weights["bias_hh_l0"].astype(bool)}
+    with raises(
+        TypeError, "arrays of floating-point numbers as bias_hh_l0, weight_ih_l0, got bool (12,), int64 (12, 2)"
+    ):
+        sj.from_torch(weights)

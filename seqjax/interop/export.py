@@ -93,13 +93,13 @@ def export(
 
     Example:
         >>> import jax, jax.numpy as jnp, seqjax as sj
-        >>> from functools import partial
-        >>> cell = sj.LSTM(2, 3)
-        >>> params = cell.init(jax.random.key(0))
-        >>> data = sj.export(partial(sj.unroll, cell), params, jnp.ones((1, 1, 2)), shapes=("...", "b, t, ..."))
-        >>> state, outputs = sj.load_exported(data)(params, jnp.ones((4, 7, 2)))
-        >>> state.h.shape, outputs.shape
-        ((4, 3), (4, 7, 3))
+        >>> cell = sj.GRU(2, 3)
+        >>> params, zero = cell.init(jax.random.key(0)), sj.GRUState(jnp.zeros((1, 3)))
+        >>> step = jax.vmap(cell.step, (None, 0, 0))
+        >>> data = sj.export(step, params, zero, jnp.ones((1, 2)), shapes=("...", "b, ...", "b, ..."))
+        >>> state, output = sj.load_exported(data)(params, sj.GRUState(jnp.zeros((4, 3))), jnp.ones((4, 2)))
+        >>> state.h.shape, output.shape
+        ((4, 3), (4, 3))
     """
     _check_flatbuffers()
     chosen = tuple(platforms or (jax_export.default_export_platform(),))
@@ -134,6 +134,7 @@ def load_exported(data: bytes) -> Exported:
     Raises:
         ValueError: the bytes are no such function or are damaged; this version of JAX cannot read them; a class is
             unknown; or the program needs a kernel that is not here.
+        TypeError: the argument is not bytes.
         ModuleNotFoundError: flatbuffers is not installed.
 
     Example:
@@ -142,6 +143,10 @@ def load_exported(data: bytes) -> Exported:
         >>> double(jnp.ones(2)).tolist(), double.platforms
         ([2.0, 2.0], ('cpu',))
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"expected the bytes of sj.export, got {kind_of(data)}: pathlib.Path(file).read_bytes() reads them"
+        )
     header, program = _divided(bytes(data))
     _check_flatbuffers()
     for name, fields in header["classes"].items():

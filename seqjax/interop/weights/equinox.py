@@ -9,20 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.cell import Cell, Params
-from seqjax.interop.weights._layouts import (
-    ORDER,
-    Layer,
-    as_gru,
-    as_numpy,
-    b_hn_of,
-    build,
-    check_names,
-    check_no_bias,
-    check_shapes,
-    kind_by_shape,
-    layers_of,
-    only_or_all,
-)
+from seqjax.interop.weights._arrays import ORDER, as_numpy, check_names, check_shapes, kind_by_shape
+from seqjax.interop.weights._layers import Layer, as_gru, b_hn_of, build, check_no_bias, layers_of, only_or_all
 from seqjax.sequence._parameter_checks import kind_of
 
 NAMES = ("weight_ih", "weight_hh", "bias", "bias_n")
@@ -98,7 +86,7 @@ def _layer(source: Any) -> Layer:
             raise TypeError(f"expected an LSTMCell or GRUCell of equinox, or its arrays, got {kind_of(source)}")
         source = found
     found = {name: value for name, value in source.items() if value is not None}
-    arrays = {name: as_numpy(value, name) for name, value in found.items()}
+    arrays = as_numpy(found)
     names = ["weight_ih", "weight_hh"]
     if "weight_hh" not in arrays:
         check_names(arrays, [*names, "bias"], TITLE)

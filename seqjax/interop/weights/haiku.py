@@ -10,19 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.cell import Cell, Params
-from seqjax.interop.weights._layouts import (
-    Layer,
-    add,
-    as_gru,
-    as_numpy,
-    build,
-    check_names,
-    check_shapes,
-    flat,
-    kind_by_shape,
-    layers_of,
-    reorder,
-)
+from seqjax.interop.weights._arrays import as_numpy, check_names, check_shapes, flat, kind_by_shape
+from seqjax.interop.weights._layers import Layer, add, as_gru, build, layers_of, reorder
 
 NAMES = {"lstm": "lstm", "gru": "gru", "rnn": "vanilla_rnn"}  # the names that haiku gives to its cores
 CORE = re.compile(rf"(?:.*/)?(?:{'|'.join(NAMES.values())})(?:_\d+)?")
@@ -121,23 +110,23 @@ def _cores(found: Mapping[str, Any]) -> list[str]:
 
 def _layer(found: Mapping[str, Any], prefix: str) -> Layer:
     title, start = f"the parameters of the core {prefix} of haiku", f"{prefix}/"
-    own = {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
-    arrays = {name: as_numpy(value, f"{prefix}/{name}") for name, value in own.items()}
-    if {"w_i", "w_h"} & set(own):
+    own = as_numpy({name: value for name, value in found.items() if name.startswith(start)})
+    arrays = {name.removeprefix(start): array for name, array in own.items()}
+    if {"w_i", "w_h"} & set(arrays):
         layout = {"w_i": "d 3n", "w_h": "n 3n", "b": "3n"}
-        check_names(own, layout, title)
+        check_names(arrays, layout, title)
         kind_by_shape("w_h", arrays["w_h"].shape, title, gates_last=True)
         check_shapes(arrays, layout, title, "w_h")
         W_xh, W_hh, b = (reorder(arrays[name].T, "zrn", "rzn") for name in layout)
         return Layer("gru", W_xh, W_hh, b, None, {"reset": "before", "update": "writes"})
-    if any(name.startswith("linear_1/") for name in own):
+    if any(name.startswith("linear_1/") for name in arrays):
         layout = {"linear/w": "d n", "linear_1/w": "n n", "linear/b": "n"}
-        layout |= {"linear_1/b": "n"} if "linear_1/b" in own else {}
-        check_names(own, layout, title)
+        layout |= {"linear_1/b": "n"} if "linear_1/b" in arrays else {}
+        check_names(arrays, layout, title)
         check_shapes(arrays, layout, title, "linear_1/w")
-        b = add(arrays["linear/b"], arrays["linear_1/b"]) if "linear_1/b" in own else arrays["linear/b"]
+        b = add(arrays["linear/b"], arrays["linear_1/b"]) if "linear_1/b" in arrays else arrays["linear/b"]
         return Layer("rnn", arrays["linear/w"].T, arrays["linear_1/w"].T, b, None, {"activation": "relu"})
-    check_names(own, ["linear/w", "linear/b"], title)
+    check_names(arrays, ["linear/w", "linear/b"], title)
     n = arrays["linear/b"].size // 4
     # No array has n as one of its axes: w is (d + n, 4n).
     arrays["n"] = np.zeros(n, arrays["linear/b"].dtype)

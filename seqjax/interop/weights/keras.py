@@ -10,23 +10,17 @@ from typing import Any, Literal
 import numpy as np
 
 from seqjax.cell import Cell, Params
+from seqjax.interop.weights._arrays import ORDER, as_numpy, check_kind, check_names, check_shapes, flat, kind_by_shape
 from seqjax.interop.weights._keras_file import read_layer
-from seqjax.interop.weights._layouts import (
-    ORDER,
+from seqjax.interop.weights._layers import (
     Layer,
     add,
     as_gru,
-    as_numpy,
     b_hn_of,
     build,
     check_activation,
     check_gated,
-    check_kind,
-    check_names,
     check_no_bias,
-    check_shapes,
-    flat,
-    kind_by_shape,
     layers_of,
     only_or_all,
     reorder,
@@ -192,7 +186,7 @@ def _named(source: Any) -> dict[str, np.ndarray]:
         raise ValueError(f"expected {TITLE}, {', '.join(NAMES)}, got {len(source)} arrays: pass layer.get_weights()")
     else:
         source = dict(zip(NAMES, source, strict=False))
-    arrays = {name: as_numpy(value, name) for name, value in source.items()}
+    arrays = as_numpy(source)
     check_names(arrays, NAMES if "bias" in arrays or len(arrays) > 2 else NAMES[:2], TITLE)
     return arrays
 

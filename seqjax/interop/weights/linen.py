@@ -9,18 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.cell import Cell, Params
-from seqjax.interop.weights._layouts import (
+from seqjax.interop.weights._arrays import as_numpy, check_names, check_shapes, flat
+from seqjax.interop.weights._layers import (
     Layer,
     activation_of,
     as_gru,
-    as_numpy,
     b_hn_of,
     build,
     check_activation,
     check_gated,
-    check_names,
-    check_shapes,
-    flat,
     layers_of,
     only_or_all,
 )
@@ -108,7 +105,7 @@ def by_gates(found: Mapping[str, Any], title: str, activation: str | None) -> La
     layout = {f"{name}.kernel": "d n" for name in x_names} | {f"{name}.kernel": "n n" for name in h_names}
     layout |= {f"{name}.bias": "n" for name in BIASES[kind].split()}
     check_names(found, layout, title)
-    arrays = {name: as_numpy(value, name) for name, value in found.items()}
+    arrays = as_numpy(found)
     check_shapes(arrays, layout, title, f"{h_names[0]}.kernel")
     W_xh, W_hh = (np.concatenate([arrays[f"{name}.kernel"].T for name in names]) for names in (x_names, h_names))
     biases = [arrays[f"{name}.bias"] for name in BIASES[kind].split()]

@@ -9,20 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.cell import Cell, Params
-from seqjax.interop.weights._layouts import (
-    ORDER,
-    Layer,
-    as_gru,
-    as_numpy,
-    build,
-    check_activation,
-    check_names,
-    check_shapes,
-    flat,
-    kind_by_shape,
-    layers_of,
-    only_or_all,
-)
+from seqjax.interop.weights._arrays import ORDER, as_numpy, check_names, check_shapes, flat, kind_by_shape
+from seqjax.interop.weights._layers import Layer, as_gru, build, check_activation, layers_of, only_or_all
 from seqjax.interop.weights.linen import _checked, by_gates, per_gate
 from seqjax.sequence._parameter_checks import kind_of
 
@@ -108,7 +96,7 @@ def _layer(source: Any, activation: str | None) -> Layer:
         return by_gates(names, TITLE, activation)
     bias = "dense_h.bias" if "dense_h.bias" in found else "dense_i.bias"
     check_names(found, ["dense_i.kernel", "dense_h.kernel", bias], TITLE)
-    arrays = {name: as_numpy(value, name) for name, value in found.items()}
+    arrays = as_numpy(found)
     kind = kind_by_shape("dense_h.kernel", arrays["dense_h.kernel"].shape, TITLE, gates_last=True)
     expected = "dense_h.bias" if kind == "lstm" else "dense_i.bias"
     check_names(found, ["dense_i.kernel", "dense_h.kernel", expected], TITLE)

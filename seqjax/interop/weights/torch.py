@@ -14,20 +14,15 @@ import numpy as np
 
 from seqjax.cell import Cell, Params
 from seqjax.interop._safetensors import read_tensors
-from seqjax.interop.weights._layouts import (
-    ORDER,
+from seqjax.interop.weights._arrays import ORDER, as_numpy, check_kind, check_names, check_shapes, kind_by_shape
+from seqjax.interop.weights._layers import (
     Layer,
     add,
     as_gru,
-    as_numpy,
     b_hn_of,
     build,
     check_activation,
-    check_kind,
-    check_names,
     check_no_bias,
-    check_shapes,
-    kind_by_shape,
     layers_of,
 )
 from seqjax.sequence._parameter_checks import kind_of
@@ -88,7 +83,7 @@ def from_torch(
         nonlinearity = getattr(module, "nonlinearity", None)
         source = module.state_dict()
     title = "the weights of a recurrent layer of torch"
-    arrays = {name: as_numpy(value, name) for name, value in _below_prefix(source, prefix).items()}
+    arrays = as_numpy(_below_prefix(source, prefix))
     if not arrays:
         raise ValueError(_several({}, None))
     _check_directions(arrays)

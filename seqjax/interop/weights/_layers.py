@@ -1,17 +1,13 @@
-"""Weights of recurrent layers between the layouts of other libraries and the parameters of seqjax's cells.
+"""Recurrent layers between the layouts of other libraries and the parameters of seqjax's cells.
 
-A library's layout is a table from the names of its arrays to their shapes, such as {"weight_ih_l0": "4n d"}, with n
-hidden units and d inputs. `check_names` and `check_shapes` compare given arrays with it and report all differences in
-one error, before anything is converted. `build` makes a cell and its parameters from `Layer`s, and `layers_of` takes
-them apart.
+`build` makes a cell and its parameters from `Layer`s, and `layers_of` takes them apart.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +20,8 @@ from seqjax.cells.gru import GRU, GRUParams
 from seqjax.cells.lstm import LSTM, LSTMParams
 from seqjax.cells.stack import Stack, stack
 from seqjax.cells.vanilla import ACTIVATIONS, VanillaParams, VanillaRNN
-from seqjax.sequence._parameter_checks import check_params, kind_of
+from seqjax.sequence._parameter_checks import check_params
 
-ORDER = {"lstm": "ifgo", "gru": "rzn", "rnn": "h"}  # the blocks of rows of seqjax's parameters
 CELLS = {LSTM: "lstm", GRU: "gru", VanillaRNN: "rnn"}
 
 
@@ -39,152 +34,6 @@ class Layer(NamedTuple):
     b_h: np.ndarray
     b_hn: np.ndarray | None = None
     options: Mapping[str, Any] = {}
-
-
-def as_numpy(value: Any, name: str) -> np.ndarray:
-    """An array of any library as an array of numpy, possibly with the same memory.
-
-    Raises:
-        TypeError: the value is no array of floating-point numbers.
-    """
-    if type(value).__module__.startswith("keras."):  # a variable, whose value is an array of its backend
-        value = value.value
-    if callable(getattr(value, "detach", None)):  # a tensor of torch
-        value = value.detach().cpu()
-        # numpy has no bfloat16, but ml_dtypes has; float32 holds every bfloat16.
-        value = value.float().numpy().astype(jnp.bfloat16) if "bfloat16" in str(value.dtype) else value.numpy()
-    elif callable(getattr(value, "numpy", None)):  # a tensor of TensorFlow
-        value = value.numpy()
-    array = np.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        got = kind_of(value) if array.dtype == object else f"{array.dtype} {array.shape}"
-        raise TypeError(
-            f"expected an array of floating-point numbers as {name}, got {got}: pass the weights themselves"
-        )
-    return array
-
-
-def flat(tree: Any, separator: str = ".") -> dict[str, Any]:
-    """The leaves of nested mappings by names such as "ii.kernel"."""
-    if not isinstance(tree, Mapping):
-        return {"": tree}
-    return {
-        f"{key}{separator}{name}" if name else str(key): leaf
-        for key, value in tree.items()
-        for name, leaf in flat(value, separator).items()
-    }
-
-
-def check_names(found: Iterable[str], expected: Iterable[str], title: str) -> None:
-    """Compares names of arrays, and reports all differences at once.
-
-    Raises:
-        ValueError: names are missing, unknown or renamed.
-    """
-    found, expected = list(found), list(expected)
-    missing, extra = [n for n in expected if n not in found], [n for n in found if n not in expected]
-    if not missing and not extra:
-        return
-    renamed = {}
-    for name in missing:
-        close = difflib.get_close_matches(name, [n for n in extra if n not in renamed.values()], 1, 0.6)
-        renamed |= {name: close[0]} if close else {}
-    fixes = [f"rename {old} to {new}" for new, old in renamed.items()]
-    left = [name for name in missing if name not in renamed]
-    fixes += [f"add {', '.join(left)}"] if left else []
-    left = [name for name in extra if name not in renamed.values()]
-    fixes += [f"leave out {', '.join(left)}"] if left else []
-    parts = [f"no {', '.join(missing)}"] if missing else []
-    parts += [f"the unknown {', '.join(extra)}"] if extra else []
-    raise ValueError(f"expected {title}, {', '.join(expected)}, got {' and '.join(parts)}: {'; '.join(fixes)}")
-
-
-def check_shapes(arrays: Mapping[str, np.ndarray], layout: Mapping[str, str], title: str, recurrent: str) -> None:
-    """Compares the shapes and dtypes of arrays with a layout, and reports all differences at once.
-
-    Args:
-        arrays: the arrays by name, with the names of the layout.
-        layout: the shape of each array in d inputs and n hidden units, such as "4n d".
-        title: whose weights these are, for the message.
-        recurrent: the name of the array that decides n.
-
-    Raises:
-        ValueError: shapes differ, or there is more than one dtype.
-    """
-    n = dict(zip(layout[recurrent].split(), arrays[recurrent].shape, strict=False)).get("n", 0)
-    d = _inputs(layout, arrays, n)
-    wrong = []
-    for name, spec in layout.items():
-        wanted, got = tuple(_size(term, d, n) for term in spec.split()), arrays[name].shape
-        if got != wanted:
-            hint = f" (transposed: pass {name}.T)" if got == wanted[::-1] else ""
-            sizes = f" = {wanted}" if d or "d" not in spec else ""
-            wrong.append((f"{name} ({', '.join(spec.split())}){sizes}", f"{got}{hint}"))
-    if wrong:
-        wanted, got = zip(*wrong, strict=True)
-        raise ValueError(
-            f"expected {title} with n = {n} hidden units and {f'd = {d}' if d else 'd'} inputs, {', '.join(wanted)}, "
-            f"got {', '.join(got)}: pass arrays of these shapes"
-        )
-    names: dict[str, list[str]] = {}
-    for name in layout:
-        names.setdefault(arrays[name].dtype.name, []).append(name)
-    if len(names) > 1:
-        got = " and ".join(f"{dtype} in {', '.join(of)}" for dtype, of in names.items())
-        raise ValueError(f"expected {title} in one dtype, got {got}: convert them to one of these dtypes")
-
-
-def _inputs(layout: Mapping[str, str], arrays: Mapping[str, np.ndarray], n: int) -> int:
-    """The number of inputs d, from the first array that fits the layout with it, or that fits if it is transposed."""
-    for step in (1, -1):
-        for name, spec in layout.items():
-            terms, shape = spec.split(), arrays[name].shape[::step]
-            for term, size in zip(terms, shape, strict=False):
-                d = size - n * ("+n" in term)
-                if "d" in term and d > 0 and shape == tuple(_size(other, d, n) for other in terms):
-                    return d
-    return 0
-
-
-def _size(term: str, d: int, n: int) -> int:
-    known = {"d": d, "d+n": d + n, "n": n}
-    return known[term] if term in known else int(term.removesuffix("n")) * (n if term.endswith("n") else 1)
-
-
-def kind_by_shape(name: str, shape: tuple[int, ...], title: str, *, gates_last: bool = False) -> str:
-    """The kind of a layer from the shape of its recurrent matrix: "lstm" (4n, n), "gru" (3n, n) or "rnn" (n, n).
-
-    Args:
-        name: the name of the matrix, for the message.
-        shape: its shape.
-        title: whose weights these are, for the message.
-        gates_last: whether the library stores the transposed matrix, (n, 4n).
-
-    Raises:
-        ValueError: the shape is none of these.
-    """
-    wanted = ", ".join(f"(n, {k}n)" if gates_last else f"({k}n, n)" for k in "43") + " or (n, n)"
-    hint = "pass the recurrent matrix of an LSTM, a GRU or a vanilla network"
-    if len(shape) == 2 and min(shape) > 0:
-        gates, n = shape[::-1] if gates_last else shape
-        for kind, blocks in ORDER.items():
-            if gates == len(blocks) * n:
-                return kind
-            if n == len(blocks) * gates:
-                hint = f"it is transposed, pass {name}.T"
-    raise ValueError(f"expected {title} with {name} {wanted}, got {shape}: {hint}")
-
-
-def check_kind(asked: str | None, kind: str, title: str) -> None:
-    """Checks the argument `cell` against the kind that the shapes show.
-
-    Raises:
-        ValueError: it is another kind, or none of the three.
-    """
-    if asked is not None and asked not in ORDER:
-        raise ValueError(f'expected cell to be "lstm", "gru" or "rnn", got {asked!r}')
-    if asked not in (None, kind):
-        raise ValueError(f'expected {title} of cell="{asked}", got the shapes of cell="{kind}": leave `cell` out')
 
 
 def check_activation(activation: str) -> str:
@@ -233,7 +82,7 @@ def reorder(array: np.ndarray, old: str, new: str) -> np.ndarray:
 
     Example:
         >>> import numpy as np
-        >>> from seqjax.interop.weights._layouts import reorder
+        >>> from seqjax.interop.weights._layers import reorder
         >>> reorder(np.array([1, 2, 3]), "zrn", "rzn").tolist()
         [2, 1, 3]
     """

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import Doubled
+from cells import ZOO, CoupledLSTM, Doubled, PeepholeLSTM
 from flax import nnx
 from oracles import drawn, drawn_states, like, weighted
 
@@ -35,6 +35,10 @@ KINDS = {
     "relu": partial(sj.VanillaRNN, activation="relu"),
     "identity": partial(sj.VanillaRNN, activation="identity"),
     "learned": lambda d, n: sj.LearnedState(sj.GRU(d, n)),
+    "before": partial(sj.GRU, reset="before"),  # two products per step, of which the second reads the first
+    "writes": partial(sj.GRU, update="writes"),
+    "peephole": PeepholeLSTM,
+    "coupled": CoupledLSTM,
 }
 
 
@@ -128,6 +132,14 @@ def case(kind, n, batch, time, d=3, dtype="float32"):
         ("relu", 33, 7, 40, True),
         ("relu", 130, 9, 40, False),
         ("identity", 33, 20, 40, False),
+        ("before", 1, 1, 1, False),
+        ("before", 33, 20, 300, True),
+        ("before", 130, 2, 7, False),  # threads share units, and wait between the products
+        ("before", 264, 9, 20, False),
+        ("writes", 130, 1, 7, True),
+        ("peephole", 5, 7, 40, True),
+        ("peephole", 190, 9, 20, False),
+        ("coupled", 33, 13, 40, False),
     ],
 )
 def test_values_and_gradients_are_those_of_xla(kind, n, batch, time, reverse, monkeypatch):
@@ -152,6 +164,8 @@ FLAGS = np.random.default_rng(0).random((2, 33, 300))
         ("relu", 33, 9, 20, "mask reset reverse"),
         ("learned", 9, 6, 300, "mask reset"),  # the initial state has a gradient
         ("learned", 9, 6, 20, "reset reverse"),
+        ("before", 130, 3, 20, "mask reset reverse"),
+        ("peephole", 9, 20, 300, "mask reset"),
     ],
 )
 def test_masks_and_resets_are_those_of_xla(kind, n, batch, time, options, monkeypatch):
@@ -177,6 +191,9 @@ def chosen_flags(names, batch, time):
         ("vanilla", 96, 33, 40, "reset"),
         ("relu", 33, 9, 20, "mask reset reverse"),
         ("learned", 9, 6, 20, "mask reset"),
+        ("before", 33, 7, 40, "mask reset reverse"),
+        ("peephole", 130, 1, 7, "reset"),
+        ("coupled", 9, 6, 20, "mask"),
     ],
 )
 def test_float64_has_all_its_digits(kind, n, batch, time, options, x64, monkeypatch):
@@ -229,6 +246,9 @@ def first(tree):
         ("gru", "networks with their batches", "states", "reset"),
         ("gru", "twice", "gates", "mask"),
         ("vanilla", "networks on all batches", "states", ""),
+        ("before", "networks", "states", "mask reset"),
+        ("peephole", "twice", "gates", "reset"),
+        ("peephole", "batches", "states", "mask"),
     ],
 )
 def test_mapped_networks_and_batches_are_those_of_xla_without_a_loop(kind, mapped, save, options, monkeypatch):
@@ -377,7 +397,111 @@ def test_a_word_that_is_no_variant_is_said_and_xla_runs_the_loops():
     assert "got 'x86-64-v9'" in warned
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "vanilla", "relu"])
+UNITWISE = [
+    *("lstm-bfloat16", "gru-after-writes", "gru-before", "peephole-lstm", "coupled-lstm", "complex-matrix"),
+    *("symmetric", "rematerialized", "multiplicative", "learned-time", "spiking"),
+    *("lstm-subclass", "stack", "stack-of-stacks", "haiku-lstm"),
+]
+
+
+@pytest.mark.parametrize("name", UNITWISE)
+def test_any_cell_that_acts_unit_by_unit_runs_in_the_kernel(name, x64, monkeypatch):
+    cell = ZOO[name]
+    dtype = "float32" if "bfloat16" in name else "float64"
+    params, xs = drawn(cell, dtype, 7, 20)
+    function = partial(value_and_gradient, cell, **chosen_flags("mask reset", 7, 20))
+    tolerance = 1e-11 if dtype == "float64" else 2e-2
+    assert_near(*both(monkeypatch, function, params, xs, drawn_states(cell, params, 7)), tolerance=tolerance)
+
+
+class Elementwise(sj.VanillaRNN):
+    """Has every elementwise function that the kernel knows, a chain of three products, and an output of its own."""
+
+    def step(self, params, state, x):
+        W, h = params.W_hh, state.h
+        a = params.W_xh @ x + params.b_h
+        b = jnp.tanh(W @ (jnp.exp(-(h**2)) * a) - h) / (1.5 + jnp.abs(a))
+        c = jnp.sqrt(1 + b**2) + jax.lax.rsqrt(2 + jnp.square(h)) + jnp.clip(b, -0.3, 0.4) - jax.nn.relu(a)
+        d = jnp.where((W @ (b + h) > c) & ~(c != c) | (h == 2), jnp.maximum(c, a), jnp.minimum(-c, 0.1 * a**3))
+        new = jax.nn.silu(W @ jax.nn.sigmoid(d)) + jax.nn.leaky_relu(d) / 4 + jnp.where(d <= 0.2, jax.nn.relu6(d), 0.1)
+        return sj.VanillaState(jnp.where(new >= 3, 3.0, new)), jnp.concatenate([d * a, jnp.where(c < d, c, b)])
+
+
+@pytest.mark.parametrize(("n", "batch", "dtype"), [(5, 7, "float64"), (130, 2, "float32"), (1, 1, "float64")])
+def test_every_instruction_computes_its_function_and_its_derivative(n, batch, dtype, monkeypatch):
+    with jax.enable_x64(dtype == "float64"):
+        cell = Elementwise(3, n)
+        params, xs = drawn(cell, dtype, batch, 12)
+        params = jax.tree.map(lambda leaf: leaf / np.sqrt(n).astype(dtype) if leaf.ndim == 2 else leaf, params)
+        function = partial(value_and_gradient, cell, **chosen_flags("mask reset reverse", batch, 12))
+        assert sj.explain(cell, params, xs[0, 0]).loops[0].kernel == "unitwise"
+        state = drawn_states(cell, params, batch)
+        assert_near(*both(monkeypatch, function, params, xs, state), tolerance=1e-11 if dtype == "float64" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        sj.LSTM(3, 33, dtype="bfloat16"),
+        sj.GRU(3, 20, dtype="bfloat16"),
+        sj.GRU(3, 20, reset="before", compute_dtype="bfloat16"),
+        sj.VanillaRNN(3, 9, dtype="bfloat16"),
+    ],
+)
+def test_bfloat16_is_as_close_to_exact_numbers_as_with_xla(cell, monkeypatch):
+    params = cell.init(jax.random.key(0))
+    dtype = params.W_hh.dtype
+    xs = jax.random.normal(jax.random.key(1), (5, 40, 3), dtype)
+    exact = type(cell)(3, cell.hidden_size, **({"reset": cell.reset} if isinstance(cell, sj.GRU) else {}))
+
+    def function(cell, params, xs):
+        def value(params, xs):
+            state, outputs = sj.unroll(cell, params, xs)
+            return jnp.sum(outputs.astype("float32") ** 2), (state, outputs)
+
+        found = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, xs)
+        assert {leaf.dtype for leaf in jax.tree.leaves(found[1])} == {dtype}
+        return found
+
+    kernel, by_xla = both(monkeypatch, partial(function, cell), params, xs)
+    params, xs = jax.tree.map(lambda leaf: leaf.astype("float32"), (params, xs))
+    dtype = np.dtype("float32")
+    expected = jax.tree.leaves(function(exact, params, xs))
+    for got, other, leaf in zip(jax.tree.leaves(kernel), jax.tree.leaves(by_xla), expected, strict=True):
+        errors = [np.abs(each.astype("float32") - leaf).max() / np.abs(leaf).max() for each in (got, other)]
+        assert errors[0] < max(2 * errors[1], 0.01)
+
+
+class Unknown(sj.VanillaRNN):
+    """Its activation is no instruction."""
+
+    def step(self, params, state, x):
+        h = jnp.sin(params.W_xh @ x + params.W_hh @ state.h)
+        return sj.VanillaState(h), h
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "reason"),
+    [
+        (Unknown(3, 4), "float32", "it has no instruction for sin at tests/test_native_loops.py:"),
+        (sj.LSTM(3, 4), "float16", "it computes in float16, and the kernel in float64, or in float32 and bfloat16"),
+        (ZOO["min-gru"], "float32", "no product of a step reads the state"),
+        (ZOO["layer-norm-lstm"], "float32", "the step mixes units (reduce_sum at tests/cells.py:"),
+        (ZOO["delay-line"], "float32", "the leaves of its state are not vectors of one size"),
+    ],
+)
+def test_explain_says_why_no_kernel_runs_a_loop(cell, dtype, reason, monkeypatch):
+    params, xs = drawn(cell, dtype, 2, 5)
+    loop = sj.explain(cell, params, xs[0, 0]).loops[0]
+    assert loop.kernel is None
+    assert str(loop.no_kernel).startswith(reason)
+    assert f"kernel: none, so XLA runs the loop: {reason}" in str(loop)
+    chosen = switched(monkeypatch, True)
+    jax.eval_shape(partial(sj.unroll, cell), params, xs)
+    assert None in chosen or loop.plain
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "vanilla", "relu", "before", "peephole"])
 def test_no_input_is_too_large_and_nan_and_infinity_pass(kind, monkeypatch):
     cell, params, xs, state = case(kind, 9, 6, 5)
     payload = np.array(0x7FC00001, np.uint32).view(np.float32)
@@ -406,7 +530,7 @@ def test_small_numbers_are_not_flushed_to_zero(monkeypatch):
     assert np.full(100, 1e-40, np.float32).sum() != 0
 
 
-def test_other_types_and_conventions_are_left_to_xla(monkeypatch):
+def test_each_type_and_convention_runs_in_the_loops_that_support_it(monkeypatch):
     def chosen(cell, dtype="float32", change=lambda params: params, **options):
         names = switched(monkeypatch, True)
         with jax.enable_x64(dtype == "float64"):
@@ -418,12 +542,13 @@ def test_other_types_and_conventions_are_left_to_xla(monkeypatch):
     cell = sj.LSTM(3, 4)
     assert chosen(cell) == {"lstm"}
     assert chosen(cell, "float64") == {"lstm"}
-    assert chosen(cell, "bfloat16") == {None}
+    assert chosen(cell, "bfloat16") == chosen(sj.LSTM(3, 4, compute_dtype="bfloat16")) == {"unitwise"}
+    assert chosen(cell, "float16") == {None}
     assert chosen(cell, mask=flags) == chosen(cell, reset=flags) == chosen(cell, mask=flags, reset=flags) == {"lstm"}
     assert chosen(cell, kernel=False) == set()
-    assert chosen(sj.GRU(3, 4, update="writes")) == {None}
+    assert chosen(sj.GRU(3, 4, update="writes")) == {"unitwise"}
     assert chosen(sj.VanillaRNN(3, 4, activation="relu")) == {"relu"}
-    assert chosen(sj.GRU(3, 4, reset="before")) == {None}
+    assert chosen(sj.GRU(3, 4, reset="before")) == {"unitwise"}
     with jax.numpy_dtype_promotion("standard"):
         short = lambda p: p._replace(W_xh=p.W_xh.astype("bfloat16"), b_h=p.b_h.astype("bfloat16"))  # noqa: E731
         assert chosen(cell, change=short) == {"lstm"}  # the sums that the loop reads are float32
@@ -469,18 +594,7 @@ class UsersGRU:
         return h, h
 
 
-class CoupledLSTM(UsersLSTM):
-    """The input gate is 1 - f: an LSTM with three gates, as many as a GRU has."""
-
-    def step(self, params, state, x):
-        a = state["hidden"] @ params["R"] + x @ params["K"] + params["bias"]
-        o, g, f = a[:6], a[6:12], jax.nn.sigmoid(a[12:18])
-        c = jnp.tanh(g) * (1 - f) + state["cell"] * f
-        h = jnp.tanh(c) * jax.nn.sigmoid(o)
-        return {"cell": c, "hidden": h}, h
-
-
-class PeepholeLSTM(UsersLSTM):
+class AddedCell(UsersLSTM):
     """One gate reads c: another formula with the same arrays."""
 
     def step(self, params, state, x):
@@ -553,20 +667,18 @@ def test_a_cell_with_the_kernels_formulas_runs_in_it_whoever_wrote_it(name, monk
 @pytest.mark.parametrize(
     "cell",
     [
-        CoupledLSTM(),
-        PeepholeLSTM(),
+        AddedCell(),
         BroadcastDrive(3, 7),
         Surrogate(3, 7),
         sj.GRU(3, 4, update="writes"),
         sj.GRU(3, 4, reset="before"),
     ],
 )
-def test_a_cell_with_other_formulas_never_runs_in_the_kernel(cell, monkeypatch):
+def test_a_cell_with_other_formulas_never_runs_in_loops_with_formulas_of_their_own(cell, monkeypatch):
     params, xs = drawn(cell, "float32", 2, 40)
-    assert sj.explain(cell, params, xs[0, 0]).loops[0].kernel is None
-    chosen = switched(monkeypatch, True)
-    sj.unroll(cell, params, xs)
-    assert set(chosen) == {None}
+    assert sj.explain(cell, params, xs[0, 0]).loops[0].kernel == "unitwise"
+    state = drawn_states(cell, params, 2)
+    assert_near(*both(monkeypatch, partial(value_and_gradient, cell), params, xs, state))
 
 
 def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
@@ -583,7 +695,7 @@ def test_a_subclass_with_another_step_leaves_the_kernel_behind(monkeypatch):
         assert_near(sj.unroll(doubled, p, xs)[1], 2 * plain)
     for silent, p in ((Silent(3, 5), params), (sj.LearnedState(Silent(3, 5)), given)):
         assert not np.any(sj.unroll(silent, p, xs)[1])
-    assert set(chosen) == {None}
+    assert set(chosen) == {"unitwise"}
 
 
 @pytest.mark.parametrize("save", ["states", "gates"])
@@ -617,7 +729,8 @@ def by_lax_scan(cell, params, xs, state, **_):
 
 # A scan and `jax.checkpoint` evaluate the loop in part, and then JAX drops custom rules of derivatives.
 @pytest.mark.parametrize(
-    ("kind", "on", "save"), [("lstm", True, "states"), ("gru", True, "gates"), ("lstm", False, "states")]
+    ("kind", "on", "save"),
+    [("lstm", True, "states"), ("gru", True, "gates"), ("lstm", False, "states"), ("before", True, "states")],
 )
 def test_second_derivatives_inside_scans_and_checkpoints_are_those_of_lax_scan(kind, on, save, x64, monkeypatch):
     cell, params, xs, state = case(kind, 5, 2, 4, dtype="float64")

@@ -1,8 +1,9 @@
-"""The C++ kernel for the loops of LSTM, GRU and vanilla networks on a CPU. Without it, XLA runs these loops.
+"""The C++ kernel for the loops of recurrent networks on a CPU. Without it, XLA runs these loops.
 
 The installation of the package compiles it if there is a C++ compiler (`seqjax.kernels.build`), and a wheel for one
 platform contains it. `seqjax.kernels.calls` calls it. It runs the loop of every cell whose equations it implements,
-even of a cell of the user (`seqjax.sequence._execution.formulas`).
+even of a cell of the user (`seqjax.sequence._execution.formulas`), and as instructions that of every other cell that
+acts unit by unit (`seqjax.sequence._execution.unit_kernel`).
 
 SEQJAX_KERNEL in the environment chooses: "off" for XLA's loops, or the name of a variant, such as "x86-64-v3", for the
 instructions of an older processor. By default it is the fastest variant that the processor can run.
@@ -28,7 +29,7 @@ import jax
 from seqjax.kernels._exporting import target
 from seqjax.kernels.build import DIGESTS, FOLDER, LIBRARY, SOURCES, digest
 
-CALLS = ("pack", "forward", "backward", "backward_from_gates", "replay")
+CALLS = ("pack", "forward", "backward", "backward_from_gates", "replay", "units")
 TARGETS = tuple(f"seqjax_{call}_{dtype}" for call in CALLS for dtype in ("float32", "float64"))
 OFF = ("off", "0")
 

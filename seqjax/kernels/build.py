@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("loops.h", "vectors.h", "loops.cpp", "ffi.cpp")
+SOURCES = ("loops.h", "vectors.h", "products.h", "units.h", "loops.cpp", "ffi.cpp")
 LIBRARY = "loops.library"  # not .so, which Python takes for a module of its own
 # Written beside the library: a line with the digest of the sources, and one with the digest of the library.
 DIGESTS = "loops.sha256"

@@ -7,15 +7,18 @@ numbers of one call are float32, or all are float64.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from seqjax.kernels.ensembles import Call, bind
 
-CELLS = ("lstm", "gru", "vanilla", "relu", "identity")  # in the order of the source
+CELLS = ("lstm", "gru", "vanilla", "relu", "identity", "unitwise")  # in the order of the source
 LANES = 16  # the largest number of floats in one vector of the source
 
 # The calls, with the axis of the batch in each argument and each result, None if it has none.
@@ -200,6 +203,131 @@ def run_replay(loop: Loop, drives: Array, recurrents: Array, c_0: Array) -> Arra
     arrays = (drives, _or_empty(loop.drive_bias, drives), recurrents, c_0, initial_c, valid, reset)
     numbers = {"reverse": loop.reverse}
     return bind(REPLAY, [_like(c_0, *drives.shape[:2], c_0.shape[-1])], arrays, numbers)[0]
+
+
+class Layout(enum.IntEnum):
+    """The axes of an array of a loop of instructions, in the order of the source."""
+
+    STEPS = 0  # (time, batch, blocks * n)
+    ROWS = 1  # (batch, blocks * n)
+    SHARED = 2  # (blocks * n,)
+    STEP_NUMBERS = 3  # (time, batch): one number for all units
+    NUMBERS = 4  # one number for all units at each position
+    BEFORE = 5  # (batch, n): the state before the first step. Later it is the state that was written at the last step.
+
+
+AXES_OF_LAYOUT = {Layout.STEPS: (3, 1), Layout.ROWS: (2, 0), Layout.SHARED: (1, None), Layout.STEP_NUMBERS: (2, 1),
+                  Layout.NUMBERS: (1, None), Layout.BEFORE: (2, 0)}  # fmt: skip
+
+
+class UnitArray(NamedTuple):
+    """An array of a loop of instructions.
+
+    Attributes:
+        name: its name.
+        layout: its axes.
+        blocks: the number of vectors of n numbers.
+        of: for BEFORE the name of the result that has the states; for a result of ROWS the name of the array with which
+            it begins, () for zeros.
+    """
+
+    name: tuple[Any, ...]
+    layout: Layout
+    blocks: int
+    of: tuple[Any, ...] = ()
+
+
+class UnitProduct(NamedTuple):
+    """A product in a loop of instructions.
+
+    Attributes:
+        array, offset: where the operand of a row begins.
+        depth: the blocks of the operand.
+        blocks: the blocks of the result.
+    """
+
+    array: int
+    offset: int
+    depth: int
+    blocks: int
+
+
+class UnitLoop(NamedTuple):
+    """A loop of instructions.
+
+    Attributes:
+        size: n, the number of units.
+        dtype: float32 or float64.
+        arguments, results, scratch: its arrays.
+        phases: the instructions, (operation, four numbers) each: those before the products, and those after each one.
+        products: the products.
+        constants: the array of this name.
+    """
+
+    size: int
+    dtype: np.dtype
+    arguments: tuple[UnitArray, ...]
+    results: tuple[UnitArray, ...]
+    scratch: tuple[UnitArray, ...]
+    phases: list[list[tuple[int, ...]]]
+    products: list[UnitProduct]
+    constants: list[float]
+
+
+def run_units(
+    loop: UnitLoop, arrays: Mapping[tuple[Any, ...], Array], weights: Sequence[Array], transposed: bool, reverse: bool
+) -> dict[tuple[Any, ...], Array]:
+    """Runs a loop of instructions over a chunk.
+
+    Args:
+        loop: the loop.
+        arrays: its arguments by name, without the constants.
+        weights: the matrix of each product, (blocks * n, n).
+        transposed: whether the operands are multiplied by the transposed matrices.
+        reverse: whether it runs from right to left.
+
+    Returns:
+        The results by name.
+    """
+    n = loop.size
+    given = {name: jnp.atleast_1d(array).astype(loop.dtype) for name, array in arrays.items()}
+    # Not an array with these values, which would be a constant of the program: a program of several devices has none.
+    given["constants", 0] = jnp.concatenate([jnp.full(1, value, loop.dtype) for value in (*loop.constants, 0.0)])
+    weights = [W.astype(loop.dtype) for W in weights]
+    arguments = [given[array.name] for array in loop.arguments]
+    time, batch = next(a.shape for a, array in zip(arguments, loop.arguments, strict=True)
+                       if array.layout in (Layout.STEPS, Layout.STEP_NUMBERS))[:2]  # fmt: skip
+    numbers = {"backward": transposed, "cell": CELLS.index("unitwise")}
+    sizes = [-(-n // (2 * LANES)) * 2 * LANES * W.shape[0] for W in weights]
+    panels = [bind(PACK, [_like(W, size)], (W,), numbers)[0] for W, size in zip(weights, sizes, strict=True)]
+    every = [*loop.arguments, *loop.results, *loop.scratch]
+    names = [array.name for array in every]
+    table = [
+        (
+            array.layout,
+            1 if array.layout == Layout.STEP_NUMBERS else array.blocks * n,
+            names.index(array.of) if array.of else -1,
+        )
+        for array in every
+    ]
+    shapes = {Layout.STEPS: (time, batch), Layout.ROWS: (batch,)}
+    kinds = [_like(weights[0], *shapes[array.layout], array.blocks * n) for array in loop.results]
+    axes = [AXES_OF_LAYOUT[array.layout] for array in [*loop.arguments, *loop.results]]
+    count = len(loop.arguments)
+    call = Call(
+        "units", (*(axis for _, axis in axes[:count]), *[None] * len(panels)), tuple(axis for _, axis in axes[count:])
+    )
+    attributes = {
+        "n": n,
+        "reverse": reverse,
+        "arrays": np.array(table, np.int64).ravel(),
+        "axes": np.array([number for number, _ in axes], np.int64),
+        "code": np.array([each for phase in loop.phases for each in phase], np.int32).ravel(),
+        "ends": np.cumsum([5 * len(phase) for phase in loop.phases]).astype(np.int64),
+        "products": np.array(loop.products, np.int64).ravel(),
+    }
+    found = bind(call, kinds, (*arguments, *panels), attributes)
+    return dict(zip((array.name for array in loop.results), found, strict=True))
 
 
 def _packed_for_backward(loop: Loop) -> Array:

@@ -28,7 +28,7 @@ def bind(
     call: Call,
     kinds: list[jax.ShapeDtypeStruct],
     arrays: tuple[Array, ...],
-    numbers: Mapping[str, bool | int],
+    numbers: Mapping[str, bool | int | np.ndarray],
     aliases: dict[int, int] | None = None,
 ) -> list[Array]:
     """Calls the kernel.
@@ -72,7 +72,7 @@ def _of_members(
     size: int,
     arrays: tuple[Array, ...],
     is_mapped: list[bool],
-    numbers: Mapping[str, bool | int],
+    numbers: Mapping[str, bool | int | np.ndarray],
     aliases: dict[int, int] | None,
 ) -> list[Array]:
     """The results of all members, (members, ...), of arguments that are mapped or shared by all members."""
@@ -132,11 +132,11 @@ def _call(
     call: Call,
     kinds: list[jax.ShapeDtypeStruct],
     arrays: tuple[Array, ...],
-    numbers: Mapping[str, bool | int],
+    numbers: Mapping[str, bool | int | np.ndarray],
     aliases: dict[int, int] | None,
 ) -> list[Array]:
     # XLA's interface has typed attributes: the source declares int64 and bool.
-    typed = {key: value if isinstance(value, bool) else np.int64(value) for key, value in numbers.items()}
+    typed = {key: np.int64(value) if type(value) is int else value for key, value in numbers.items()}
     return list(
         jax.ffi.ffi_call(f"seqjax_{call.name}_{kinds[0].dtype}", kinds, input_output_aliases=aliases)(*arrays, **typed)
     )

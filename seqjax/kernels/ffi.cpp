@@ -267,12 +267,16 @@ void for_members(ffi::ThreadPool& threads, int64_t members, const Run& run) {
 
 template <DataType D>
 ffi::Error pack(ffi::ThreadPool threads, bool backward, int64_t cell, In<D> weights, Out<D> panels) {
-  const int64_t n = from_end(weights, 1);
-  const auto run = backward ? loops_of<Real<D>>()->pack_backward : loops_of<Real<D>>()->pack_forward;
-  if (run(pool_of(threads), Cell(cell), n, nullptr, nullptr) > from_end(*panels, 1))
+  const int64_t n = from_end(weights, 1), rows = from_end(weights, 2);
+  const auto run = [&](const Pool& pool, const Real<D>* from, Real<D>* to) {
+    const auto& loops = *loops_of<Real<D>>();
+    return backward ? loops.pack_backward(pool, n, rows, from, to)
+                    : loops.pack_forward(pool, Cell(cell), n, rows, from, to);
+  };
+  if (run(pool_of(threads), nullptr, nullptr) > from_end(*panels, 1))
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, "the panels of the kernel are larger than expected");
   for_members(threads, members<1>(panels),
-              [&](const Pool& pool, int64_t m) { run(pool, Cell(cell), n, data<2>(weights, m), data<1>(panels, m)); });
+              [&](const Pool& pool, int64_t m) { run(pool, data<2>(weights, m), data<1>(panels, m)); });
   return ffi::Error::Success();
 }
 
@@ -430,6 +434,53 @@ ffi::Error replay(ffi::ThreadPool threads, bool reverse, In<D> drive, In<D> driv
   return ffi::Error::Success();
 }
 
+// A loop of instructions. `arrays` has the layout, the width and the number `of` of every array: the arguments, without
+// the panels, the results and the scratch. `axes` has the axes of the arguments and results of one member. Results of
+// rows begin as the array `of`, or as zeros.
+template <DataType D>
+ffi::Error units(ffi::ThreadPool threads, int64_t n, bool reverse, ffi::Span<const int64_t> arrays,
+                 ffi::Span<const int64_t> axes, ffi::Span<const int32_t> code, ffi::Span<const int64_t> ends,
+                 ffi::Span<const int64_t> products, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  using U = Of<Real<D>>;
+  const int64_t product_count = products.size() / 4, array_count = arrays.size() / 3;
+  const int64_t arguments = args.size() - product_count, results = rets.size();
+  const auto shape = (*rets.template get<In<D>>(0))->dimensions();
+  const int64_t of_members = shape.size() > 3 ? shape[0] : 1;
+  const Sizes s = {shape[shape.size() - 3], shape[shape.size() - 2], n, reverse, false};
+  const auto numbers = [&](auto buffer, int64_t count, int64_t m) -> Real<D>* {
+    const auto d = buffer.dimensions();
+    const int64_t size = buffer.element_count();
+    return buffer.typed_data() + (int64_t(d.size()) > count ? m * (size / d[0]) : 0);
+  };
+  for_members(threads, of_members, [&](const Pool& pool, int64_t m) {
+    std::vector<typename U::UnitArray> found;
+    std::vector<std::vector<Real<D>>> scratch;
+    for (int64_t k = 0; k < array_count; ++k) {
+      const int64_t layout = arrays[3 * k], width = arrays[3 * k + 1], of = arrays[3 * k + 2];
+      Real<D>* data;
+      if (k < arguments) {
+        data = numbers(*args.template get<In<D>>(k), axes[k], m);
+      } else if (k < arguments + results) {
+        data = numbers(**rets.template get<In<D>>(k - arguments), axes[k], m);
+        const size_t bytes = s.batch * width * sizeof(Real<D>);
+        if (layout == U::rows && of >= 0) std::memcpy(data, found[of].data, bytes);
+        if (layout == U::rows && of < 0) std::memset(data, 0, bytes);
+      } else {
+        scratch.emplace_back(s.batch * width);
+        data = scratch.back().data();
+      }
+      found.push_back({data, layout, width, of});
+    }
+    std::vector<typename U::UnitProduct> multiplied;
+    for (int64_t k = 0; k < product_count; ++k)
+      multiplied.push_back({products[4 * k], products[4 * k + 1], products[4 * k + 2], products[4 * k + 3],
+                            numbers(*args.template get<In<D>>(arguments + k), 1, m)});
+    loops_of<Real<D>>()->units(
+        pool, {s, array_count, product_count, found.data(), multiplied.data(), code.begin(), ends.begin()});
+  });
+  return ffi::Error::Success();
+}
+
 // A binding with further arguments and results, all of one type, except for the mask and the resets.
 template <DataType D, int count, class Binding>
 auto arguments(Binding&& binding) {
@@ -478,6 +529,20 @@ using namespace seqjax;
 
 auto of_cell() { return threads().Attr<int64_t>("cell").Attr<bool>("reverse"); }
 
+auto of_units() {
+  using Numbers = ffi::Span<const int64_t>;
+  return threads()
+      .Attr<int64_t>("n")
+      .Attr<bool>("reverse")
+      .Attr<Numbers>("arrays")
+      .Attr<Numbers>("axes")
+      .Attr<ffi::Span<const int32_t>>("code")
+      .Attr<Numbers>("ends")
+      .Attr<Numbers>("products")
+      .RemainingArgs()
+      .RemainingRets();
+}
+
 // The functions for one type of numbers, whose names end in `suffix`.
 #define SEQJAX_FUNCTIONS(suffix, D)                                                                                 \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                                    \
@@ -490,7 +555,8 @@ auto of_cell() { return threads().Attr<int64_t>("cell").Attr<bool>("reverse"); }
   XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_backward_from_gates##suffix, backward_from_gates<D>,                         \
                                 (results<D, 8>(flags(arguments<D, 12>(of_cell())).Arg<S32>())));                    \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_replay##suffix, replay<D>,                                                   \
-                                (results<D, 1>(flags(arguments<D, 5>(threads().Attr<bool>("reverse"))))))
+                                (results<D, 1>(flags(arguments<D, 5>(threads().Attr<bool>("reverse"))))));          \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(seqjax_units##suffix, units<D>, of_units())
 
 SEQJAX_FUNCTIONS(_float32, ffi::F32);
 SEQJAX_FUNCTIONS(_float64, ffi::F64);

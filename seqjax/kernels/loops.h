@@ -23,7 +23,7 @@ struct Pool {
   void (*wait)(Barrier* barrier, int parts);
 };
 
-enum Cell : int64_t { lstm, gru, tanh_network, relu_network, linear_network };
+enum Cell : int64_t { lstm, gru, tanh_network, relu_network, linear_network, unitwise };
 
 // The arrays of a chunk have the axes (time, batch, ...). Those of a whole sequence have the axes (batch, time, ...).
 struct Sizes {
@@ -117,16 +117,43 @@ struct Of {
     real* c_before;  // of each step, before a reset, (time, batch, n)
   };
 
+  // A loop of instructions (units.h) over arrays of these layouts:
+  //   steps         (time, batch, width)
+  //   rows          (batch, width)
+  //   shared        (width,)
+  //   step_numbers  (time, batch), one number for all units
+  //   numbers       (width,), one number for all units at each position
+  //   before        (batch, width) before the first step; later the array `of`, at the step before
+  enum Layout : int64_t { steps, rows, shared, step_numbers, numbers, before };
+  struct UnitArray {
+    real* data;
+    int64_t layout, width, of;
+  };
+  // A product of the numbers from `offset` of an array with packed weights, (depth * n, blocks * n).
+  struct UnitProduct {
+    int64_t array, offset, depth, blocks;
+    const real* panels;
+  };
+  struct Units {
+    Sizes sizes;
+    int64_t array_count, product_count;
+    const UnitArray* arrays;
+    const UnitProduct* products;
+    const int32_t* code;  // of all phases
+    const int64_t* ends;  // of the code of each phase: the one before the products, and those after each of them
+  };
+
   struct Loops {
-    // Both pack W_hh (gates * n, n). They return how many numbers the panels have, and write them unless `panels` is
+    // Both pack weights (rows, n). They return how many numbers the panels have, and write them unless `panels` is
     // null.
-    int64_t (*pack_forward)(const Pool&, Cell, int64_t n, const real* weights, real* panels);
-    int64_t (*pack_backward)(const Pool&, Cell, int64_t n, const real* weights, real* panels);
+    int64_t (*pack_forward)(const Pool&, Cell, int64_t n, int64_t rows, const real* weights, real* panels);
+    int64_t (*pack_backward)(const Pool&, int64_t n, int64_t rows, const real* weights, real* panels);
     void (*forward)(const Pool&, Cell, const Forward&);
     void (*backward)(const Pool&, Cell, const Backward&);
     void (*replay)(const Pool&, const Replay&);
     void (*gradient)(const Pool&, const Gradient&);
     void (*table_gradient)(const Pool&, const TableGradient&);
+    void (*units)(const Pool&, const Units&);
   };
 };
 

@@ -12,8 +12,9 @@ from jaxtyping import PyTree
 from seqjax import kernels
 from seqjax.cell import Cell, Params, names_of_state, strong_type
 from seqjax.sequence._checks import check_methods
-from seqjax.sequence._execution.formulas import kernel_supports
+from seqjax.sequence._execution.formulas import supported_kernel
 from seqjax.sequence._execution.forward import Loop
+from seqjax.sequence._execution.instructions import NoKernel
 from seqjax.sequence._execution.jacobian import units_of
 from seqjax.sequence._masked_step import emit_output
 from seqjax.sequence._parameter_checks import check_params
@@ -60,7 +61,9 @@ class LoopExplanation:
         saved_bytes: the bytes of these leaves per example and step.
         rematerialized: the leaves that the backward pass computes again, without products.
         plain: whether the loop runs as a plain scan, because the products outside of it would not save enough work.
-        kernel: the compiled kernel that supports the loop: "lstm", "gru", "vanilla" (tanh), "relu" or "identity".
+        kernel: the compiled kernel that supports the loop: "lstm", "gru", "vanilla" (tanh), "relu" or "identity", or
+            "unitwise", which runs the instructions of any step that acts unit by unit. None if none supports it.
+        no_kernel: why no kernel supports the loop; None if one does.
         slow: the reasons why products are slower than in other cells, with the lines that cause them.
     """
 
@@ -72,6 +75,7 @@ class LoopExplanation:
     rematerialized: tuple[str, ...]
     plain: bool
     kernel: str | None
+    no_kernel: str | None
     slow: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -90,9 +94,11 @@ class LoopExplanation:
             lines.append(f"  saved for the backward pass: {names}, {self.saved_bytes} bytes per example and step")
             if self.rematerialized:
                 lines.append(f"  rematerialized: {', '.join(self.rematerialized)}")
-        supported = "none supports it, so XLA runs the loop" if self.kernel is None else self.kernel
-        built = "" if self.kernel is None or kernels.available() else " (not available here, so XLA runs the loop)"
-        lines.append(f"  kernel: {supported}{built}")
+        if self.kernel is None:
+            lines.append(f"  kernel: none, so XLA runs the loop: {self.no_kernel}")
+        else:
+            built = "" if kernels.available() else " (not available here, so XLA runs the loop)"
+            lines.append(f"  kernel: {self.kernel}{built}")
         return "\n".join([*lines, *(f"  SLOW: {reason}" for reason in self.slow)])
 
 
@@ -162,7 +168,13 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
 
 def _loop(stage: Stage, parts: Parts, names: list[str]) -> LoopExplanation:
     own = [names[i] for i in stage.leaves]
-    is_saved = Loop(parts, kernel=None, reverse=False, chunk=1).is_saved
+    kernel, no_kernel = None, "it has no state"
+    if stage.leaves:
+        try:
+            kernel, no_kernel = supported_kernel(parts), None
+        except NoKernel as error:
+            no_kernel = str(error)
+    is_saved = Loop(parts, kernel if kernels.available() else None, reverse=False, chunk=1).is_saved
     saved = [n for n, s in zip(own, is_saved, strict=True) if s]
     size = sum(v.aval.size * v.aval.dtype.itemsize for v, s in zip(parts.state, is_saved, strict=True) if s)
     # From here on the program before products were merged, because merged products have no source lines.
@@ -174,7 +186,6 @@ def _loop(stage: Stage, parts: Parts, names: list[str]) -> LoopExplanation:
     products = [e for e in eqns if e.primitive.name in PRODUCTS]
     in_loop = [e for e in products if e.outvars[0] in late]
     before = [e for e in products if e.outvars[0] not in late and e.outvars[0] in early]
-    kernel = kernel_supports(parts) if stage.leaves else None
     return LoopExplanation(
         carried=tuple(own),
         per_chunk=_products([e for e in parts.drive if e.primitive.name in PRODUCTS], before),
@@ -184,6 +195,7 @@ def _loop(stage: Stage, parts: Parts, names: list[str]) -> LoopExplanation:
         rematerialized=tuple(n for n in own if n not in saved),
         plain=not parts.saves_work,
         kernel=None if kernel is None else kernel.name,
+        no_kernel=no_kernel,
         slow=tuple(_slow(parts)),
     )
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 
 from seqjax.sequence._execution.chunks import Chunks, Leaves, scan_distinct, steps_of_chunk
 from seqjax.sequence._execution.forward import Arguments, Loop, Result, Saved, over_chunk
+from seqjax.sequence._execution.kernel import Kernel
 from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class BackwardLoop:
         """
         parts, kernel, reverse = self.loop.parts, self.loop.kernel, self.loop.reverse
         is_saved = self.loop.is_saved
-        if kernel is not None:
+        if isinstance(kernel, Kernel):
             return kernel.rematerialized(self.hoisted, first, known, reverse)
 
         def fill(some: Leaves, others: Leaves) -> Leaves:

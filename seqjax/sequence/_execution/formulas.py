@@ -1,4 +1,7 @@
-"""Which loops the compiled kernel runs: those whose rest has the kernel's formulas, whoever wrote the cell.
+"""Which loops the compiled kernel runs, whoever wrote the cell.
+
+It has loops of its own for some formulas, which are faster for small networks and save gates. It runs every other step
+that acts unit by unit as instructions (`unit_kernel`).
 
 `seqjax.sequence._partition.units` reads the formulas from the program of the step. So the names, the order of the
 gates, the order of the state and the layout of the weights do not matter, and a kernel cannot run a cell with other
@@ -11,11 +14,12 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from seqjax import kernels
-from seqjax.sequence._execution.kernel import Kernel, Roles
+from seqjax.sequence._execution.instructions import NoKernel
+from seqjax.sequence._execution.kernel import DTYPES, Kernel, Roles
+from seqjax.sequence._execution.unit_kernel import UnitKernel
 from seqjax.sequence._partition.units import RELU, Formula, NotUnitwise, Symbol, Terms, Units, constant
 
 if TYPE_CHECKING:
@@ -103,16 +107,27 @@ def _step(terms: Terms, cell: Callable[..., list[Formula]], roles: Roles, zero: 
 # The numbers of gates and of leaves of the state, and the formulas of the new state.
 FORMULAS = {"lstm": (4, 2, _lstm), "gru": (3, 1, _gru), "vanilla": (1, 1, _vanilla), "relu": (1, 1, _relu),
             "identity": (1, 1, _identity)}  # fmt: skip
-DTYPES = {jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)}
 SELECT = ("select_n", "[]")  # the primitive and its options
 
 
-def kernel_for(parts: Parts) -> Kernel | None:
+def kernel_for(parts: Parts) -> Kernel | UnitKernel | None:
     """The kernel that runs a loop; None if none supports it, or if the kernel is not available."""
-    return kernel_supports(parts) if kernels.available() else None
+    try:
+        return supported_kernel(parts) if kernels.available() else None
+    except NoKernel:
+        return None
 
 
-def kernel_supports(parts: Parts) -> Kernel | None:
+def supported_kernel(parts: Parts) -> Kernel | UnitKernel:
+    """The kernel whose formulas are those of a loop, or the one that runs any step that acts unit by unit.
+
+    Raises:
+        NoKernel: none supports the loop.
+    """
+    return _named_kernel(parts) or UnitKernel.of(parts)
+
+
+def _named_kernel(parts: Parts) -> Kernel | None:
     """The kernel whose formulas are those of a loop, if its arrays are all float32 or all float64."""
     if len(parts.cuts) != 1:
         return None

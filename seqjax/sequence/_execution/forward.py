@@ -15,9 +15,10 @@ from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
     from seqjax.sequence._execution.kernel import Kernel
+    from seqjax.sequence._execution.unit_kernel import UnitKernel
     from seqjax.sequence._partition.parts import Hoisted, Parts
 else:
-    Hoisted = Kernel = Parts = Any
+    Hoisted = Kernel = Parts = UnitKernel = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Loop:
     """
 
     parts: Parts
-    kernel: Kernel | None
+    kernel: Kernel | UnitKernel | None
     reverse: bool
     chunk: int
     saves_products: bool = False
@@ -46,10 +47,11 @@ class Loop:
         """For each leaf of the state, whether the forward pass saves it for the backward pass.
 
         The leaves that the cuts read are saved. The backward pass rematerializes the others without products, in a loop
-        that with launches would take as long as a third of the forward pass, so that there they are saved too.
+        that with launches would take as long as a third of the forward pass, so that there they are saved too, as by
+        the kernel of any step.
         """
         parts = self.parts
-        saves_all = has_launches()
+        saves_all = has_launches() or (self.kernel is not None and self.kernel.saves_all)
         return [
             read or (saves_all and inexact(v.aval)) for read, v in zip(parts.read_by_cuts, parts.state, strict=True)
         ]

@@ -23,6 +23,9 @@ else:
     Hoisted = KnownSteps = Any
 
 
+DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}  # that the compiled loops compute in
+
+
 class Roles(NamedTuple):
     """Which part of a loop is what a kernel's formulas mean by it.
 
@@ -65,6 +68,8 @@ class Kernel:
     biases: tuple[int | None, ...]
     lookup: tuple[Any, int] | None
     outputs: tuple[tuple[int, bool], ...]
+
+    saves_all = False  # whether the forward pass saves every leaf of the state
 
     @property
     def gates(self) -> int:

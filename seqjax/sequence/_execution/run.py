@@ -25,6 +25,7 @@ from seqjax.sequence._execution.formulas import kernel_for
 from seqjax.sequence._execution.forward import Arguments, Loop, Result, Saved, forward
 from seqjax.sequence._execution.partitioned import NO_BATCH, axes_of, partitioned, partitioned_program
 from seqjax.sequence._execution.saved_gates import backward_from_gates, forward_saving_gates
+from seqjax.sequence._execution.unit_kernel import UnitKernel
 from seqjax.sequence._linear_map import Direction, linear_map
 from seqjax.sequence._partition.program import inexact
 from seqjax.sequence._sizes import is_known
@@ -86,6 +87,8 @@ def _run_loop(plan: Plan, parts: Parts, arguments: Arguments, reverse: bool) -> 
 def _with_saved_gates(loop: Loop, steps: int) -> Loop:
     """The loop that saves its gates, or the results of its cuts, if they fit and save time."""
     parts, kernel = loop.parts, loop.kernel
+    if isinstance(kernel, UnitKernel):
+        return loop
     if kernel is not None:
         fits = steps * kernel.bytes_of_gates <= MOST_SAVED
         return dataclasses.replace(loop, saves_gates=kernel.runs_backward and fits)

@@ -16,13 +16,13 @@ from seqjax.kernels.calls import SavedSteps
 from seqjax.sequence._execution.backward import ct_of_params, pick, pullback
 from seqjax.sequence._execution.chunks import Leaves
 from seqjax.sequence._execution.forward import Arguments, Loop, Result
+from seqjax.sequence._execution.kernel import Kernel
 from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
-    from seqjax.sequence._execution.kernel import Kernel
     from seqjax.sequence._partition.parts import Hoisted
 else:
-    Hoisted = Kernel = Any
+    Hoisted = Any
 
 
 class SavedGates(NamedTuple):
@@ -81,8 +81,8 @@ def backward_from_gates(
 
 
 def _kernel(loop: Loop) -> Kernel:
-    if loop.kernel is None:
-        raise ValueError("expected a loop that the kernel runs, got one that XLA runs")
+    if not isinstance(loop.kernel, Kernel):
+        raise ValueError("expected a loop whose kernel saves gates, got another one")
     return loop.kernel
 
 

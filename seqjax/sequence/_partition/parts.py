@@ -202,7 +202,8 @@ class Parts:
     def _find_biases(self, from_x: set[Var]) -> dict[Var, tuple[Var, Var]]:
         found = {}
         for e in self.drive:
-            if e.primitive.name == "add" and e.outvars[0] in self.drives and inexact(e.outvars[0].aval):
+            is_sum = e.primitive.name == "add" and len(variables(e.invars)) == 2  # and no number of the step
+            if is_sum and e.outvars[0] in self.drives and inexact(e.outvars[0].aval):
                 u, b = e.invars if e.invars[0] in from_x else e.invars[::-1]
                 if b in self.hoisted and u.aval.shape == b.aval.shape:
                     found[e.outvars[0]] = u, b

@@ -29,7 +29,9 @@ else:
 
 Monomial = tuple[int, ...]  # the sorted numbers of its terms; the number of a squared term occurs twice
 Formula = tuple[tuple[Monomial, float], ...]  # sorted monomials and their factors
-Blocks = list[Formula]  # one formula per block of a vector; a scalar has one, which stands for any number of blocks
+# One value per block of a vector: a formula, or what other terms compute with. A scalar has one, which stands for any
+# number of blocks.
+Blocks = list[Any]
 Symbol = tuple[Any, ...]  # a kind and numbers: ("cut", 0, 3)
 Call = tuple[Eqn | None, tuple[Formula, ...]]  # the equation that computes a function, and its arguments
 
@@ -71,6 +73,16 @@ class Terms:
     def symbol(self, *name: Hashable) -> Formula:
         """A symbol as a formula."""
         return self._term(("symbol", *name), frozenset([name]), name, None)
+
+    def named(self, name: Symbol, formula: Formula) -> Formula:
+        """A symbol in place of a formula, so that what reads it does not repeat the formula."""
+        del formula
+        return self.symbol(*name)
+
+    def constant(self, value: ArrayLike, like: Any) -> Formula:
+        """A number as a formula, whatever its dtype `like.dtype` is."""
+        del like
+        return constant(float(np.asarray(value)))
 
     def function(self, name: Hashable, *args: Formula, eqn: Eqn | None = None) -> Formula:
         """A function of formulas, as a formula. `eqn` computes it; without one, its value is its only argument."""
@@ -151,7 +163,7 @@ class Terms:
         if eqn is None:
             return rows[0]
         shape = jnp.broadcast_shapes(*map(jnp.shape, rows))
-        return _bind_to_units(eqn, [jnp.broadcast_to(row, shape) for row in rows])
+        return bind_to_units(eqn, [jnp.broadcast_to(row, shape) for row in rows])
 
 
 def constant(value: float) -> Formula:
@@ -172,7 +184,7 @@ def _is_relu(e: Eqn) -> bool:
     return program(lambda x: bind(e, [x])[0]) == program(jax.nn.relu)
 
 
-def _bind_to_units(eqn: Eqn, values: Sequence[Array]) -> Array:
+def bind_to_units(eqn: Eqn, values: Sequence[Array]) -> Array:
     """The result of an elementwise equation for operands of another shape than its own."""
     if eqn.primitive.name in CALLS:
         return bind(eqn, values)[0]
@@ -190,12 +202,13 @@ class Units:
         outputs: the blocks of each output; None for an output that is no vector of these units.
     """
 
-    def __init__(self, parts: Parts, terms: Terms, rename: Callable[[Symbol], Symbol] = lambda name: name) -> None:
+    def __init__(self, parts: Parts, terms: Any, rename: Callable[[Symbol], Symbol] = lambda name: name) -> None:
         """Finds the formulas.
 
         Args:
             parts: a loop of a step.
-            terms: the terms, shared between formulas that are compared.
+            terms: the terms, shared between formulas that are compared; or an object with the same methods `symbol`,
+                `named`, `constant`, `function`, `add` and `multiply` that computes with other values.
             rename: from the name of a symbol to another name. The names are ("state", leaf), ("after", leaf),
                 ("drive", drive, block), ("parameter", hoisted value, block) and ("cut", cut, block), without a block
                 for a scalar.
@@ -207,7 +220,7 @@ class Units:
         if len(sizes) != 1 or any(v.aval.ndim != 1 for v in parts.state):
             raise NotUnitwise(None)
         self.size, self.terms, self.rename = sizes.pop(), terms, rename
-        self.new_state: list[Formula] = [()] * len(parts.new_state)
+        self.new_state: list[Any] = [()] * len(parts.new_state)
         self.order: list[int] = []
         env = self._inputs(parts)
         self._follow(parts, env)
@@ -239,9 +252,8 @@ class Units:
             for v in e.outvars:
                 if v in leaves:
                     self._add_new_leaf(leaves[v], v, env)
-                    # What reads a leaf of the new state reads it as a symbol, so that h = o tanh(c) does not repeat the
-                    # formula of c.
-                    env[v] = self._symbols("after", leaves[v], v)
+                    # So h = o tanh(c) does not repeat the formula of c.
+                    env[v] = [self.terms.named(self.rename(("after", leaves[v])), self.new_state[leaves[v]])]
 
     def _add_new_leaf(self, k: int, v: Atom, env: dict[Var, Blocks]) -> None:
         self.order.append(k)
@@ -252,7 +264,7 @@ class Units:
 
     def _symbols(self, kind: str, index: int, v: Var) -> Blocks:
         name = (kind, index)
-        if kind in ("state", "after") or v.aval.ndim == 0:
+        if kind == "state" or v.aval.ndim == 0:
             return [self.terms.symbol(*self.rename(name))]
         return [self.terms.symbol(*self.rename((*name, block))) for block in range(v.aval.size // self.size)]
 
@@ -261,7 +273,7 @@ class Units:
             value = np.asarray(v.val)
             if value.ndim or np.iscomplexobj(value):
                 raise NotUnitwise(None)
-            return [constant(float(value))]
+            return [self.terms.constant(value, v.aval)]
         if v not in env:
             raise NotUnitwise(None)
         return env[v]
@@ -315,7 +327,7 @@ class Units:
         rows = [arg * count if is_scalar else arg for arg, is_scalar in zip(args, scalar, strict=True)]
         if any(len(row) != count for row in rows):
             raise NotUnitwise(e)
-        minus = constant(-1.0)
+        minus = terms.constant(-1.0, e.invars[0].aval)
         if name in ("add", "add_any"):
             return [terms.add(a, b) for a, b in zip(*rows, strict=True)]
         if name == "sub":

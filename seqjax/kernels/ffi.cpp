@@ -303,7 +303,8 @@ ffi::Error forward(ffi::ThreadPool threads, int64_t cell, bool reverse, bool sav
                    Flag reset, S32 tokens, Out<D> h, Out<D> c, Out<D> gates, Out<D> candidate) {
   const Sizes s = sizes(*h, from_end(h_0, 1), reverse, saves);
   // Whole sequences run in blocks of steps, because a thread that is busy elsewhere can join only between two of them.
-  const int64_t of_step = s.batch * from_end(panels, 1), steps = saves ? std::max<int64_t>(BLOCK / of_step, 1) : s.time;
+  const int64_t of_step = std::max<int64_t>(s.batch * from_end(panels, 1), 1),
+                steps = saves ? std::max<int64_t>(BLOCK / of_step, 1) : s.time;
   for_members(threads, members<3>(h), [&](const Pool& pool, int64_t m) {
     const auto drives = tokens.element_count() ? data<2>(drive, m) : data<3>(drive, m);
     const int64_t buffered = saves ? 2 * s.batch * s.n : 0;
@@ -370,14 +371,15 @@ ffi::Error backward_from_gates(ffi::ThreadPool threads, int64_t cell, bool rever
                                Out<D> of_weights, Out<D> of_bias, Out<D> of_table) {
   const int64_t n = from_end(h, 1), outputs = from_end(gates, 1);
   const Sizes s = sizes(gates, n, reverse, true);
+  std::memset(of_weights->typed_data(), 0, of_weights->size_bytes());
+  std::memset(of_bias->typed_data(), 0, of_bias->size_bytes());
+  std::memset(of_table->typed_data(), 0, of_table->size_bytes());
+  if (s.batch == 0 || n == 0) return ffi::Error::Success();  // the other results are empty
   const int64_t rows = std::min<int64_t>(std::max<int64_t>((1 << 18) / outputs, 256), 512);
   const int64_t steps = std::min(std::max<int64_t>(rows / s.batch, 1), s.time);
   const int64_t gate_count = outputs / n, lanes = 16, padded = (n + lanes - 1) / lanes * lanes,
                 stride = outputs + lanes;
   const int64_t of_products = steps * s.batch * gate_count * padded, operands = steps * s.batch * padded;
-  std::memset(of_weights->typed_data(), 0, of_weights->size_bytes());
-  std::memset(of_bias->typed_data(), 0, of_bias->size_bytes());
-  std::memset(of_table->typed_data(), 0, of_table->size_bytes());
   for_members(threads, members<3>(of_drive), [&](const Pool& pool, int64_t m) {
     std::vector<Real<D>> memory(of_products + operands + 2 * s.batch * stride + lanes);
     const uintptr_t begins = reinterpret_cast<uintptr_t>(memory.data());

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqjax.sequence._execution.chunks import Chunks, Leaves, has_launches, scan_distinct, steps_of_chunk
+from seqjax.sequence._execution.unit_kernel import UnitKernel
 from seqjax.sequence._partition.program import inexact
 
 if TYPE_CHECKING:
     from seqjax.sequence._execution.kernel import Kernel
-    from seqjax.sequence._execution.unit_kernel import UnitKernel
     from seqjax.sequence._partition.parts import Hoisted, Parts
 else:
-    Hoisted = Kernel = Parts = UnitKernel = Any
+    Hoisted = Kernel = Parts = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +30,8 @@ class Loop:
         kernel: the compiled kernel that runs it; None if XLA does.
         reverse: whether it runs from right to left.
         chunk: the number of steps of a chunk, the same on every device.
-        saves_products: whether XLA's loops save the results of the cuts for the backward pass.
+        saves_products: whether XLA's loops, or the kernel of any step, save the results of the cuts for the backward
+            pass.
         saves_gates: whether the kernel runs the loop in one call and saves the gates of every step for the backward
             pass, which otherwise computes them again (`seqjax.sequence._execution.saved_gates`).
     """
@@ -163,9 +164,12 @@ def run_chunk(
         return [leaf for leaf, saves in zip(states, is_saved, strict=True) if saves]
 
     if kernel is not None:
-        # The kernel returns all states in one call, and the outputs are leaves of the state.
-        states, outputs = kernel.forward(hoisted, state, inputs, loop.reverse)
-        return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs, [])
+        # The kernel returns all states in one call.
+        if isinstance(kernel, UnitKernel):
+            states, outputs, results = kernel.forward(hoisted, state, inputs, loop.reverse, loop.saves_products)
+        else:
+            states, outputs, results = *kernel.forward(hoisted, state, inputs, loop.reverse), []
+        return [leaf[0 if loop.reverse else -1] for leaf in states], (saved(states), outputs, results)
 
     def rest(state: Leaves, drives: Leaves) -> tuple[Leaves, Leaves, Leaves]:
         results: dict[int, Array] = {}

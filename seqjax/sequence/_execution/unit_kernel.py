@@ -38,11 +38,13 @@ class UnitKernel:
 
     Attributes:
         parts: the parts of the loop.
-        forward_loop, backward_loop: the instructions of both loops.
+        forward_loop, saving_loop: the instructions of the forward loop, and those of one that returns all products too.
+        backward_loop: the instructions of the backward loop.
     """
 
     parts: Parts
     forward_loop: UnitLoop
+    saving_loop: UnitLoop
     backward_loop: UnitLoop
 
     name = "unitwise"
@@ -57,18 +59,26 @@ class UnitKernel:
             NoKernel: the compiled loops cannot run it.
         """
         step = UnitStep(parts)
-        return cls(parts, forward_loop(step), backward_loop(step))
+        return cls(parts, forward_loop(step, False), forward_loop(step, True), backward_loop(step))
 
-    def forward(self, hoisted: Hoisted, state: Leaves, drives: Leaves, reverse: bool) -> tuple[Leaves, Leaves]:
-        """The state after each step of a chunk, and the outputs of each step, leaves (time, batch, ...)."""
+    def forward(
+        self, hoisted: Hoisted, state: Leaves, drives: Leaves, reverse: bool, saves_products: bool
+    ) -> tuple[Leaves, Leaves, Leaves]:
+        """The state after each step of a chunk, the outputs, and the results of the cuts, leaves (time, batch, ...).
+
+        The last are empty unless `saves_products`.
+        """
         arrays = self._shared(hoisted, drives) | _named("before", state)
-        found = run_units(self.forward_loop, arrays, [W for W, _ in hoisted.weights], False, reverse)
+        loop = self.saving_loop if saves_products else self.forward_loop
+        found = run_units(loop, arrays, [W for W, _ in hoisted.weights], False, reverse)
         states = [found["new", k].astype(leaf.dtype) for k, leaf in enumerate(state)]
         of_leaves = dict(zip(self.parts.new_state, states, strict=True))
-        return states, [
+        outputs = [
             of_leaves[v] if v in of_leaves else found["output", k].astype(v.aval.dtype)
             for k, v in enumerate(self.parts.outputs)
         ]
+        cuts = self.parts.cuts if saves_products else []
+        return states, outputs, [found["product", i].astype(c.out.aval.dtype) for i, c in enumerate(cuts)]
 
     def backward(
         self, hoisted: Hoisted, steps: KnownSteps, ct_state: Leaves, ct_outputs: Leaves, reverse: bool
@@ -153,8 +163,8 @@ def _arrays_of_both(step: UnitStep) -> _Arrays:
     return arrays
 
 
-def forward_loop(step: UnitStep) -> UnitLoop:
-    """The instructions of the forward loop."""
+def forward_loop(step: UnitStep, saves_products: bool) -> UnitLoop:
+    """The instructions of the forward loop, which may return the results of all products."""
     parts, arrays, cuts = step.parts, _arrays_of_both(step), range(len(step.parts.cuts))
     for k in range(len(parts.state)):
         arrays.add(("before", k), Layout.BEFORE, of=("new", k))
@@ -164,11 +174,16 @@ def forward_loop(step: UnitStep) -> UnitLoop:
     for k, v in enumerate(parts.outputs):
         if v not in parts.new_state:
             arrays.add(("output", k), Layout.STEPS, step.blocks(v))
+    final = [name for name in step.results if name[:2] in arrays.found]
+    for i in cuts if saves_products else ():
+        arrays.add(("product", i), Layout.STEPS, step.blocks(parts.cuts[i].out))
     results = len(arrays.found)
     # Which results each phase computes, and which products a later phase reads again.
     leaves = [step.leaf_of_operand(i) for i in cuts]
     phases = [[] if leaf is not None else [("operand", i)] for i, leaf in enumerate(leaves)]
-    phases.append([name for name in step.results if name[:2] in arrays.found])
+    phases.append(final)
+    for i in cuts if saves_products else ():
+        phases[i + 1] = [*phases[i + 1], *(name for name in step.results if name[:2] == ("product", i))]
     again = {name for k, some in enumerate(phases) for name in step.reads(some) if name[0] == "cut" and name[1] + 1 < k}
     for i, leaf in enumerate(leaves):
         if leaf is None:
@@ -221,7 +236,7 @@ def backward_loop(step: UnitStep) -> UnitLoop:
     constants = Constants(arrays.place(("constants", 0)).array)
     places = [arrays.find(name) for name in step.inputs]
     of_cts = {"new": "of_state", "output": "of_output"}
-    final = [name for name in step.results if name[0] != "operand"]
+    final = [name for name in step.results if name[0] in of_cts]
     names = [name for name in step.reads(final) if name in varied]
     zeros = [name for name in varied if name not in names and name[0] != "parameter"]
     outputs = [(target(name), name[0] == "parameter") for name in names] + [(target(name), False) for name in zeros]

@@ -35,8 +35,8 @@ class UnitStep:
         dtype: float32 or float64, in which the compiled loops compute. bfloat16 numbers are float32 numbers there.
         inputs: by the name of each vector of units that the step reads, its dtype. The names are those of `Units`, and
             ("drive_bias", drive, block) and ("cut_bias", cut, block) for what is added to a drive or to a product.
-        results: by the name of each vector that it computes, its position: ("operand", cut), ("new", leaf) and
-            ("output", output, block).
+        results: by the name of each vector that it computes, its position: ("operand", cut), ("new", leaf),
+            ("output", output, block), and ("product", cut, block) with its bias.
         program: from the inputs to the results, and then the inputs again, because a later phase may read them.
     """
 
@@ -51,6 +51,7 @@ class UnitStep:
         self.inputs = self._inputs()
         names = [("operand", i) for i in range(len(parts.cuts))] + [("new", k) for k in range(len(parts.state))]
         names += [("output", k, block) for k, v in enumerate(parts.outputs) for block in range(self.blocks(v))]
+        names += [("product", *name[1:]) for name in self.inputs if name[0] == "cut"]
         self.results: dict[Symbol, int] = {name: k for k, name in enumerate(names)}
         try:
             self.program = self._traced(lambda *values: [*self._run(values), *values])
@@ -167,7 +168,8 @@ class UnitStep:
         expected = [1] * (len(units.operands) + len(units.new_state)) + [self.blocks(v) for v in self.parts.outputs]
         if any(some is None or len(some) != count for some, count in zip(blocks, expected, strict=True)):
             raise NotUnitwise(None)
-        return [jnp.broadcast_to(value, (self.size,)) for some in blocks for value in some]
+        products = [value for name, value in values.items() if name[0] == "cut"]
+        return [*(jnp.broadcast_to(value, (self.size,)) for some in blocks for value in some), *products]
 
 
 class _Values:

@@ -50,6 +50,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from seqjax.cells.arguments import as_array
+
 # What cannot change after it was made. A function counts: rebinding what it closes over is not seen by jax.jit either.
 IMMUTABLE = (bool, int, float, complex, str, bytes, type, np.dtype, types.FunctionType, types.BuiltinFunctionType)
 
@@ -216,7 +218,7 @@ def as_feature(x: Any, size: int, dtype: DTypeLike, cell: str) -> Array:
         ValueError: `x` is not one vector of `size` features.
         TypeError: `x` does not hold floating-point numbers.
     """
-    x = jnp.asarray(x)
+    x = as_array("x", x)
     if x.shape != (size,):
         raise ValueError(
             f"expected one example at one time, x ({size},), in {cell}.step, got {x.shape}: "

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from seqjax.analysis._floating_state import with_floating_state
 from seqjax.cell import Cell, Params, State, cached_check
-from seqjax.sequence._checks import batch_of_states, check_sequences
+from seqjax.sequence._checks import batch_of_states, check_methods, check_sequences
 from seqjax.sequence._flat_cell import FlatCell, flat_cell
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._parameter_checks import check_params
@@ -195,6 +195,7 @@ def state_parts(cell: Cell, params: Params) -> dict[str, slice]:
         >>> sj.analysis.state_parts(cell, cell.init(jax.random.key(0)))
         {'h': slice(0, 3, None), 'c': slice(3, 6, None)}
     """
+    check_methods(cell)
     check_params(cell, params)
     return flat_map(cell, params).parts
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from seqjax.cells.arguments import as_numbers, real_number
+
 
 class Memory(NamedTuple):
     """The lag from which a norm stays below a threshold; it prints as text.
@@ -77,9 +79,11 @@ def memory_horizon(log_norms: Float[Any, " lags"] | Sequence[float], threshold: 
         >>> sj.analysis.memory_horizon(jnp.log(jnp.array([1.0, 0.001, 0.5, 0.009, 0.001])), 0.01)
         3.0
     """
-    if not threshold > 0:
+    if not real_number("threshold", threshold) > 0:
         raise ValueError(f"expected a positive threshold, got {threshold}: 0.01 is a hundredth of the gradient")
-    log_norms = np.asarray(log_norms, np.float64)
+    log_norms = as_numbers("log_norms", log_norms)
+    if log_norms.ndim != 1:
+        raise ValueError(f"expected log_norms (lags,), got {log_norms.shape}: one sequence at a time")
     if np.isnan(log_norms).any():
         return math.nan
     above = np.flatnonzero(log_norms >= math.log(threshold))

@@ -41,8 +41,7 @@ def check_span(start: int, stop: int | None, time: int) -> tuple[int, int]:
     Raises:
         ValueError: the limits are not whole numbers in this order.
     """
-    stop = time if stop is None else stop
-    expected = f"0 <= start <= stop <= time = {time}"
-    if not 0 <= start <= stop <= time:
-        raise ValueError(f"expected {expected}, got start {start} and stop {stop}")
-    return whole_number("start", start, 0, time), whole_number("stop", stop, 0, time)
+    start, stop = whole_number("start", start, 0, time), whole_number("stop", time if stop is None else stop, 0, time)
+    if not start <= stop:
+        raise ValueError(f"expected 0 <= start <= stop <= time = {time}, got start {start} and stop {stop}")
+    return start, stop

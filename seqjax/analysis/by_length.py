@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from seqjax.cell import State
-from seqjax.data.batch import Batch, check_batch
+from seqjax.cells.arguments import check_choice
+from seqjax.data.batch import Batch, as_stream, check_batch
 from seqjax.models.heads import Head, head_log_probs
-from seqjax.models.model import Model, ModelParams
+from seqjax.models.model import Model, ModelParams, check_model
 from seqjax.models.objectives import ManyToOne, Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._devices import for_automatic_axes
@@ -111,8 +112,8 @@ def score_by_length(
         >>> result.length.tolist(), round(result.long - result.short, 4)  # (1 + 4 + 9) / 6 - 1 / 2
         ([1, 3], 1.8333)
     """
-    if score not in ("loss", "accuracy"):
-        raise ValueError(f'expected score "loss" or "accuracy", got {score!r}')
+    check_model(model, params)
+    check_choice("score", score, ("loss", "accuracy"))
     if score == "accuracy" and loss is not every_step and not isinstance(loss, ManyToOne):
         raise TypeError(f"expected loss every_step or ManyToOne to count right answers, got {loss!r}")
     sequences = [(values, length) for values, length in _sequences(model, params, stream, score, loss) if length]
@@ -155,7 +156,7 @@ def _sequences(
     run = cached_jit(_scores, model, score, loss)
     # For each row (scores, mask, reset) of all batches since the last one that does not continue.
     final, rows = None, []
-    for batch in stream:
+    for batch in as_stream(stream):
         state = check_batch(batch, final)
         final, values = run(params, state, (batch.xs, batch.targets, batch.mask, batch.reset))
         shape, values = jax.tree.leaves(batch.xs)[0].shape[:2], np.asarray(values)

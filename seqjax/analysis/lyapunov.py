@@ -41,6 +41,7 @@ from seqjax.analysis._padding import spans
 from seqjax.analysis._recording import Recording, by_sequence, recording
 from seqjax.analysis._statistics import MIN_STEPS, mean_interval
 from seqjax.cell import Cell, Params, State
+from seqjax.cells.arguments import as_numbers
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._devices import for_automatic_axes
@@ -381,7 +382,9 @@ def kaplan_yorke_dimension(exponents: Float[Any, " k"] | Sequence[float]) -> flo
         >>> round(sj.analysis.kaplan_yorke_dimension([0.41922, -1.62319]), 4)  # the Henon map
         1.2583
     """
-    exponents = np.asarray(exponents, float)
+    exponents = as_numbers("exponents", exponents)
+    if exponents.ndim != 1:
+        raise ValueError(f"expected exponents (k,), got {exponents.shape}: one sequence at a time")
     sums = np.cumsum(exponents)
     if np.isnan(sums).any():
         return math.nan

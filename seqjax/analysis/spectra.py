@@ -21,6 +21,7 @@ from seqjax.analysis._recurrent_products import recurrent_products
 from seqjax.analysis._spans import check_times
 from seqjax.analysis.jacobians import jacobians_at
 from seqjax.cell import Cell, Params, State, optional
+from seqjax.cells.arguments import as_numbers
 from seqjax.cells.vanilla import VanillaRNN
 from seqjax.sequence._cached_jit import precise_jit
 from seqjax.sequence._checks import check_methods
@@ -95,7 +96,7 @@ def matrix_spectrum(A: Float[Any, "*batch n n"], *, numerical_radius: bool = Tru
         >>> [round(float(x), 4) for x in (result.spectral_radius, result.norm, result.numerical_radius)]
         [0.9, 10.0804, 5.9]
     """
-    A = np.asarray(A, np.float64)
+    A = as_numbers("A", A)
     if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
         raise ValueError(f"expected square matrices (..., n, n), got {A.shape}: a spectrum needs equal sides")
     if not np.isfinite(A).all():

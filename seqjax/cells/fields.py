@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from seqjax.cells.arguments import as_dtype
 from seqjax.cells.whole_numbers import whole_number
 
 
@@ -26,12 +27,12 @@ def check_fields(part: object, sizes: tuple[str, ...], **choices: tuple[str, ...
     check_sizes(part, *sizes)
     for name, allowed in choices.items():
         value = getattr(part, name)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"expected {kind} {name} to be one of {', '.join(allowed)}, got {value!r}")
     for name in ("dtype", "compute_dtype"):
         if getattr(part, name, None) is None:
             continue
-        dtype = jnp.dtype(getattr(part, name))
+        dtype = as_dtype(f"{kind} {name}", getattr(part, name))
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"expected {kind} {name} to be floating-point, got {dtype.name}: use float32, float64 or bfloat16"

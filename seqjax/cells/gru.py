@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
+from seqjax.cells.arguments import check_choice, check_recurrent
 from seqjax.cells.fields import check_chrono, check_fields
 from seqjax.cells.product import product
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
@@ -86,6 +87,8 @@ def gru_gates(
         >>> round(float(sj.gru_gates(params, sj.GRUState(jnp.ones(1)), jnp.ones(1)).update[0]), 4)  # sigma(2)
         0.8808
     """
+    check_recurrent("GRU", 3, params, state, ("h",))
+    check_choice("reset", reset, ("after", "before"))
     W_xh, W_hh, b_h, b_hn = params
     h, n = state.h, state.h.size
     x = as_feature(x, W_xh.shape[1], W_xh.dtype, "GRU")

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
+from seqjax.cells.arguments import check_recurrent
 from seqjax.cells.fields import check_chrono, check_fields
 from seqjax.cells.product import product
 from seqjax.initializers import Glorot, Initializer, Orthogonal, chrono_bias, gate_matrices
@@ -73,6 +74,7 @@ def lstm_gates(
         >>> round(float(gates.forget[0]), 4)  # sigma(1)
         0.7311
     """
+    check_recurrent("LSTM", 4, params, state, ("h", "c"))
     W_xh, W_hh, b_h = params
     x = as_feature(x, W_xh.shape[1], W_xh.dtype, "LSTM")
     # W_xh x + b_h is added first: it does not depend on the state, so it is computed for all steps before the loop.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, NotOffered, Output, Params, State, inherited, optional, output_of, same_state_type
+from seqjax.cells.arguments import described
 
 
 @jax.tree_util.register_static
@@ -123,6 +124,8 @@ def stack(cells: Sequence[Cell]) -> Stack:
         >>> outputs.shape, len(state)
         ((2, 7, 5), 3)
     """
+    if not isinstance(cells, Iterable) or hasattr(cells, "ndim"):
+        raise TypeError(f"expected a list of cells, got {described(cells)}: stack([LSTM(8, 64), GRU(64, 32)])")
     cells = tuple(cells)
     if not cells:
         raise ValueError("expected at least one cell in a stack, got none: stack([LSTM(8, 64)])")

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from seqjax.cell import as_feature
+from seqjax.cells.arguments import check_choice, check_recurrent
 from seqjax.cells.fields import check_fields
 from seqjax.cells.product import product
 from seqjax.initializers import Glorot, Initializer, Orthogonal
@@ -64,6 +65,8 @@ def vanilla_step(
         >>> round(float(output[0]), 4)  # tanh(0.2 + 0.5 * 0.4 + 0.1)
         0.4621
     """
+    check_recurrent("VanillaRNN", 1, params, state, ("h",))
+    check_choice("activation", activation, tuple(ACTIVATIONS))
     W_xh, W_hh, b_h = params
     x = as_feature(x, W_xh.shape[1], W_xh.dtype, "VanillaRNN")
     # W_xh x + b_h is added first: it does not depend on the state, so it is computed for all steps before the loop.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from seqjax.cell import State
+from seqjax.cells.arguments import as_array, described
 
 
 @partial(
@@ -40,6 +43,21 @@ class Batch:
     continues: bool = False
 
 
+def as_stream(stream: Any) -> Iterable[Batch]:
+    """A stream from what a user passes as one: an iterable of batches, or one batch, which is a stream of one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(stream, Batch):
+        return [stream]
+    if not isinstance(stream, Iterable):
+        raise TypeError(
+            f"expected a stream of sj.Batch, got {described(stream)}: an iterable such as [sj.Batch(xs, targets)]"
+        )
+    return stream
+
+
 def check_batch(batch: Any, carried: State | None) -> State | None:
     """Returns the state from which a batch starts: the carried one if it continues, otherwise None.
 
@@ -49,6 +67,13 @@ def check_batch(batch: Any, carried: State | None) -> State | None:
     """
     if not isinstance(batch, Batch):
         raise TypeError(f"expected a stream of sj.Batch, got {type(batch).__name__}: sj.Batch(xs, targets)")
+    for name in ("xs", "targets", "mask", "reset"):
+        for leaf in jax.tree.leaves(getattr(batch, name)):
+            # Arrays of numbers are not converted here, so that a batch goes to the device once.
+            if not isinstance(leaf, jax.Array) and np.asarray(leaf).dtype.kind in "OSU":
+                as_array(f"{name} of a batch", leaf)
+    if not jax.tree.leaves(batch.xs):
+        raise ValueError("expected xs of a batch (batch, time, ...), got no array: sj.Batch(xs, targets)")
     if batch.continues and carried is None:
         raise ValueError("expected a batch that starts afresh first, got one that continues: continues=False")
     return carried if batch.continues else None

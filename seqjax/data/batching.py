@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from seqjax.cells.arguments import described
+from seqjax.cells.whole_numbers import whole_number
 from seqjax.data.batch import Batch
 
 
@@ -41,7 +43,9 @@ def pad(sequences: Sequences, time: int | None = None) -> tuple[np.ndarray, np.n
         >>> xs.tolist(), mask.tolist()
         ([[1, 2, 3], [4, 0, 0]], [[True, True, True], [True, False, False]])
     """
-    arrays = [np.asarray(sequence) for sequence in sequences]
+    _check_source("sequences", sequences)
+    arrays = [_as_sequence(sequence) for sequence in sequences]
+    time = None if time is None else whole_number("time", time, 0)
     if not arrays:
         raise ValueError("expected at least one sequence to pad, got none")
     shapes = {array.shape[1:] for array in arrays if array.ndim}
@@ -99,8 +103,7 @@ def batches(
         [(2, 1), (2, 3)]
     """
     lengths, per_step = _lengths(sequences, targets)
-    if batch < 1:
-        raise ValueError(f"expected batch of at least 1, got {batch}")
+    batch, skip, passes = whole_number("batch", batch), whole_number("skip", skip, 0), _count(passes)
 
     def orders() -> Iterator[np.ndarray]:
         """The rows of each batch."""
@@ -165,8 +168,8 @@ def packed(
         [([[1, 2, 3, 4], [5, 6, 0, 0]], [[True, False, False, True], [True, False, False, False]])]
     """
     lengths, per_step = _lengths(sequences, targets)
-    if batch < 1 or window < 1:
-        raise ValueError(f"expected batch and window of at least 1, got {batch} and {window}")
+    batch, window = whole_number("batch", batch), whole_number("window", window)
+    skip, passes = whole_number("skip", skip, 0), _count(passes)
     if not per_step:
         raise ValueError(
             "expected one target per step of each sequence, got others: several sequences share a row, so a row has "
@@ -220,20 +223,41 @@ def padding_share(stream: Iterable[Batch]) -> float:
 
 def _lengths(sequences: Sequences, targets: Sequences) -> tuple[np.ndarray, bool]:
     """The length of each sequence, and whether all targets have one value per step."""
+    for name, values in (("sequences", sequences), ("targets", targets)):
+        _check_source(name, values)
     if len(sequences) != len(targets) or not len(sequences):
         raise ValueError(f"expected one target per sequence, got {len(targets)} for {len(sequences)} sequences")
     for i in range(len(sequences)):
-        if not np.ndim(sequences[i]):
+        if not _as_sequence(sequences[i]).ndim:
             raise ValueError(f"expected sequences (time, ...), got the number {sequences[i]!r} in place {i}")
     lengths = np.array([len(sequences[i]) for i in range(len(sequences))])
     # If only some targets have the length of their sequence, that is chance: they are vectors.
-    per_step = all(np.ndim(targets[i]) and len(targets[i]) == n for i, n in enumerate(lengths))
+    per_step = all(_as_sequence(targets[i]).ndim and len(targets[i]) == n for i, n in enumerate(lengths))
     return lengths, per_step
+
+
+def _check_source(name: str, values: Any) -> None:
+    is_number = getattr(values, "ndim", 1) == 0
+    if is_number or isinstance(values, dict | str | bytes) or not isinstance(values, Sequences):
+        raise TypeError(
+            f"expected {name} as a list of arrays (time, ...), or a source with a length, got {described(values)}"
+        )
+
+
+def _as_sequence(sequence: Any) -> np.ndarray:
+    array = np.asarray(sequence)
+    if array.dtype.kind in "OSU":
+        raise TypeError(f"expected sequences of numbers, got {described(sequence)}: encode text with sj.data.encode")
+    return array
+
+
+def _count(passes: int | None) -> int | None:
+    return None if passes is None else whole_number("passes", passes, 0, hint="None for an endless stream")
 
 
 def _passes(seed: int | None, passes: int | None) -> Iterator[np.random.Generator | None]:
     """The random numbers of each pass, which continue those of the pass before."""
-    random = None if seed is None else np.random.default_rng(seed)
+    random = None if seed is None else np.random.default_rng(whole_number("seed", seed, 0))
     return itertools.repeat(random) if passes is None else itertools.repeat(random, passes)
 
 

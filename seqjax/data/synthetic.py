@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from seqjax.cells.arguments import check_key
+from seqjax.cells.whole_numbers import whole_number
 from seqjax.data.batch import Batch
 
 ADDING_BASELINE = 1 / 6  # the variance of the sum of two U[0, 1], which is the mean squared error of the constant 1
@@ -38,8 +41,8 @@ def adding_problem(key: Array, batch: int, time: int) -> Iterator[Batch]:
         >>> bool(((batch.xs[..., 0] * batch.xs[..., 1]).sum(1) == batch.targets[:, 0]).all())
         True
     """
-    if time < 2:
-        raise ValueError(f"expected time of at least 2 for two marked numbers, got {time}")
+    batch = whole_number("batch", batch)
+    time = whole_number("time", time, 2, expected="time of at least 2 for two marked numbers")
     return _stream(partial(_adding, batch, time), key)
 
 
@@ -69,8 +72,8 @@ def copy_memory(key: Array, batch: int, delay: int, symbols: int = 8) -> Iterato
         >>> bool((batch.xs[:, :10] == batch.targets[:, -10:]).all()), batch.xs.shape
         (True, (3, 25))
     """
-    if delay < 1 or symbols < 1:
-        raise ValueError(f"expected delay and symbols of at least 1, got {delay} and {symbols}")
+    batch, delay = whole_number("batch", batch), whole_number("delay", delay)
+    symbols = whole_number("symbols", symbols)
     return _stream(partial(_copy, batch, delay, symbols), key)
 
 
@@ -82,17 +85,18 @@ def copy_baseline(delay: int, symbols: int = 8) -> float:
         >>> round(sj.data.copy_baseline(100), 5), round(sj.data.copy_baseline(200), 5)
         (0.17329, 0.09452)
     """
-    return 10 * math.log(symbols) / (delay + 20)
+    return 10 * math.log(whole_number("symbols", symbols)) / (whole_number("delay", delay) + 20)
 
 
 def _stream(draw: Callable[[Array], tuple[Array, Array]], key: Array) -> Iterator[Batch]:
-    draw = jax.jit(draw)
-    n = 0
-    while True:
+    draw, key = jax.jit(draw), check_key(key)
+
+    def stream() -> Iterator[Batch]:
         # Batch n depends only on the key and on n, not on the batches before it.
-        xs, targets = draw(jax.random.fold_in(key, n))
-        yield Batch(xs, targets)
-        n += 1
+        for n in itertools.count():
+            yield Batch(*draw(jax.random.fold_in(key, n)))
+
+    return stream()
 
 
 def _adding(batch: int, time: int, key: Array) -> tuple[Array, Array]:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from seqjax.cells.arguments import described
+from seqjax.cells.whole_numbers import whole_number
 from seqjax.data.batch import Batch
 
 
@@ -89,6 +91,9 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> np.ndarray:
     """
     # UTF-32 has four bytes per character, so the search runs in numpy and not per character. "surrogatepass" lets
     # unpaired surrogates through to the message below.
+    for argument, value in (("text", text), ("vocabulary", vocabulary)):
+        if not isinstance(value, str):
+            raise TypeError(f"expected {argument} as a str, got {described(value)}: decode bytes first")
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     known = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
     order = np.argsort(known)  # searchsorted needs sorted values, but a vocabulary has any order
@@ -114,7 +119,30 @@ def decode(tokens: Sequence[int] | Int[Any, "..."], vocabulary: str) -> str:
         >>> sj.data.decode([2, 0, 1], "abc")
         'cab'
     """
-    return "".join(vocabulary[int(token)] for token in np.asarray(tokens).ravel())
+    if not isinstance(vocabulary, str):
+        raise TypeError(f"expected vocabulary as a str, got {described(vocabulary)}: Corpus.vocabulary")
+    tokens = as_tokens(tokens)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(vocabulary):
+        raise ValueError(
+            f"expected tokens from 0 to {len(vocabulary) - 1}, got {tokens.min()} to {tokens.max()}: use the "
+            f"vocabulary that they were encoded with"
+        )
+    return "".join(vocabulary[token] for token in tokens.ravel())
+
+
+def as_tokens(tokens: Any) -> np.ndarray:
+    """Returns tokens as an array of whole numbers on the host.
+
+    Raises:
+        TypeError: they are not whole numbers.
+    """
+    try:
+        array = np.asarray(tokens)
+    except (TypeError, ValueError):  # rows of different lengths
+        array = np.asarray(None)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"expected tokens as whole numbers, got {described(tokens)}: sj.data.encode(text, vocabulary)")
+    return array.astype(int) if not array.size else array
 
 
 def manual_topics() -> Corpus:
@@ -157,7 +185,8 @@ def unigram_entropy(tokens: Sequence[int] | Int[Any, " length"]) -> float:
         >>> sj.data.unigram_entropy([0, 1, 2, 3])
         2.0
     """
-    if not len(tokens):
+    tokens = as_tokens(tokens)
+    if not tokens.size:
         raise ValueError("expected at least one token, got none: an empty text has no entropy")
     _, counts = np.unique(np.asarray(tokens), return_counts=True)
     p = counts / counts.sum()
@@ -172,6 +201,8 @@ def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         >>> [len(part) for part in sj.data.split(np.arange(1000))]
         [900, 50, 50]
     """
+    if not getattr(tokens, "ndim", 0):
+        raise TypeError(f"expected tokens (length,), got {described(tokens)}: np.asarray(tokens)")
     first, second = len(tokens) * 90 // 100, len(tokens) * 95 // 100
     return tokens[:first], tokens[first:second], tokens[second:]
 
@@ -203,8 +234,10 @@ def windows(
         >>> [(b.xs.tolist(), b.continues) for b in sj.data.windows(np.arange(10), batch=1, window=4, passes=1)]
         [([[0, 1, 2, 3]], False), ([[4, 5, 6, 7]], True)]
     """
-    if batch < 1 or window < 1:
-        raise ValueError(f"expected batch and window of at least 1, got {batch} and {window}")
+    batch, window, skip = whole_number("batch", batch), whole_number("window", window), whole_number("skip", skip, 0)
+    passes = None if passes is None else whole_number("passes", passes, 0)
+    if getattr(tokens, "ndim", None) != 1:
+        raise ValueError(f"expected tokens (length,), got {described(tokens)}: one text as one row")
     # The last token is only a target: targets are one step ahead.
     length = (len(tokens) - 1) // batch
     count = length // window

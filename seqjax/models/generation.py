@@ -17,7 +17,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.cell import State
-from seqjax.models.model import Model, ModelParams
+from seqjax.cells.arguments import as_array, as_arrays, check_key, real_number
+from seqjax.cells.whole_numbers import whole_number
+from seqjax.models.model import Model, ModelParams, check_model
 from seqjax.models.pooling import last_valid
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import check_flags
@@ -87,6 +89,9 @@ def generate(
         (2, 6)
     """
     _check_options(steps, temperature, top_k, top_p)
+    check_model(model, params)
+    prompt = as_arrays("prompt", prompt)
+    ending = None if end is None else as_array("end", end)
     leaves = jax.tree.leaves(prompt)
     if not leaves or jnp.ndim(leaves[0]) < 2 or jnp.shape(leaves[0])[1] == 0:
         raise ValueError(
@@ -101,7 +106,7 @@ def generate(
         raise ValueError("expected at least one valid step in every prompt, got a row whose mask is False throughout")
     # Plain Python values, by which the cached jit compares.
     options = _Options(float(temperature), top_k, top_p)
-    return cached_jit(_generate, model, steps, options)(params, _Start(prompt, state, mask, keys), end)
+    return cached_jit(_generate, model, steps, options)(params, _Start(prompt, state, mask, keys), ending)
 
 
 def stream_tokens(
@@ -181,8 +186,7 @@ def _generate(
 
 
 def _row_keys(key: Array, batch: int) -> Array:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # a key of jax.random.PRNGKey
-        key = jax.random.wrap_key_data(key)
+    key = check_key(key)
     if key.ndim == 0:
         return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
     if key.shape != (batch,):
@@ -191,11 +195,10 @@ def _row_keys(key: Array, batch: int) -> Array:
 
 
 def _check_options(steps: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if steps < 1:
-        raise ValueError(f"expected at least 1 step to generate, got {steps}")
-    if not temperature >= 0:  # also true for NaN
+    whole_number("steps", steps)
+    if not real_number("temperature", temperature) >= 0:  # also true for NaN
         raise ValueError(f"expected temperature of at least 0, got {temperature}: 0 takes the likeliest token")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"expected top_k of at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_k is not None:
+        whole_number("top_k", top_k)
+    if top_p is not None and not 0 < real_number("top_p", top_p) <= 1:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}: 1 keeps every token")

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from seqjax.cells.arguments import as_arrays, described, real_number
 from seqjax.cells.embedding import EmbeddingParams
 from seqjax.cells.fields import check_fields
 from seqjax.initializers import Glorot
+from seqjax.sequence._checks import check_flags
 
 
 @runtime_checkable
@@ -72,6 +74,11 @@ def readout(params: ReadoutParams, h: Float[Array, " n"]) -> Float[Array, " m"]:
         >>> sj.readout(sj.ReadoutParams(jnp.array([[1.0, 2.0]]), jnp.array([0.5])), jnp.array([3.0, 4.0])).tolist()
         [11.5]
     """
+    if not hasattr(params, "W_hy") or not hasattr(h, "shape"):
+        raise TypeError(
+            f"expected ReadoutParams(W_hy, b_y) and a vector h, got {described(params)} and {described(h)}: the "
+            f"parameters come from head.init"
+        )
     if params.W_hy is None:
         raise ValueError(
             "expected W_hy in the parameters of the readout, got None: a tied head reads model.head_params(params)"
@@ -249,7 +256,7 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         check_fields(self, ("hidden_size", "features"))
-        if self.std is not None and not self.std > 0:
+        if self.std is not None and not real_number("Gaussian std", self.std) > 0:
             raise ValueError(f"expected Gaussian std to be positive, got {self.std!r}: leave it out to learn it")
 
     def init(self, key: Array) -> ReadoutParams:
@@ -305,7 +312,11 @@ def check_targets(outputs: PyTree, targets: PyTree) -> PyTree:
     Raises:
         ValueError: (batch, time) differs between targets and outputs.
     """
-    targets = jax.tree.map(jnp.asarray, targets)
+    outputs, targets = as_arrays("outputs", outputs), as_arrays("targets", targets)
+    if not all(leaf.ndim > 1 for leaf in jax.tree.leaves(outputs)) or not jax.tree.leaves(outputs):
+        raise ValueError("expected outputs (batch, time, ...), got others: pass the outputs of unroll")
+    if not jax.tree.leaves(targets):
+        raise ValueError("expected targets (batch, time, ...), got none: pass one target per step")
     expected = jax.tree.leaves(outputs)[0].shape[:2]
     for leaf in jax.tree.leaves(targets):
         if leaf.shape[:2] != expected:
@@ -342,7 +353,10 @@ def head_log_probs(
         >>> round(float(log_p.sum()), 4)  # -10 ln 4
         -13.8629
     """
+    if not isinstance(head, Head) or isinstance(head, type):
+        raise TypeError(f"expected a head, such as sj.Categorical(hidden_size, classes), got {described(head)}")
     targets = check_targets(outputs, targets)
+    mask = check_flags("mask", mask, *jax.tree.leaves(outputs)[0].shape[:2])
 
     def one(h: PyTree, y: PyTree, valid: Array | None) -> Array:
         if valid is None:

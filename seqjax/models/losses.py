@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from seqjax.cells.arguments import as_array
 from seqjax.sequence._checks import check_flags
 
 
@@ -39,7 +40,7 @@ def sequence_loss(
         >>> float(sj.sequence_loss(losses, sj.length_mask([2, 1], 3)))
         2.0
     """
-    step_losses = jnp.asarray(step_losses)
+    step_losses = as_array("step_losses", step_losses)
     if step_losses.ndim != 2:
         raise ValueError(f"expected step_losses (batch, time), got {step_losses.shape}: one loss for each step")
     if reduce not in ("mean", "sum") or unit not in ("nats", "bits"):
@@ -72,7 +73,7 @@ def perplexity(log_p: Float[Any, "batch time"], mask: Bool[Any, "batch time"] | 
         >>> round(float(sj.perplexity(jnp.log(jnp.full((1, 3), 0.25)))), 4)
         4.0
     """
-    return jnp.exp(sequence_loss(-jnp.asarray(log_p), mask))
+    return jnp.exp(sequence_loss(-as_array("log_p", log_p), mask))
 
 
 def bits_per_character(
@@ -95,4 +96,4 @@ def bits_per_character(
         >>> round(float(sj.bits_per_character(jnp.log(jnp.full((1, 3), 0.25)))), 4)
         2.0
     """
-    return sequence_loss(-jnp.asarray(log_p), mask, unit="bits")
+    return sequence_loss(-as_array("log_p", log_p), mask, unit="bits")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.cell import Cell, State
+from seqjax.cells.arguments import as_array, described
 from seqjax.models.heads import Head, head_log_probs
 from seqjax.sequence.unroll import unroll
 
@@ -62,6 +63,23 @@ class Model:
         return params.head if with_cell is None else with_cell(params.head, params.cell)
 
 
+def check_model(model: Any, params: Any) -> None:
+    """Checks the first two arguments of a function of a model.
+
+    Raises:
+        TypeError: they are not a model and its parameters.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(f"expected a sj.Model, got {described(model)}: sj.Model(cell, head)")
+    if not hasattr(params, "cell") or not hasattr(params, "head"):
+        raise TypeError(
+            f"expected params of the model, ModelParams(cell, head), got {described(params)}: model.init(key)"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "shape"):
+            as_array(f"params{jax.tree_util.keystr(path)}", leaf)
+
+
 def log_probs(
     model: Model,
     params: ModelParams,
@@ -96,6 +114,7 @@ def log_probs(
         >>> [round(float(l), 4) for l in log_p[0]]  # -ln 4 each
         [-1.3863, -1.3863, -1.3863]
     """
+    check_model(model, params)
     final, outputs = unroll(model.cell, params.cell, xs, state=state, mask=mask, reset=reset)
     return final, head_log_probs(model.head, model.head_params(params), outputs, targets, mask)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
+from seqjax.cells.arguments import as_arrays
 from seqjax.sequence._checks import check_flags
 
 
@@ -109,7 +110,9 @@ def _where_valid(mask: Array, leaf: Float[Array, "time ..."], otherwise: float) 
 
 def _pool(one: Callable[[Array | None, Array], Array], outputs: PyTree, mask: ArrayLike | None) -> PyTree:
     """Maps `one`, which pools one leaf of one sequence, over leaves and batch."""
-    outputs = jax.tree.map(jnp.asarray, outputs)
+    outputs = as_arrays("outputs", outputs)
+    if not jax.tree.leaves(outputs):
+        raise ValueError("expected outputs (batch, time, ...), got no array: pool the outputs of unroll")
     for leaf in jax.tree.leaves(outputs):
         if leaf.ndim < 2:
             raise ValueError(f"expected outputs (batch, time, ...), got {leaf.shape}: pool the outputs of unroll")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Params, State, optional, strong_type
+from seqjax.cells.arguments import as_array, as_arrays
 from seqjax.cells.whole_numbers import as_integer
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._parameter_checks import METHODS, check_params, is_cell, kind_of
@@ -76,7 +77,7 @@ def check_inputs(cell: Cell, xs: PyTree) -> tuple[PyTree, int, int]:
         TypeError: `cell` is not a cell.
     """
     check_methods(cell)
-    xs = jax.tree.map(jnp.asarray, xs)
+    xs = as_arrays("xs", xs)
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     shape = optional(cell, "input_shape")
     expected = "(batch, time, ...)" if shape is None else f"({', '.join(['batch', 'time', *map(str, shape)])})"
@@ -147,7 +148,7 @@ def check_flags(name: str, flags: Any, batch: int, time: int) -> Array | None:
     """
     if flags is None:
         return None
-    flags = jnp.asarray(flags)
+    flags = as_array(name, flags)
     if flags.shape != (batch, time):
         raise ValueError(f"expected {name} (batch, time) = ({batch}, {time}) as in xs, got {flags.shape}")
     if flags.dtype != jnp.bool_:

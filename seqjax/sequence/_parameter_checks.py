@@ -196,7 +196,8 @@ def _shape(leaf: Any) -> Any:
     """The shape of a leaf; None for None, and the name of the type for a leaf that is not an array."""
     if leaf is None or isinstance(leaf, bool | int | float | complex):
         return None if leaf is None else ()
-    shape = getattr(leaf, "shape", None)
+    # The class of an array has a shape too, and a masked array is none that JAX takes.
+    shape = None if isinstance(leaf, type | np.ma.MaskedArray) else getattr(leaf, "shape", None)
     return type(leaf).__name__ if shape is None else tuple(shape)
 
 
@@ -209,7 +210,7 @@ def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 def described(tree: PyTree, of: str = "an array ") -> str:
     """A tree with the shapes of its leaves, on one line."""
     if jax.tree_util.all_leaves([tree]):
-        return f"{of}{_shape(tree)}" if hasattr(tree, "shape") else kind_of(tree)
+        return f"{of}{_shape(tree)}" if isinstance(_shape(tree), tuple) else kind_of(tree)
     try:
         text = repr(jax.tree.map(_shape, tree, is_leaf=_is_none))
     except Exception:  # noqa: BLE001 - a container of the user may refuse shapes

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from seqjax import kernels
 from seqjax.cell import Cell, Params, names_of_state, strong_type
+from seqjax.cells.arguments import as_array
 from seqjax.sequence._checks import check_methods
 from seqjax.sequence._execution.formulas import supported_kernel
 from seqjax.sequence._execution.forward import Loop
@@ -153,7 +153,7 @@ def explain(cell: Cell, params: Params, x: PyTree) -> Explanation:
     check_params(cell, params)
     # Shapes are enough, so large parameters need not be drawn for an explanation.
     state = jax.eval_shape(lambda p: strong_type(cell.initial_state(p)), params)
-    x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf), x)
+    x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else as_array("x", leaf), x)
     traced = traced_one(cell, emit_output, params, state, (x, None, None, None))
     plan = plan_of(traced, True)
     name = type(cell).__name__

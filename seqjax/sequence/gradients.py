@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from seqjax.cell import Cell, Params, State
+from seqjax.cells.arguments import check_function
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checks import batch_of_states, check_floating_state, check_sequences
@@ -89,6 +90,7 @@ def state_gradients(
         >>> sj.state_gradients(cell, params, jnp.ones((1, 3, 1)), last).h[0, :, 0].tolist()  # 0.5^(3 - t)
         [0.125, 0.25, 0.5, 1.0]
     """
+    check_function("loss", loss, "it gets the states, leaves (batch, time, ...)")
     arguments = _checked(cell, params, xs, state, mask, reset)
     return cached_jit(_state_gradients, cell, loss)(*arguments)
 
@@ -142,6 +144,7 @@ def weight_gradients_by_step(
         >>> by_step.W_hh.shape, bool(jnp.allclose(by_step.W_hh.sum(0), whole.W_hh, atol=1e-5))
         ((6, 9, 3), True)
     """
+    check_function("loss", loss, "it gets the outputs, leaves (batch, time, ...)")
     arguments = _checked(cell, params, xs, state, mask, reset)
     return cached_jit(_weight_gradients, cell, loss)(*arguments)
 
@@ -208,6 +211,7 @@ def truncated_grad(
     """
     hint = "window=1 is no recurrence at all"
     window = whole_number("window", window, hint=hint, expected="a window of at least 1 step")
+    check_function("loss", loss, "it gets the outputs, leaves (batch, time, ...)")
     arguments = _checked(cell, params, xs, state, mask, reset)
     return cached_jit(_truncated, cell, loss, window)(*arguments)
 

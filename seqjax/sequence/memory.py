@@ -11,6 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Params, optional
+from seqjax.cells.arguments import as_dtype
+from seqjax.cells.whole_numbers import whole_number
+from seqjax.sequence._checks import check_methods
 from seqjax.sequence.unroll import unroll
 
 
@@ -77,15 +80,15 @@ def memory_estimate(
         >>> some.temporaries < all_states.temporaries / 2
         True
     """
+    check_methods(cell)
     shape = optional(cell, "input_shape")
     if shape is None:
         raise TypeError(
             f"expected a cell that says its input_shape, got {type(cell).__name__}: "
             f"give it a field or property input_shape, (features,) or () for tokens"
         )
-    if batch < 1 or time < 1:
-        raise ValueError(f"expected at least one row and one step, got batch {batch} and time {time}")
-    dtype = dtype or (jnp.float32 if shape else jnp.int32)
+    batch, time = (whole_number(name, size, 1, 2**31 - 1) for name, size in (("batch", batch), ("time", time)))
+    dtype = as_dtype("dtype", dtype or (jnp.float32 if shape else jnp.int32))
     xs = jax.ShapeDtypeStruct((batch, time, *shape), dtype)
 
     def outputs(params: Params, xs: Array) -> PyTree:

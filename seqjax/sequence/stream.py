@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from seqjax.cell import Cell, Output, Params, State, names_of_state
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
-from seqjax.sequence._checks import batch_of_states
+from seqjax.sequence._checks import batch_of_states, check_methods
 from seqjax.sequence.unroll import unroll
 
 
@@ -158,6 +158,7 @@ def stream(cell: Cell, params: Params, *, batch: int | None = None, state: State
         >>> bool(abs(halves - sj.unroll(cell, params, xs[None])[1][0]).max() < 1e-6)
         True
     """
+    check_methods(cell)
     if batch is not None:
         batch = whole_number("batch", batch, 1, hint="None runs one sequence")
     if state is not None and batch is None:

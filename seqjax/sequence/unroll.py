@@ -18,6 +18,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PyTree
 
 from seqjax.cell import Cell, Output, Params, State, optional
+from seqjax.cells.arguments import as_array
+from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checkpointed import run_checkpointed
 from seqjax.sequence._checks import batch_of_states, check_methods, check_sequences, check_steps
@@ -204,7 +206,7 @@ def length_mask(lengths: Int[Any, " batch"] | Sequence[int], time: int) -> Bool[
         >>> sj.length_mask([2, 0], 3).tolist()
         [[True, True, False], [False, False, False]]
     """
-    lengths = jnp.asarray(lengths)
+    lengths, time = as_array("lengths", lengths), whole_number("time", time, 0)
     if lengths.ndim != 1:
         raise ValueError(f"expected lengths (batch,), got {lengths.shape}: one length for each sequence")
     if lengths.size and not jnp.issubdtype(lengths.dtype, jnp.integer):

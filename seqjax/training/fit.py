@@ -19,9 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State
-from seqjax.data.batch import Batch, check_batch
+from seqjax.cells.whole_numbers import whole_number
+from seqjax.data.batch import Batch, as_stream, check_batch
 from seqjax.data.history import LEAF_PREFIX, leaf_names
-from seqjax.models.model import Model, ModelParams
+from seqjax.models.model import Model, ModelParams, check_model
 from seqjax.models.objectives import Objective, every_step
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence.unroll import unroll
@@ -62,6 +63,7 @@ def evaluate(
         >>> round(sj.evaluate(model, params, [sj.Batch(tokens, tokens)]), 4)  # ln 4
         1.3863
     """
+    check_model(model, params)
     return evaluator_of(model, loss, devices)(params, stream)
 
 
@@ -80,7 +82,7 @@ def _mean_loss(
     stream: Iterable[Batch],
 ) -> Any:
     carried, total, weight, params = None, 0.0, 0, everywhere(mesh, params)
-    for batch in stream:
+    for batch in as_stream(stream):
         state = check_batch(batch, carried)
         carried, value = run(params, state, by_rows(mesh, (batch.xs, batch.targets, batch.mask, batch.reset)))
         rows, time = jax.tree.leaves(batch.xs)[0].shape[:2]
@@ -192,8 +194,12 @@ def fit(
         >>> fitted.reason, len(fitted.history["loss"])
         ('steps', 20)
     """
-    if steps is not None and steps < 0:
-        raise ValueError(f"expected steps of at least 0, got {steps}")
+    if steps is not None:
+        steps = whole_number("steps", steps, 0)
+    validate_every = whole_number("validate_every", validate_every)
+    if params is not None:
+        check_model(model, params)
+    stream = as_stream(stream)
     optimizer = clipped(ADAM if optimizer is None else optimizer, clip_norm)
     latest = start(model, optimizer, key, params) if state is None else state
     first: Any = latest.step if isinstance(latest.step, Tracer) else int(latest.step)

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import State, optional
+from seqjax.cells.arguments import check_key, described, real_number
 from seqjax.data.batch import Batch, check_batch
 from seqjax.data.history import LEAF_PREFIX, leaf_names
 from seqjax.models.model import Model, ModelParams
@@ -83,20 +84,30 @@ class NotFinite(ArithmeticError):
         super().__init__(f"not finite at step {step} ({found})")
 
 
-@functools.lru_cache
 def clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
     """The optimizer with gradient clipping by global norm, g <- g min(1, c / |g|) (Pascanu, Mikolov and Bengio 2013).
 
     The same arguments give the same object, so code that was compiled for it is reused.
     """
+    # A list or an array has no hash.
+    try:
+        return _clipped(optimizer, clip_norm)
+    except TypeError:
+        return with_clipping(optimizer, clip_norm)
+
+
+@functools.lru_cache
+def _clipped(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
     return with_clipping(optimizer, clip_norm)
 
 
 def with_clipping(optimizer: optax.GradientTransformation, clip_norm: float | None) -> optax.GradientTransformation:
     """`clipped` for an optimizer that holds traced values, which must not be kept."""
+    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
+        raise TypeError(f"expected an optimizer of optax, got {described(optimizer)}: optax.adam(1e-3)")
     if clip_norm is None:
         return optimizer
-    if not clip_norm > 0:
+    if not real_number("clip_norm", clip_norm, "None does not clip") > 0:
         raise ValueError(f"expected clip_norm to be positive, got {clip_norm}: None does not clip")
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
@@ -126,6 +137,7 @@ def start(
     """
     if params is None and key is None:
         raise ValueError("expected a key to draw parameters with, or params, got neither: key=jax.random.key(0)")
+    key = None if key is None else check_key(key)
     # As one program, because a draw compiles a dozen small ones otherwise.
     return cached_jit(_first_state, model, optimizer)(key, params)
 

@@ -299,6 +299,8 @@ def outcome(name: str, argument: str, value: Any) -> tuple[str, str]:
             warnings.simplefilter("ignore")
             jax.block_until_ready(jax.tree.leaves(function(**arguments | {argument: value})))
         return "right", ""
+    except MemoryError:
+        return "too large", ""  # no sentence of the library knows how much memory there is
     except (ValueError, TypeError, ArithmeticError) as error:
         text = str(error)
         if text.startswith("expected") or ("expected" in text and "got" in text):
@@ -307,7 +309,7 @@ def outcome(name: str, argument: str, value: Any) -> tuple[str, str]:
     except Hangs:
         return "hangs", f"more than {SECONDS} s"
     except Exception as error:
-        return "fault", _told(error)
+        return ("too large", "") if "RESOURCE_EXHAUSTED" in str(error) else ("fault", _told(error))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

@@ -49,7 +49,7 @@ def test_a_text_shorter_than_a_window_is_refused_with_the_length_that_it_needs()
     assert len(list(sj.data.windows(np.arange(13), 3, 4, passes=1))) == 1
     with raises(ValueError, "batch * window + 1 = 13", "got 12", "longer text"):
         sj.data.windows(np.arange(12), 3, 4)
-    with raises(ValueError, "at least 1", "got 0 and 4"):
+    with raises(ValueError, "batch", "at least 1", "got 0"):
         sj.data.windows(np.arange(12), 0, 4)
 
 
@@ -76,7 +76,7 @@ def test_sequences_that_do_not_fit_together_are_refused():
         sj.data.pad([np.ones((2, 3)), np.ones((2, 4))])
     with raises(ValueError, "one target per sequence", "got 1 for 2"):
         sj.data.batches([[1], [2]], [0], 1)
-    with raises(ValueError, "batch of at least 1", "got 0"):
+    with raises(ValueError, "batch", "at least 1", "got 0"):
         sj.data.batches([[1], [2]], [0, 1], 0)
 
 
@@ -281,7 +281,7 @@ def test_sequences_that_cannot_be_packed_are_refused():
         sj.data.packed([[1], [1, 2, 3]], [[1], [1, 2, 3]], 1, 2)
     with raises(ValueError, "one target per step", "sj.data.batches"):
         sj.data.packed([[1], [1, 2]], [0, 1], 1, 2)
-    with raises(ValueError, "at least 1", "got 1 and 0"):
+    with raises(ValueError, "window", "at least 1", "got 0"):
         sj.data.packed([[1]], [[1]], 1, 0)
     with raises(ValueError, "expected sequences (time, ...)", "number 3 in place 1"):
         sj.data.batches([[1], 3], [0, 1], 1)

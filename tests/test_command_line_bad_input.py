@@ -20,7 +20,7 @@ from seqjax.command.job import begin
     ("content", "parts"),
     [
         (b"", ["text in", "got none"]),
-        ("naïve".encode("latin-1") * 999, ["UTF-8", "0xef at position 2", "iconv"]),
+        ("naïve".encode("latin-1") * 999, ["utf-8", "xef", "at position 2", "latin-1"]),
         (TEXT[:72].encode(), ["at least 73 characters", "got 72", "smaller --batch or --window"]),
     ],
     ids=["empty", "latin-1", "short"],
@@ -127,7 +127,7 @@ def test_a_run_does_not_go_on_with_other_settings(name, value, finished, capsys)
         (["--prompt", "the", "--temperature", "-1"], ["temperature of at least 0", "got -1"]),
         (["--prompt", "the", "--top-p", "0"], ["top_p", "got 0"]),
         (["--prompt", "the", "--top-p", "1.5"], ["top_p", "got 1.5"]),
-        (["--prompt", "the", "--top-k", "0"], ["top_k of at least 1", "got 0"]),
+        (["--prompt", "the", "--top-k", "0"], ["expected top_k", "at least 1", "got 0"]),
         (["--prompt", "the", "--length", "0"], ["--length of at least 1", "got 0"]),
     ],
     ids=["unknown", "bytes", "empty", "temperature", "top-p 0", "top-p above 1", "top-k", "length"],

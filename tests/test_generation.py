@@ -178,7 +178,7 @@ def test_a_gaussian_readout_of_the_last_value_is_an_autoregression_with_its_mome
     [
         ({"prompt": jnp.zeros((2, 0), int)}, ["at least one step", "(2, 0)", "start token"]),
         ({"prompt": jnp.zeros(3, int)}, ["(batch, time, ...)", "(3,)", "tokens[None]"]),
-        ({"steps": 0}, ["at least 1 step", "0"]),
+        ({"steps": 0}, ["expected steps", "at least 1", "got 0"]),
         ({"temperature": -0.1}, ["temperature", "-0.1"]),
         ({"temperature": float("nan")}, ["temperature", "nan"]),
         ({"top_k": 0}, ["top_k", "0"]),

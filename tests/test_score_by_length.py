@@ -148,7 +148,7 @@ def test_bad_arguments_raise():
     batch = ones(np.ones((2, 3), bool))
     with raises(ValueError, "at least one valid step", "got none"):
         score_by_length(model, params, [ones(np.zeros((2, 3), bool))])
-    with raises(ValueError, 'score "loss" or "accuracy"', "got 'f1'"):
+    with raises(ValueError, 'score to be one of "loss", "accuracy"', "got 'f1'"):
         score_by_length(model, params, [batch], score="f1")
     with raises(TypeError, "whole-number targets", "got float32", 'score="loss"'):
         score_by_length(model, params, [batch], score="accuracy")

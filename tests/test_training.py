@@ -221,7 +221,7 @@ def test_what_is_no_stream_of_batches_is_refused(key):
         sj.fit(model, [sj.Batch(batch.xs[0], batch.targets)], key=key)
     with raises(ValueError, "a key to draw parameters with, or params, got neither"):
         sj.fit(model, [batch])
-    with raises(ValueError, "steps of at least 0", "got -1"):
+    with raises(ValueError, "expected steps", "at least 0", "got -1"):
         sj.fit(model, [batch], steps=-1, key=key)
     with raises(ValueError, "clip_norm to be positive", "got 0.0"):
         sj.fit(model, [batch], clip_norm=0.0, key=key)

@@ -51,6 +51,21 @@ def as_array(name: str, value: Any) -> Array:
         ) from None
 
 
+def check_arrays(name: str, tree: PyTree) -> None:
+    """Checks that the leaves of a tree are arrays of numbers, without converting them.
+
+    Raises:
+        TypeError: a leaf is not.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        is_array = isinstance(leaf, jax.Array) or (type(leaf) is np.ndarray and leaf.dtype.kind not in "OSU")
+        if not is_array:
+            leaf_name = f"{name}{jax.tree_util.keystr(path)}"
+            as_array(leaf_name, leaf)
+            if not isinstance(leaf, numbers.Number | np.ndarray | np.generic):  # a range, which jax.jit does not take
+                raise TypeError(f"expected {leaf_name} as an array of numbers, got {described(leaf)}: jnp.asarray(...)")
+
+
 def as_arrays(name: str, tree: PyTree) -> PyTree:
     """`as_array` for every leaf of a tree.
 
@@ -63,7 +78,7 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
         raise TypeError(
             f"expected {name} as arrays, got {described(tree)}: the keys of a dict must be sortable"
         ) from None
-    return structure.unflatten(as_array(f"{name}{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves)
+    return structure.unflatten([as_array(f"{name}{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves])
 
 
 def as_numbers(name: str, value: Any) -> np.ndarray:

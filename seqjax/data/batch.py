@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from seqjax.cell import State
-from seqjax.cells.arguments import as_array, described
+from seqjax.cells.arguments import check_arrays, described
 
 
 @partial(
@@ -68,10 +67,7 @@ def check_batch(batch: Any, carried: State | None) -> State | None:
     if not isinstance(batch, Batch):
         raise TypeError(f"expected a stream of sj.Batch, got {type(batch).__name__}: sj.Batch(xs, targets)")
     for name in ("xs", "targets", "mask", "reset"):
-        for leaf in jax.tree.leaves(getattr(batch, name)):
-            # Arrays of numbers are not converted here, so that a batch goes to the device once.
-            if not isinstance(leaf, jax.Array) and np.asarray(leaf).dtype.kind in "OSU":
-                as_array(f"{name} of a batch", leaf)
+        check_arrays(f"{name} of a batch", getattr(batch, name))
     if not jax.tree.leaves(batch.xs):
         raise ValueError("expected xs of a batch (batch, time, ...), got no array: sj.Batch(xs, targets)")
     if batch.continues and carried is None:

@@ -245,7 +245,10 @@ def _check_source(name: str, values: Any) -> None:
 
 
 def _as_sequence(sequence: Any) -> np.ndarray:
-    array = np.asarray(sequence)
+    try:
+        array = np.asarray(sequence)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
     if array.dtype.kind in "OSU":
         raise TypeError(f"expected sequences of numbers, got {described(sequence)}: encode text with sj.data.encode")
     return array

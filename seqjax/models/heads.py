@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from seqjax.cells.arguments import as_arrays, described, real_number
+from seqjax.cells.arguments import as_array, as_arrays, described, real_number
 from seqjax.cells.embedding import EmbeddingParams
 from seqjax.cells.fields import check_fields
 from seqjax.initializers import Glorot
@@ -74,11 +74,9 @@ def readout(params: ReadoutParams, h: Float[Array, " n"]) -> Float[Array, " m"]:
         >>> sj.readout(sj.ReadoutParams(jnp.array([[1.0, 2.0]]), jnp.array([0.5])), jnp.array([3.0, 4.0])).tolist()
         [11.5]
     """
-    if not hasattr(params, "W_hy") or not hasattr(h, "shape"):
-        raise TypeError(
-            f"expected ReadoutParams(W_hy, b_y) and a vector h, got {described(params)} and {described(h)}: the "
-            f"parameters come from head.init"
-        )
+    h = as_array("h", h)
+    if not hasattr(params, "W_hy") or not (params.W_hy is None or hasattr(params.W_hy, "shape")):
+        raise TypeError(f"expected ReadoutParams(W_hy, b_y), got {described(params)}: they come from head.init")
     if params.W_hy is None:
         raise ValueError(
             "expected W_hy in the parameters of the readout, got None: a tied head reads model.head_params(params)"

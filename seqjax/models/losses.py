@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from seqjax.cells.arguments import as_array
+from seqjax.cells.arguments import as_array, check_choice
 from seqjax.sequence._checks import check_flags
 
 
@@ -43,8 +43,8 @@ def sequence_loss(
     step_losses = as_array("step_losses", step_losses)
     if step_losses.ndim != 2:
         raise ValueError(f"expected step_losses (batch, time), got {step_losses.shape}: one loss for each step")
-    if reduce not in ("mean", "sum") or unit not in ("nats", "bits"):
-        raise ValueError(f'expected reduce "mean" or "sum" and unit "nats" or "bits", got {reduce!r} and {unit!r}')
+    check_choice("reduce", reduce, ("mean", "sum"))
+    check_choice("unit", unit, ("nats", "bits"))
     mask = check_flags("mask", mask, *step_losses.shape)
     if mask is None:
         mask = jnp.ones(step_losses.shape, bool)

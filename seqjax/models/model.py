@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from seqjax.cell import Cell, State
-from seqjax.cells.arguments import as_array, described
+from seqjax.cells.arguments import check_arrays, described
 from seqjax.models.heads import Head, head_log_probs
 from seqjax.sequence.unroll import unroll
 
@@ -75,9 +75,7 @@ def check_model(model: Any, params: Any) -> None:
         raise TypeError(
             f"expected params of the model, ModelParams(cell, head), got {described(params)}: model.init(key)"
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "shape"):
-            as_array(f"params{jax.tree_util.keystr(path)}", leaf)
+    check_arrays("params", params)
 
 
 def log_probs(

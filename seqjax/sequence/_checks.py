@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from seqjax.cell import Cell, Params, State, optional, strong_type
-from seqjax.cells.arguments import as_array, as_arrays
+from seqjax.cells.arguments import as_array, as_arrays, check_arrays
 from seqjax.cells.whole_numbers import as_integer
 from seqjax.sequence._masked_step import Inputs
 from seqjax.sequence._parameter_checks import METHODS, check_params, is_cell, kind_of
@@ -178,6 +178,8 @@ def batch_of_states(cell: Cell, params: Params, state: State | None, batch: int)
         ValueError: a parameter has another shape than the cell's, or the state has another structure, batch or shape.
         TypeError: the parameters are another tree, or the state has another dtype.
     """
+    # The check of the shapes is remembered, and a masked array has the shape of an array.
+    check_arrays("params", params)
     check_params(cell, params)
     with errors_of_step(cell, params, method="initial_state"):
         if state is None:
@@ -195,7 +197,8 @@ def batch_of_states(cell: Cell, params: Params, state: State | None, batch: int)
             f"pass the final state of an earlier call, or leave it out to start anew"
         )
     for (path, leaf), like in zip(leaves, own_leaves, strict=True):
-        name, got = f"state{jax.tree_util.keystr(path)}", jnp.asarray(leaf)
+        name = f"state{jax.tree_util.keystr(path)}"
+        got = as_array(name, leaf)
         if got.shape != (batch, *like.shape):
             raise ValueError(
                 f"expected {name} (batch, ...) = {(batch, *like.shape)} as in xs, got {got.shape}: "

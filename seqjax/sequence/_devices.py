@@ -50,7 +50,7 @@ def on_automatic_mesh(tree: PyTree) -> Iterator[PyTree]:
 
     It is for functions that are not compiled as a whole. Inside them the mesh is also that of new arrays.
     """
-    explicit = [leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_explicit(leaf)]
+    explicit = [leaf.sharding.mesh for leaf in jax.tree.leaves(tree, is_leaf=_is_stream) if _is_explicit(leaf)]
     if not explicit:
         yield tree
         return
@@ -60,7 +60,7 @@ def on_automatic_mesh(tree: PyTree) -> Iterator[PyTree]:
         return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec)) if _is_explicit(leaf) else leaf
 
     with jax.set_mesh(mesh):
-        yield jax.tree.map(move, tree)
+        yield jax.tree.map(move, tree, is_leaf=_is_stream)
 
 
 def for_automatic_axes(analysis: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -72,6 +72,11 @@ def for_automatic_axes(analysis: Callable[Arguments, Result]) -> Callable[Argume
             return analysis(*args, **kwargs)
 
     return run
+
+
+def _is_stream(part: Any) -> bool:
+    """Whether a part of the arguments yields its arrays later."""
+    return isinstance(part, Iterator)
 
 
 def _is_explicit(leaf: Any) -> bool:

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PyTree
 
 from seqjax.cell import Cell, Output, Params, State, optional
-from seqjax.cells.arguments import as_array
+from seqjax.cells.arguments import as_array, check_key
 from seqjax.cells.whole_numbers import whole_number
 from seqjax.sequence._cached_jit import cached_jit
 from seqjax.sequence._checkpointed import run_checkpointed
@@ -258,6 +258,7 @@ def _run(
     """Checks the arguments, compiles or finds the compiled code, and runs it."""
     inputs = check_sequences(cell, inputs)
     state = batch_of_states(cell, params, state, inputs.batch)
+    key = None if key is None else check_key(key)
     run = cached_jit(_run_batch, cell, emit, options)
     with errors_of_step(cell, params, only=jax.errors.UnexpectedTracerError):
         return run(params, state, inputs, key)

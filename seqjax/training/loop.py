@@ -138,6 +138,12 @@ def start(
     if params is None and key is None:
         raise ValueError("expected a key to draw parameters with, or params, got neither: key=jax.random.key(0)")
     key = None if key is None else check_key(key)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"expected floating-point parameters to train, got {described(leaf)} in "
+                f"params{jax.tree_util.keystr(path)}: convert it with astype(float)"
+            )
     # As one program, because a draw compiles a dozen small ones otherwise.
     return cached_jit(_first_state, model, optimizer)(key, params)
 

@@ -24,7 +24,7 @@ from oracles import assert_close, drawn
 import seqjax as sj
 from seqjax.interop.export import MAGIC
 from seqjax.kernels.build import compiler_command
-from seqjax.training.loop import update_once
+from seqjax.training.loop import AT_ONCE, update_once
 
 BT = "b, t, ..."
 NEEDS_KERNEL = pytest.mark.skipif(compiler_command() is None, reason="there is no C++ compiler")
@@ -46,8 +46,8 @@ def sequences(batch, time):
 def states(batch):
     return jax.tree.map(lambda leaf: jnp.ones((batch, *leaf.shape)), cell.initial_state(params.cell))
 def update(state, xs, ys):
-    from seqjax.training.loop import update_once
-    return update_once(model, optimizer, sj.every_step, 1.0, state, (xs, ys, None, None), None)
+    from seqjax.training.loop import AT_ONCE, update_once
+    return update_once(model, optimizer, sj.every_step, 1.0, AT_ONCE, state, (xs, ys, None, None), None)
 xs, ys, s = sequences(2, 3), sequences(2, 3), states(2)
 functions = {
     "unroll": (partial(sj.unroll, cell), (params.cell, xs), ("...", "b, t")),
@@ -124,7 +124,7 @@ def calls_kernel(data):
 @NEEDS_KERNEL
 def test_an_export_for_another_platform_holds_no_kernel_even_after_a_call_with_it(monkeypatch):
     monkeypatch.delenv("SEQJAX_KERNEL")
-    cell = sj.LSTM(D, N)
+    cell = sj.LSTM(D, 13)  # a size of its own, because the program of another test would be found without the kernel
     params, xs = drawn(cell, "float32")
     run = jax.jit(partial(sj.unroll, cell))
     assert "seqjax_forward" in run.lower(params, xs).as_text()
@@ -341,7 +341,7 @@ def test_an_update_of_training_is_exported_with_its_optimizer():
     state, xs = sj.training.start(model, optimizer, jax.random.key(0)), jnp.ones((2, 3, 1))
 
     def update(state, xs):
-        return update_once(model, optimizer, sj.every_step, 1.0, state, (xs, xs, None, None), None)
+        return update_once(model, optimizer, sj.every_step, 1.0, AT_ONCE, state, (xs, xs, None, None), None)
 
     call = sj.load_exported(sj.export(update, state, xs, shapes=("...", BT)))
     xs = jnp.ones((5, 8, 1))

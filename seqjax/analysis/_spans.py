@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Int
 
-from seqjax.cells.whole_numbers import whole_number
+from seqjax.cells.whole_numbers import as_integer, whole_number
 
 
 def check_horizon(horizon: int | None, default: int, time: int) -> int:
@@ -41,7 +41,7 @@ def check_span(start: int, stop: int | None, time: int) -> tuple[int, int]:
     Raises:
         ValueError: the limits are not whole numbers in this order.
     """
-    start, stop = whole_number("start", start, 0, time), whole_number("stop", time if stop is None else stop, 0, time)
-    if not start <= stop:
+    first, last = as_integer(start), as_integer(time if stop is None else stop)
+    if first is None or last is None or not 0 <= first <= last <= time:
         raise ValueError(f"expected 0 <= start <= stop <= time = {time}, got start {start} and stop {stop}")
-    return start, stop
+    return first, last

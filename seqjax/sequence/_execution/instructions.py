@@ -27,7 +27,7 @@ LARGEST_POWER = 8
 # Calls with a derivative of their own, which is not needed any more, and the parameter that contains their program.
 CALLS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
 
-COMPOSED = {"square", "integer_pow", "rsqrt", "sign", "clamp"}  # of several instructions
+COMPOSED = {"square", "integer_pow", "one_minus_square", "rsqrt", "sign", "clamp"}  # of several instructions
 BFLOAT16, FLOAT32, FLOAT64, BOOL = (jnp.dtype(name) for name in ("bfloat16", "float32", "float64", "bool"))
 
 Instruction = tuple[int, ...]
@@ -152,6 +152,8 @@ class _Writer:
         x = args[0]
         if name == "rsqrt":
             return self.write("div", self._number(1.0), self.write("sqrt", x))
+        if name == "one_minus_square":  # in the derivative of tanh, since jax 0.12
+            return self.write("sub", self._number(1.0), self.write("mul", x, x))
         if name == "clamp":  # its arguments are the lower bound, the number and the upper bound
             return self.write("min", self.write("max", args[1], x), args[2])
         if name == "sign":

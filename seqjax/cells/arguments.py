@@ -57,13 +57,18 @@ def check_arrays(name: str, tree: PyTree) -> None:
     Raises:
         TypeError: a leaf is not.
     """
+    if all(map(_is_array, jax.tree.leaves(tree))):  # names cost time, and this runs at every call
+        return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        is_array = isinstance(leaf, jax.Array) or (type(leaf) is np.ndarray and leaf.dtype.kind not in "OSU")
-        if not is_array:
+        if not _is_array(leaf):
             leaf_name = f"{name}{jax.tree_util.keystr(path)}"
             as_array(leaf_name, leaf)
             if not isinstance(leaf, numbers.Number | np.ndarray | np.generic):  # a range, which jax.jit does not take
                 raise TypeError(f"expected {leaf_name} as an array of numbers, got {described(leaf)}: jnp.asarray(...)")
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) or (type(leaf) is np.ndarray and leaf.dtype.kind not in "OSU")
 
 
 def as_arrays(name: str, tree: PyTree) -> PyTree:

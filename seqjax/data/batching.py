@@ -227,13 +227,19 @@ def _lengths(sequences: Sequences, targets: Sequences) -> tuple[np.ndarray, bool
         _check_source(name, values)
     if len(sequences) != len(targets) or not len(sequences):
         raise ValueError(f"expected one target per sequence, got {len(targets)} for {len(sequences)} sequences")
-    for i in range(len(sequences)):
-        if not _as_sequence(sequences[i]).ndim:
-            raise ValueError(f"expected sequences (time, ...), got the number {sequences[i]!r} in place {i}")
-    lengths = np.array([len(sequences[i]) for i in range(len(sequences))])
+    # Each is read once, because a source may read it from a disk.
+    lengths = np.array([_steps(i, sequences[i]) for i in range(len(sequences))])
+    labels = (_as_sequence(targets[i]) for i in range(len(targets)))
     # If only some targets have the length of their sequence, that is chance: they are vectors.
-    per_step = all(_as_sequence(targets[i]).ndim and len(targets[i]) == n for i, n in enumerate(lengths))
+    per_step = all(label.ndim and len(label) == n for label, n in zip(labels, lengths, strict=True))
     return lengths, per_step
+
+
+def _steps(i: int, sequence: Any) -> int:
+    array = _as_sequence(sequence)
+    if not array.ndim:
+        raise ValueError(f"expected sequences (time, ...), got the number {sequence!r} in place {i}")
+    return len(array)
 
 
 def _check_source(name: str, values: Any) -> None:
